@@ -1,0 +1,35 @@
+# make demo: the simulator's first comparison; make test: every check. Both need only Python >= 3.11 and pip.
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: demo test clean
+.NOTPARALLEL:
+
+demo: $(VENV)/.base
+	$(VENV)/bin/kvsim compare --trace mooncake-conversation --model llama-3.1-8b --gpu h100-sxm --gpus 8 \
+		--policy full --policy offload-all --policy sink-window --policy squeezed-attention \
+		--policy shadowkv --policy retrieval-attention --out out/demo
+
+test: $(VENV)/.dev
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
+
+clean:
+	rm -rf $(VENV) out build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(1): what to install. Running `venv` on an environment that exists changes nothing.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"kvsim needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$(1)"
+endef
+
+# The stamps tell what is installed, so that a second call starts at once.
+$(VENV)/.base: pyproject.toml constraints.txt
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(call install,.[dev])
+	@touch $(VENV)/.base $@

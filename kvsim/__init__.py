@@ -1,0 +1,1 @@
+"""Simulator and capacity planner of KV-cache memory hierarchies."""

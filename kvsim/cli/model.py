@@ -1,0 +1,91 @@
+"""`kvsim model`: the catalogue of model shapes, and what any `config.json` weighs and caches."""
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from kvsim.cli.output import JsonFlag, print_facts, print_json, print_table
+from kvsim.units import format_bytes, format_count, parse_tokens
+from policies.model import LayerShape, ModelShape
+
+SHOWN_CONTEXTS = ("4Ki", "32Ki", "128Ki", "1Mi")
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command("list")
+def list_models(json: JsonFlag = False) -> None:
+    """List the models of the catalogue."""
+    from kvsim.models import load_model, model_names
+
+    models = [load_model(name) for name in model_names()]
+    if json:
+        print_json({"models": [_summary(model) for model in models]})
+        return
+    rows = (
+        (
+            model.name,
+            format_count(model.params),
+            format_count(model.active_params),
+            str(model.n_layers),
+            f"{model.kv_bytes_per_token:,}",
+            f"{model.max_positions:,}",
+        )
+        for model in models
+    )
+    columns = ("parameters", "active", "layers", "KV bytes per token", "positions")
+    print_table({"model": "left", **dict.fromkeys(columns, "right")}, rows)
+
+
+@app.command("show")
+def show_model(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")],
+    json: JsonFlag = False,
+) -> None:
+    """Show a model's layers, weights and KV-cache sizes."""
+    from kvsim.models import load_model
+
+    shape = load_model(model)
+    kv_bytes = {context: shape.kv_bytes(parse_tokens(context)) for context in SHOWN_CONTEXTS}
+    groups = [{"layers": count, **dict(group)} for group, count in Counter(map(_group, shape.layers)).items()]
+    if json:
+        by_tokens = {parse_tokens(context): size for context, size in kv_bytes.items()}
+        print_json({**_summary(shape), "kv_bytes": by_tokens, "layer_groups": groups})
+        return
+    facts = {
+        "parameters": f"{shape.params:,}, {format_count(shape.active_params)} of them active per token",
+        "weights": f"{format_bytes(shape.weight_bytes)} in {shape.weight_dtype}",
+        "hidden size": f"{shape.hidden_dim:,}",
+        "vocabulary": f"{shape.vocab_size:,}",
+        "positions": f"{shape.max_positions:,}",
+        "KV bytes per token": f"{shape.kv_bytes_per_token:,} in {shape.kv_dtype}, once all windows are full",
+    }
+    facts |= {f"KV at {context} tokens": format_bytes(size) for context, size in kv_bytes.items()}
+    print_facts(shape.name, facts)
+    used = [name for name in groups[0] if any(group[name] for group in groups)]
+    rows = ([str(group[name]) for name in used] for group in groups)
+    print_table(dict.fromkeys((name.replace("_", " ") for name in used), "right"), rows)
+
+
+def _summary(model: ModelShape) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "params": model.params,
+        "active_params": model.active_params,
+        "weight_bytes": model.weight_bytes,
+        "weight_dtype": model.weight_dtype,
+        "kv_dtype": model.kv_dtype,
+        "n_layers": model.n_layers,
+        "hidden_dim": model.hidden_dim,
+        "vocab_size": model.vocab_size,
+        "max_positions": model.max_positions,
+        "kv_bytes_per_token": model.kv_bytes_per_token,
+    }
+
+
+def _group(layer: LayerShape) -> tuple[tuple[str, str | int], ...]:
+    """What tells groups of like layers apart, as (name, value) pairs."""
+    names = ("kind", "heads", "kv_heads", "head_dim", "window_tokens", "latent_dim", "state_elements")
+    routing = ("experts", "experts_per_token")
+    return tuple((name, getattr(layer, name)) for name in (*names, *routing))

@@ -1,0 +1,217 @@
+"""A policy's plans as polynomials in the token counts: derived once for each shape of plan, evaluated for any sequence.
+
+A vector of integers describes one step of one sequence: for each operation of each group of equal layers its work
+(FLOPs, or elements searched), its bytes in contiguous rows and its bytes in scattered rows, then the bytes stored per
+tier. Vectors of sequences whose plans have the same structure add up to that of their batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvsim.machine import Cost, Machine, access_bytes
+from kvsim.symbolic import Condition, Floor, Monomial, Polynomial, Tape, evaluate, polynomial_of
+from policies import LayerPlan, ModelShape, Policy, Step, plan_end, plan_layer
+from policies.plan import Buffer, Compute, Copy, Op, Processor, Tier, Work, stored_bytes
+
+Vector = NDArray[np.int64]
+AMOUNTS = 3  # columns of an operation: work, contiguous bytes, scattered bytes
+TIERS = (Tier.HBM, Tier.DDR, Tier.NVME)
+LINKS = ("hbm->sm", "ddr->cpu", "ddr->hbm", "hbm->ddr")  # what plans use; collectives and swaps add to these
+END = 1 << 30  # later than any step
+
+
+class OpShape(NamedTuple):
+    """An operation without its amounts."""
+
+    name: str
+    after: tuple[str, ...]
+    cost: Cost
+    link: int  # index into LINKS
+    syncs: bool
+
+
+class Structure(NamedTuple):
+    """What a plan does, without amounts: operations per group of equal layers, and after the last layer."""
+
+    groups: tuple[tuple[OpShape, ...], ...]
+    group_of: tuple[int, ...]  # for each layer
+    end: tuple[OpShape, ...]
+
+    @property
+    def ops(self) -> tuple[OpShape, ...]:
+        """All operations in the order of a vector's columns."""
+        return tuple(op for group in (*self.groups, self.end) for op in group)
+
+    def multiplicity(self) -> list[int]:
+        """How many layers run each operation of `ops`."""
+        counts = [self.group_of.count(g) for g in range(len(self.groups))]
+        return [n for n, group in zip((*counts, 1), (*self.groups, self.end), strict=True) for _ in group]
+
+
+class Segment(NamedTuple):
+    """A run of decode steps whose vector is `start` + i * `slope`, up to and excluding generated token `until`."""
+
+    piece: "Piece"
+    start: Vector
+    slope: Vector
+    until: int
+
+
+@dataclass(eq=False)
+class Piece:
+    """Plans of one structure wherever `conditions` hold: `matrix` times the values of `monomials` is the vector."""
+
+    structure: Structure
+    inputs: int
+    floors: list[Floor]
+    conditions: list[Condition]
+    monomials: list[Monomial]
+    matrix: Vector
+
+    def variables(self, inputs: tuple[int, ...]) -> list[int]:
+        """Inputs and floors."""
+        values = list(inputs)
+        for floor in self.floors:
+            values.append(evaluate(floor.polynomial, values) // floor.divisor)
+        return values
+
+    def holds(self, variables: list[int]) -> bool:
+        """Whether the plan at these variables is of this piece."""
+        return all(condition.holds(variables) for condition in self.conditions)
+
+    def vector(self, variables: list[int]) -> Vector:
+        """The amounts at these variables."""
+        basis = []
+        for monomial in self.monomials:
+            value = 1
+            for index in monomial:
+                value *= variables[index]
+            basis.append(value)
+        return self.matrix @ np.array(basis, dtype=np.int64)
+
+    def steps_until_change(self, now: list[int], then: list[int]) -> int:
+        """After how many more units of the last input a condition or a floor changes.
+
+        `now` and `then` are the variables here and one unit on, with the floors of here in both. Whatever is not
+        affine in the last input counts as changing at once.
+        """
+        nearest = END
+        for i, floor in enumerate(self.floors):
+            here = evaluate(floor.polynomial, now)
+            rate, edge = evaluate(floor.polynomial, then) - here, now[self.inputs + i] * floor.divisor
+            if rate > 0:
+                nearest = min(nearest, -(-(edge + floor.divisor - here) // rate))
+            elif rate < 0:
+                nearest = min(nearest, (here - edge) // -rate + 1)
+        for polynomial, equal, truth in self.conditions:
+            here = evaluate(polynomial, now)
+            rate = evaluate(polynomial, then) - here
+            if rate == 0:
+                continue
+            if equal:
+                if truth:
+                    return 1
+                if -here % rate == 0 and -here // rate > 0:
+                    nearest = min(nearest, -here // rate)
+            elif truth and rate > 0:
+                nearest = min(nearest, -(here // rate))
+            elif not truth and rate < 0:
+                nearest = min(nearest, here // -rate + 1)
+        return nearest
+
+
+class PlanTable:
+    """The plans of one policy on one rank of a model, on one machine, with data-dependent counts at their means.
+
+    `shares` replaces the default mean of a count, as a share of its maximum; `drawn` collects the counts met so far.
+    """
+
+    def __init__(self, policy: Policy, model: ModelShape, machine: Machine, shares: Mapping[str, float]) -> None:
+        self.policy, self.model, self.machine, self.shares = policy, model, machine, shares
+        self._decode: list[Piece] = []
+        self._prefill: list[Piece] = []
+        self._structures: dict[Structure, Structure] = {}
+        self.drawn: set[str] = set()
+
+    def prefill(self, prompt_tokens: int, past_tokens: int, new_tokens: int) -> tuple[Structure, Vector]:
+        """The amounts of one chunk of a prompt."""
+        piece, variables = self._find(self._prefill, (prompt_tokens, past_tokens, new_tokens))
+        return piece.structure, piece.vector(variables)
+
+    def decode(self, prompt_tokens: int, generated_tokens: int) -> Segment:
+        """The decode steps from `generated_tokens` on for as long as their amounts grow evenly."""
+        piece, now = self._find(self._decode, (prompt_tokens, generated_tokens))
+        then = [now[0], now[1] + 1, *now[2:]]
+        start = piece.vector(now)
+        if any(monomial.count(1) > 1 for monomial in piece.monomials):
+            return Segment(piece, start, np.zeros_like(start), generated_tokens + 1)
+        until = min(END, generated_tokens + piece.steps_until_change(now, then))
+        return Segment(piece, start, piece.vector(then) - start, until)
+
+    def _find(self, pieces: list[Piece], inputs: tuple[int, ...]) -> tuple[Piece, list[int]]:
+        for position, piece in enumerate(pieces):
+            variables = piece.variables(inputs)
+            if piece.holds(variables):
+                if position:  # neighbours in time are alike: look here first next time
+                    pieces.insert(0, pieces.pop(position))
+                return piece, variables
+        piece = self._derive(inputs)
+        pieces.insert(0, piece)
+        return piece, piece.variables(inputs)
+
+    def _derive(self, inputs: tuple[int, ...]) -> Piece:
+        tape = Tape(inputs)
+        if len(inputs) == 2:
+            prompt, generated = tape.symbols()
+            step = Step(prompt_tokens=prompt, past_tokens=prompt + generated - 1, new_tokens=1)
+        else:
+            prompt, past, new = tape.symbols()
+            step = Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
+        plans = [plan_layer(self.policy, self.model, step, layer) for layer in range(self.model.n_layers)]
+        groups: list[tuple[tuple[OpShape, ...], list[Polynomial]]] = []
+        group_of: list[int] = []
+        for plan in plans:
+            group = self._amounts(plan)
+            if group not in groups:
+                groups.append(group)
+            group_of.append(groups.index(group))
+        end = plan_end(self.policy, self.model, step) if step.last_chunk else ()
+        end_shapes, end_columns = self._amounts(LayerPlan(self.policy, (), end, ()))
+        structure = Structure(tuple(shapes for shapes, _ in groups), tuple(group_of), end_shapes)
+        structure = self._structures.setdefault(structure, structure)
+        stored = stored_bytes([plan.buffers for plan in plans])
+        columns = [column for _, group in groups for column in group] + end_columns
+        columns += [polynomial_of(stored[tier]) for tier in TIERS]
+        monomials = sorted({monomial for column in columns for monomial in column})
+        matrix = np.array([[column.get(m, 0) for m in monomials] for column in columns], dtype=np.int64)
+        return Piece(structure, len(inputs), tape.floors, tape.conditions, monomials, matrix.reshape(len(columns), -1))
+
+    def _amounts(self, plan: LayerPlan) -> tuple[tuple[OpShape, ...], list[Polynomial]]:
+        buffers = {b.name: b for b in plan.buffers}
+        totals = {c.name: c.expected(self.shares.get(c.name)) for c in plan.counts}
+        self.drawn |= set(totals)
+        shapes, columns = [], []
+        for op in plan.ops:
+            work, contiguous, scattered, link = _amounts_of(op, buffers, totals)
+            columns += [polynomial_of(work), polynomial_of(contiguous), polynomial_of(scattered)]
+            cost = self.machine.cost(op, buffers)
+            shapes.append(OpShape(op.name, op.after, cost, link, not isinstance(op, Copy | Compute)))
+        return tuple(shapes), columns
+
+
+def _amounts_of(op: Op, buffers: Mapping[str, Buffer], totals: Mapping[str, int]) -> tuple[int, int, int, int]:
+    if isinstance(op, Copy):
+        link = LINKS.index(f"{buffers[op.src].tier}->{buffers[op.dst].tier}")
+        return 0, op.rows.at(totals) * buffers[op.src].row_bytes, 0, link
+    if isinstance(op, Compute):
+        accesses = (*op.reads, *op.writes)
+        link = LINKS.index("hbm->sm" if op.processor is Processor.SM else "ddr->cpu")
+        rows = op.rows.at(totals)
+        work = rows if op.work is Work.TOPK else rows * op.flops_per_row
+        contiguous = access_bytes(tuple(a for a in accesses if not a.scattered), buffers, totals)
+        return work, contiguous, access_bytes(tuple(a for a in accesses if a.scattered), buffers, totals), link
+    return 0, 0, 0, 0

@@ -1,0 +1,138 @@
+"""One GPU's place in its node: what each operation of a plan costs there before batches and overlap."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvsim.hardware import Gpu, Host
+from policies.model import LayerShape, ModelShape
+from policies.plan import Access, Buffer, Compute, Copy, Engine, Op, Processor, Sync, Tier, Work
+
+LANES = ("sm", "h2d", "d2h", "cpu", "nvlink")
+SM, H2D, D2H, CPU, NVLINK = range(len(LANES))
+
+
+class Cost(NamedTuple):
+    """How an operation turns amounts into time: `fixed_s` + the larger of its work and its bytes, on one lane."""
+
+    lane: int
+    fixed_s: float
+    work_s: float  # seconds per FLOP (or per element searched)
+    streamed_s: float  # seconds per byte of contiguous rows
+    scattered_s: float  # seconds per byte of rows at indices that data decide
+    sm_share: float  # share of the SMs taken meanwhile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A GPU among `sharers` that divide its host evenly, and `switch_sharers` behind its PCIe switch.
+
+    The step fidelity assumes that all of them are busy; the op fidelity sets both to 1 and lets flows compete.
+    """
+
+    gpu: Gpu
+    host: Host
+    sharers: int = 1
+    switch_sharers: int = 1
+    tp: int = 1
+
+    def copy_Bps(self, op: Copy, src: Buffer, dst: Buffer) -> float:
+        """Rate of a copy between HBM and DDR: its engine, the switch's share or the DDR's, whichever is least."""
+        rates = self.gpu.rates
+        link = rates.pcie_h2d_Bps if dst.tier is Tier.HBM else rates.pcie_d2h_Bps
+        if op.engine is Engine.GATHER:
+            link = min(link, rates.gather_Bps(src.row_bytes))
+        elif op.engine is Engine.CPU:
+            link = 1 / (1 / link + self.sharers / self.host.random_Bps(src.row_bytes))
+        return min(link, self.host.switch_Bps / self.switch_sharers, self.host.ddr_Bps / self.sharers)
+
+    def cost(self, op: Op, buffers: Mapping[str, Buffer]) -> Cost:
+        """What one operation costs on this machine.
+
+        Raises ValueError for a copy that does not run between HBM and DDR.
+        """
+        rates = self.gpu.rates
+        if isinstance(op, Sync):
+            return Cost(SM, rates.sync_s, 0.0, 0.0, 0.0, 0.0)
+        if isinstance(op, Copy):
+            src, dst = buffers[op.src], buffers[op.dst]
+            if {src.tier, dst.tier} != {Tier.HBM, Tier.DDR}:
+                raise ValueError(f"{op.name}: copies run between hbm and ddr, not from {src.tier} to {dst.tier}")
+            byte_s = 1 / self.copy_Bps(op, src, dst)
+            gather = op.engine is Engine.GATHER
+            if op.ids and not gather:  # one descriptor for each row
+                byte_s += rates.pcie_latency_s / src.row_bytes
+            fixed_s = rates.launch_s if gather else rates.pcie_latency_s
+            lane = H2D if dst.tier is Tier.HBM else D2H
+            return Cost(lane, fixed_s, 0.0, byte_s, byte_s, rates.gather_sm_share if gather else 0.0)
+        if op.processor is Processor.CPU:
+            scattered = max(
+                (self._scattered_s(a, buffers) for a in (*op.reads, *op.writes) if a.scattered), default=0.0
+            )
+            return Cost(CPU, 0.0, self.sharers / self.host.cpu_flops, self.sharers / self.host.ddr_Bps, scattered, 0.0)
+        byte_s = 1 / (rates.elementwise_Bps if op.work in (Work.ELEMENTWISE, Work.TOPK) else rates.hbm_Bps)
+        return Cost(SM, op.launches * rates.launch_s, self._work_s(op.work), byte_s, byte_s, 0.0)
+
+    def _scattered_s(self, access: Access, buffers: Mapping[str, Buffer]) -> float:
+        return self.sharers / self.host.random_Bps(buffers[access.buffer].row_bytes)
+
+    def _work_s(self, work: Work) -> float:
+        rates = self.gpu.rates
+        if work is Work.ATTENTION:
+            return 1 / rates.attention_flops
+        if work is Work.MATMUL:
+            return 1 / rates.flops("bf16")
+        if work is Work.TOPK:
+            return 1 / rates.topk_elements_per_s
+        return 1 / rates.flops("fp32")
+
+    def linear_s(self, weight_bytes: int, flops: int, kernels: int, dtype: str) -> float:
+        """Time of dense layers: weights stream in and then multiply.
+
+        The two are added, not overlapped: decode GEMMs of few rows run below either roofline, and the sum reproduces
+        ShadowKV's measured FFN times at batches of 12, 24 and 48 within 10 % (arXiv:2410.21465, table of latencies).
+        """
+        rates = self.gpu.rates
+        supported = dict(rates.matmul_flops)
+        peak = supported.get(dtype, supported["bf16"])  # weight-only formats multiply in 16 bits
+        return kernels * rates.launch_s + weight_bytes / rates.hbm_Bps + flops / peak
+
+    def layer_s(self, model: ModelShape, layer: LayerShape, tokens: int) -> tuple[float, float, float]:
+        """Times of a layer's own parts for a batch of `tokens`: before the policy, output projection, MLP."""
+        dtype = model.weight_dtype
+        qkv = self.linear_s(model.bytes_of(layer.qkv_params), 2 * layer.qkv_params * tokens, 3, dtype)
+        out = self.linear_s(model.bytes_of(layer.out_params), 2 * layer.out_params * tokens, 1, dtype)
+        if not layer.mlp_params:
+            return qkv, out, 0.0
+        mlp_bytes = model.mlp_bytes_touched(layer, tokens)
+        return qkv, out, self.linear_s(mlp_bytes, 2 * layer.mlp_active_params * tokens, 4, dtype)
+
+    def head_s(self, model: ModelShape, logits: int) -> float:
+        """Time of the output head for `logits` positions."""
+        return self.linear_s(model.head_bytes, 2 * model.head_params * logits, 2, model.weight_dtype)
+
+    def allreduce_bytes(self, model: ModelShape, tokens: int) -> int:
+        """Bytes that one rank sends in a ring all-reduce of a batch's hidden states."""
+        return 2 * (self.tp - 1) * -(-tokens * model.hidden_dim * 2 // self.tp)
+
+    def allreduce_s(self, model: ModelShape, tokens: int) -> float:
+        """Time of that all-reduce over NVLink, or over PCIe where the GPU has none."""
+        if self.tp == 1:
+            return 0.0
+        rates = self.gpu.rates
+        if rates.nvlink_Bps:
+            return 2 * rates.nvlink_latency_s + self.allreduce_bytes(model, tokens) / rates.nvlink_Bps
+        pcie = min(rates.pcie_h2d_Bps, self.host.switch_Bps / self.switch_sharers)
+        return 2 * rates.pcie_latency_s + self.allreduce_bytes(model, tokens) / pcie
+
+    def transfer_s(self, nbytes: int, to_hbm: bool) -> float:
+        """Time to move one contiguous piece between HBM and DDR: a swap, or a cached prefix."""
+        rates = self.gpu.rates
+        link = rates.pcie_h2d_Bps if to_hbm else rates.pcie_d2h_Bps
+        link = min(link, self.host.switch_Bps / self.switch_sharers, self.host.ddr_Bps / self.sharers)
+        return rates.pcie_latency_s + nbytes / link if nbytes else 0.0
+
+
+def access_bytes(accesses: tuple[Access, ...], buffers: Mapping[str, Buffer], totals: Mapping[str, int]) -> int:
+    """Bytes of all rows that the accesses name, given the counts."""
+    return sum(a.rows.at(totals) * buffers[a.buffer].row_bytes for a in accesses)

@@ -1,0 +1,268 @@
+"""How long one iteration of a batch takes: its operations on in-order lanes, layer after layer.
+
+Lanes are what CUDA streams are: each runs its operations in the order in which the plan lists them, and an operation
+starts when its lane is free and what it waits for is done. Over equal layers such a schedule settles into a constant
+increment, so the layers that remain are charged at once.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvsim.derive import AMOUNTS, LINKS, TIERS, OpShape, Structure, Vector
+from kvsim.machine import LANES, NVLINK, SM, Machine
+from policies.model import LayerShape, ModelShape
+
+Floats = NDArray[np.float64]
+BUSY = (*LANES, "work", "hbm")  # lanes, then the SMs' arithmetic and the HBM's transfers within the SM lane
+WORK, HBM = len(LANES), len(LANES) + 1
+SETTLED = 1e-9  # relative change of the increment per layer below which it counts as constant
+
+
+class Load(NamedTuple):
+    """The summed vectors of sequences whose plans share one structure."""
+
+    structure: Structure
+    amounts: Vector
+
+
+class Slot(NamedTuple):
+    """One operation of a layer's program: where its time stands, its lane, and the slots that it waits for."""
+
+    time: int
+    lane: int
+    sm_share: float
+    waits: tuple[tuple[int, int], ...]  # (layers back, slot)
+    slot: int
+
+
+class Program(NamedTuple):
+    """The order of work for one set of structures: runs of equal layers, then what follows the last."""
+
+    runs: tuple[tuple[int, tuple[Slot, ...]], ...]
+    end: tuple[Slot, ...]
+    slots: int
+    depth: int  # how many layers back a wait may reach
+
+
+class Prices(NamedTuple):
+    """A structure's costs as arrays over its operations."""
+
+    fixed_s: Floats
+    work_s: Floats
+    streamed_s: Floats
+    scattered_s: Floats
+    always: NDArray[np.bool_]
+    lanes: Floats  # (lanes, operations): layers that run the operation on the lane
+    traffic: Vector  # (links, columns): bytes per link of all layers
+
+
+class Clock:
+    """Times of batches of one rank of a model on one machine."""
+
+    def __init__(self, model: ModelShape, machine: Machine) -> None:
+        self.model, self.machine = model, machine
+        self._programs: dict[tuple[int, ...], Program] = {}
+        self._prices: dict[int, Prices] = {}
+        self._kept: list[Structure] = []  # ids above stay valid while these live
+        self._shapes: list[LayerShape] = list(dict.fromkeys(model.layers))
+        self._model_times: dict[int, tuple[list[float], Floats]] = {}
+
+    def traffic(self, load: Load) -> Vector:
+        """Bytes per link of LINKS that a load moves, over all layers."""
+        return self.prices(load.structure).traffic @ load.amounts
+
+    def iteration(self, loads: Sequence[Load], tokens: int, logits: int) -> tuple[float, Floats]:
+        """Duration of one iteration and the seconds that it keeps each of BUSY occupied.
+
+        Every layer runs for `tokens` new tokens under `loads`, then the head for `logits` rows.
+        """
+        model_times, busy = self._model(tokens)
+        head_s = self.machine.head_s(self.model, logits) if logits else 0.0
+        busy = busy.copy()
+        busy[SM] += head_s
+        busy[HBM] += (self.model.head_bytes / self.machine.gpu.rates.hbm_Bps) if logits else 0.0
+        times = list(model_times)
+        for load in loads:
+            prices, columns = self.prices(load.structure), load.amounts[: -len(TIERS)].reshape(-1, AMOUNTS)
+            amounts = columns[:, 1] * prices.streamed_s + columns[:, 2] * prices.scattered_s
+            work = columns[:, 0] * prices.work_s
+            active = prices.always | columns.any(axis=1)
+            seconds = prices.fixed_s * active + np.maximum(work, amounts)
+            busy[: len(LANES)] += prices.lanes @ seconds
+            busy[WORK] += prices.lanes[SM] @ work
+            busy[HBM] += prices.lanes[SM] @ amounts
+            times += seconds.tolist()
+        program = self._program([load.structure for load in loads])
+        return _run(program, times) + head_s, busy
+
+    def _model(self, tokens: int) -> tuple[list[float], Floats]:
+        found = self._model_times.get(tokens)
+        if found is None:
+            model, machine = self.model, self.machine
+            times, busy = [0.0], np.zeros(len(BUSY))
+            reduce_s = machine.allreduce_s(model, tokens)
+            for shape in self._shapes:
+                parts = machine.layer_s(model, shape, tokens)
+                times += [*parts, reduce_s]
+                n = model.layers.count(shape)
+                busy[SM] += n * sum(parts)
+                busy[NVLINK] += n * 2 * reduce_s
+                busy[HBM] += n * model_bytes(model, shape, tokens) / machine.gpu.rates.hbm_Bps
+            busy[WORK] = 2 * (model.active_params - model.head_params) * tokens / machine.gpu.rates.flops("bf16")
+            found = self._model_times[tokens] = (times, busy)
+        return found
+
+    def prices(self, structure: Structure) -> Prices:
+        """The structure's costs as arrays."""
+        prices = self._prices.get(id(structure))
+        if prices is None:
+            self._kept.append(structure)
+            costs = [op.cost for op in structure.ops]
+            lanes = np.zeros((len(LANES), len(costs)))
+            traffic = np.zeros((len(LINKS), AMOUNTS * len(costs) + len(TIERS)), dtype=np.int64)
+            for i, (op, n) in enumerate(zip(structure.ops, structure.multiplicity(), strict=True)):
+                lanes[op.cost.lane, i] = n
+                traffic[op.link, AMOUNTS * i + 1 : AMOUNTS * i + AMOUNTS] = n
+            prices = Prices(
+                fixed_s=np.array([c.fixed_s for c in costs], dtype=np.float64),
+                work_s=np.array([c.work_s for c in costs], dtype=np.float64),
+                streamed_s=np.array([c.streamed_s for c in costs], dtype=np.float64),
+                scattered_s=np.array([c.scattered_s for c in costs], dtype=np.float64),
+                always=np.array([op.syncs for op in structure.ops], dtype=np.bool_),
+                lanes=lanes,
+                traffic=traffic,
+            )
+            self._prices[id(structure)] = prices
+        return prices
+
+    def weight_bytes(self, tokens: int, logits: int) -> int:
+        """Bytes of weights that one iteration reads."""
+        head = self.model.head_bytes if logits else 0
+        return head + sum(model_bytes(self.model, layer, tokens) for layer in self.model.layers)
+
+    def _program(self, structures: Sequence[Structure]) -> Program:
+        key = tuple(id(s) for s in structures)
+        program = self._programs.get(key)
+        if program is None:
+            self._kept += structures
+            program = self._programs[key] = self._compile(structures)
+        return program
+
+    def _compile(self, structures: Sequence[Structure]) -> Program:
+        slots: dict[tuple[int, str], int] = {}
+        depth = 1
+        runs: list[tuple[int, tuple[Slot, ...]]] = []
+        for index, layer in enumerate(self.model.layers):
+            base = 1 + 4 * self._shapes.index(layer)
+            ops = [_Op("qkv", base, SM, 0.0, (("mlp@-1", -1),), -1)]
+            offset = 1 + 4 * len(self._shapes)
+            for s, structure in enumerate(structures):
+                group = structure.group_of[index]
+                first = offset + sum(len(g) for g in structure.groups[:group])
+                ops += [_policy_op(op, first + i, s) for i, op in enumerate(structure.groups[group])]
+                offset += len(structure.ops)
+            attends = tuple(("attend", s) for s in range(len(structures)))
+            ops += [
+                _Op("out", base + 1, SM, 0.0, attends, -1),
+                _Op("reduce_out", base + 3, NVLINK, 0.0, (("out", -1),), -1),
+                _Op("mlp_local", base + 2, SM, 0.0, (("reduce_out", -1),), -1),
+                _Op("mlp", base + 3, NVLINK, 0.0, (("mlp_local", -1),), -1),
+            ]
+            if self.machine.tp == 1:  # nothing to reduce: the MLP follows the projection on the same lane
+                ops[-4:] = [ops[-4], _Op("mlp", base + 2, SM, 0.0, (("out", -1),), -1)]
+            layer_program, reach = _slots(ops, slots)
+            depth = max(depth, reach)
+            if runs and runs[-1][1] == layer_program:
+                runs[-1] = (runs[-1][0] + 1, layer_program)
+            else:
+                runs.append((1, layer_program))
+        end, offset = [], 1 + 4 * len(self._shapes)
+        for structure in structures:
+            offset += len(structure.ops)
+            end += [
+                Slot(offset - len(structure.end) + i, op.cost.lane, 0.0, (), 0) for i, op in enumerate(structure.end)
+            ]
+        return Program(tuple(runs), tuple(end), len(slots), depth)
+
+
+class _Op(NamedTuple):
+    name: str
+    time: int
+    lane: int
+    sm_share: float
+    after: tuple[tuple[str, int], ...]
+    scope: int  # the structure that the name belongs to; -1: the model
+
+
+def _policy_op(op: OpShape, time: int, scope: int) -> _Op:
+    after = tuple((name, -1 if name.partition("@")[0] in ("qkv", "mlp") else scope) for name in op.after)
+    return _Op(op.name, time, op.cost.lane, op.cost.sm_share, after, scope)
+
+
+def _slots(ops: Sequence[_Op], slots: dict[tuple[int, str], int]) -> tuple[tuple[Slot, ...], int]:
+    reach, program = 1, []
+    for op in ops:
+        waits = []
+        for name, scope in op.after:
+            base, _, back = name.partition("@")
+            layers_back = -int(back) if back else 0
+            reach = max(reach, layers_back)
+            waits.append((layers_back, slots.setdefault((scope, base), len(slots))))
+        slot = slots.setdefault((op.scope, op.name), len(slots))
+        program.append(Slot(op.time, op.lane, op.sm_share, tuple(waits), slot))
+    return tuple(program), reach
+
+
+def _run(program: Program, times: Sequence[float]) -> float:
+    free = [0.0] * len(LANES)
+    done = [[0.0] * program.slots for _ in range(program.depth + 1)]  # finish times, this layer first
+    for repeat, slots in program.runs:
+        lanes = sorted({slot.lane for slot in slots if times[slot.time]})
+        before: list[float] = []
+        increment = -1.0
+        layer = 0
+        while layer < repeat:
+            done.insert(0, done.pop())
+            done[0][:] = [0.0] * program.slots
+            _advance(slots, times, free, done)
+            layer += 1
+            state = [free[lane] for lane in lanes]
+            if before:
+                steps = [now - then for now, then in zip(state, before, strict=True)]
+                if max(steps) - min(steps) <= SETTLED * max(steps) and abs(steps[0] - increment) <= SETTLED * increment:
+                    skipped = (repeat - layer) * steps[0]
+                    for lane in lanes:
+                        free[lane] += skipped
+                    for row in done:
+                        row[:] = [t + skipped if t else 0.0 for t in row]
+                    break
+                increment = steps[0]
+            before = state
+    for slot in program.end:
+        free[slot.lane] = max(free) + times[slot.time]
+    return max(free)
+
+
+def model_bytes(model: ModelShape, layer: LayerShape, tokens: int) -> int:
+    """Bytes of weights that one layer reads for a batch of `tokens`."""
+    return model.bytes_of(layer.qkv_params + layer.out_params) + model.mlp_bytes_touched(layer, tokens)
+
+
+def _advance(slots: Sequence[Slot], times: Sequence[float], free: list[float], done: Sequence[list[float]]) -> None:
+    now = done[0]
+    for time, lane, sm_share, waits, slot in slots:
+        start = free[lane]
+        for back, other in waits:
+            ready = done[back][other]
+            if ready > start:
+                start = ready
+        seconds = times[time]
+        finish = start + seconds
+        if seconds:
+            free[lane] = finish
+            if sm_share:
+                free[SM] += sm_share * seconds
+        now[slot] = finish

@@ -1,0 +1,44 @@
+"""Model shapes by name, from the catalogue of public configs, or from any Hugging Face `config.json`."""
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from kvsim.names import unknown_name
+from policies.model import ModelShape
+
+_CATALOGUE = files("kvsim") / "catalogue" / "models"
+
+
+def model_names() -> list[str]:
+    """Names of the catalogue's models, sorted."""
+    return sorted(entry.name.removesuffix(".json") for entry in _CATALOGUE.iterdir() if entry.name.endswith(".json"))
+
+
+def load_model(text: str) -> ModelShape:
+    """The model of that catalogue name, or the one that a `config.json`, or a folder holding one, describes.
+
+    Raises ValueError for a name that is not known (the known ones are listed, nearest first), for malformed JSON, and
+    for a config that is not understood; FileNotFoundError for a path that leads nowhere.
+    """
+    if text in model_names():
+        return _read((_CATALOGUE / f"{text}.json").read_text(encoding="utf-8"), text, f"catalogue model {text!r}")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        path = path / "config.json"
+    elif path.suffix != ".json" and len(path.parts) == 1 and not path.exists():
+        raise unknown_name("model", text, model_names())
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    return _read(path.read_text(encoding="utf-8"), name, str(path))
+
+
+def _read(document: str, name: str, origin: str) -> ModelShape:
+    try:
+        config = json.loads(document)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{origin} is not JSON: {error}") from None
+    match config:
+        case dict():
+            return ModelShape.from_hf_config(config, name)
+        case _:
+            raise ValueError(f"{origin} holds a JSON {type(config).__name__}; a config.json holds an object")

@@ -1,0 +1,221 @@
+"""Several policies in one model: by layer, by group of KV heads, by prompt length; and the one entry to a layer's plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+from policies.full import Full
+from policies.model import ModelShape
+from policies.plan import Buffer, Compute, Copy, Count, Op, Plan, Rows, Step, Work
+from policies.policy import Policy, Reuse
+
+DENSE = Full()
+
+
+class LayerPlan(NamedTuple):
+    """What one sequence stores and does on one layer in one step, and the policy that says so."""
+
+    policy: Policy
+    buffers: tuple[Buffer, ...]
+    ops: Plan
+    counts: tuple[Count, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByLayer(Policy):
+    """`parts` are (first layer, last layer, policy); every other layer has `otherwise`."""
+
+    name: ClassVar[str] = "by-layer"
+    paper: ClassVar[str] = "composition"
+
+    parts: tuple[tuple[int, int, Policy], ...]
+    otherwise: Policy
+
+    def __post_init__(self) -> None:
+        taken: set[int] = set()
+        for first, last, policy in self.parts:
+            if not 0 <= first <= last:
+                raise ValueError(f"layers={first}-{last} of {policy.name} must be a range such as 0-1")
+            if overlap := taken & set(range(first, last + 1)):
+                raise ValueError(f"layers={first}-{last} of {policy.name}: layer {min(overlap)} is taken by another part")
+            taken |= set(range(first, last + 1))
+
+    def part(self, layer: int) -> Policy:
+        """The policy of one layer."""
+        return next((policy for first, last, policy in self.parts if first <= layer <= last), self.otherwise)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByContext(Policy):
+    """`short` for prompts of fewer than `below_tokens`, `long` for the others."""
+
+    name: ClassVar[str] = "by-context"
+    paper: ClassVar[str] = "composition"
+
+    below_tokens: int
+    short: Policy
+    long: Policy
+
+    def __post_init__(self) -> None:
+        if self.below_tokens < 1:
+            raise ValueError(f"below={self.below_tokens} must be at least 1 token")
+
+    def part(self, prompt_tokens: int) -> Policy:
+        """The policy of a prompt."""
+        return self.short if prompt_tokens < self.below_tokens else self.long
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByHeads(Policy):
+    """`parts` are (number of KV heads, policy) from the first head on; together they cover every KV head of a layer.
+
+    Each part plans a sub-shape of the model; its names carry a prefix such as `h0.`. Under tensor parallelism a rank
+    holds the same share of each part.
+    """
+
+    name: ClassVar[str] = "by-heads"
+    paper: ClassVar[str] = "composition, as DuoAttention, Xiao et al. 2024, arXiv:2410.10819"
+
+    parts: tuple[tuple[int, Policy], ...]
+
+    def __post_init__(self) -> None:
+        for heads, policy in self.parts:
+            if heads < 1:
+                raise ValueError(f"heads of {policy.name} must be at least 1, not {heads}")
+
+    def split(self, model: ModelShape, step: Step, layer: int) -> tuple[tuple[str, ModelShape, Policy], ...]:
+        """For each part its prefix, its sub-shape and its policy on this layer; ValueError when heads do not add up."""
+        kv_heads, total = model.layers[layer].kv_heads, sum(heads for heads, _ in self.parts)
+        if total % kv_heads or any(heads * kv_heads % total for heads, _ in self.parts):
+            raise ValueError(f"head groups of {total} KV heads do not fit layer {layer}, which has {kv_heads}")
+        shapes = [model.with_kv_heads(heads * kv_heads // total) for heads, _ in self.parts]
+        return tuple(
+            (f"h{i}.", shape, resolve(policy, shape, step, layer))
+            for i, (shape, (_, policy)) in enumerate(zip(shapes, self.parts, strict=True))
+        )
+
+    def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
+        """All parts' buffers, each under its prefix."""
+        return tuple(
+            replace(buffer, name=prefix + buffer.name)
+            for prefix, shape, part in self.split(model, step, layer)
+            for buffer in part.buffers(shape, step, layer)
+        )
+
+    def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
+        """All parts' operations; `attend` is done when every part's is."""
+        split = self.split(model, step, layer)
+        return _joined([(prefix, part.prefill(shape, step, layer)) for prefix, shape, part in split])
+
+    def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
+        """All parts' operations; `attend` is done when every part's is."""
+        split = self.split(model, step, layer)
+        return _joined([(prefix, part.decode(shape, step, layer)) for prefix, shape, part in split])
+
+    def prefill_end(self, model: ModelShape, step: Step) -> Plan:
+        """All parts' whole-model work."""
+        layer = next((i for i, shape in enumerate(model.layers) if shape.kind == "full"), None)
+        if layer is None:
+            return ()
+        return tuple(
+            _prefixed(op, prefix)
+            for prefix, shape, part in self.split(model, step, layer)
+            for op in part.prefill_end(shape, step)
+        )
+
+    def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
+        """All parts' counts, each under its prefix."""
+        return tuple(
+            replace(count, name=prefix + count.name)
+            for prefix, shape, part in self.split(model, step, layer)
+            for count in part.counts(shape, step, layer)
+        )
+
+
+def resolve(policy: Policy, model: ModelShape, step: Step, layer: int) -> Policy:
+    """The policy that plans this layer: a part of a composition, or the dense cache where the policy has no say.
+
+    Raises ValueError for an MLA layer under a policy that needs keys per head.
+    """
+    while isinstance(policy, ByLayer | ByContext):
+        policy = policy.part(layer) if isinstance(policy, ByLayer) else policy.part(step.prompt_tokens)
+    shape = model.layers[layer]
+    if shape.kind not in policy.kinds:
+        if shape.kind == "mla":
+            raise ValueError(
+                f"{policy.name} needs keys per KV head, but layer {layer} of {model.name} caches an MLA latent; "
+                "use full or offload-all"
+            )
+        return DENSE
+    if shape.share_kv_with is not None or step.prompt_tokens < policy.minimum_prompt_tokens(model, layer):
+        return DENSE
+    return policy
+
+
+def plan_layer(policy: Policy, model: ModelShape, step: Step, layer: int) -> LayerPlan:
+    """One layer's plan for one step of one sequence: what both drivers walk."""
+    leaf = resolve(policy, model, step, layer)
+    ops = leaf.prefill(model, step, layer) if step.prefilling else leaf.decode(model, step, layer)
+    return LayerPlan(leaf, leaf.buffers(model, step, layer), ops, leaf.counts(model, step, layer))
+
+
+def plan_end(policy: Policy, model: ModelShape, step: Step) -> Plan:
+    """Whole-model work after the step's last layer, of every policy that has layers in the model."""
+    layers: dict[Policy, list[int]] = {}
+    for layer in range(model.n_layers):
+        layers.setdefault(resolve(policy, model, step, layer), []).append(layer)
+    ops: list[Op] = []
+    for leaf, members in layers.items():
+        own = tuple(replace(model.layers[i], share_kv_with=None) for i in members)
+        ops += leaf.prefill_end(replace(model, layers=own), step)
+    return tuple(ops)
+
+
+def reuse_of(policy: Policy) -> Reuse:
+    """What a prefix cache may keep: the least that any part of a composition allows."""
+    if isinstance(policy, ByLayer):
+        parts = [reuse_of(p) for *_, p in policy.parts] + [reuse_of(policy.otherwise)]
+    elif isinstance(policy, ByContext):
+        parts = [reuse_of(policy.short), reuse_of(policy.long)]
+    elif isinstance(policy, ByHeads):
+        parts = [reuse_of(p) for _, p in policy.parts]
+    else:
+        return policy.reuse
+    return max(parts, key=list(Reuse).index)
+
+
+def _joined(parts: Sequence[tuple[str, Plan]]) -> Plan:
+    ops = tuple(_prefixed(op, prefix) for prefix, plan in parts for op in plan)
+    # Every part writes its own heads of the output, so joining them moves nothing.
+    done = Compute(
+        name="attend", work=Work.ELEMENTWISE, after=tuple(f"{prefix}attend" for prefix, _ in parts), launches=0
+    )
+    return (*ops, done)
+
+
+def _prefixed(op: Op, prefix: str) -> Op:
+    def rows(r: Rows) -> Rows:
+        return Rows(r.fixed, tuple((prefix + name, k) for name, k in r.counts))
+
+    after = tuple(name if name.partition("@")[0] in ("qkv", "mlp") else prefix + name for name in op.after)
+    if isinstance(op, Copy):
+        return replace(
+            op,
+            name=prefix + op.name,
+            after=after,
+            src=prefix + op.src,
+            dst=prefix + op.dst,
+            rows=rows(op.rows),
+            ids=tuple(prefix + name for name in op.ids),
+        )
+    if isinstance(op, Compute):
+        return replace(
+            op,
+            name=prefix + op.name,
+            after=after,
+            rows=rows(op.rows),
+            reads=tuple(replace(a, buffer=prefix + a.buffer, rows=rows(a.rows)) for a in op.reads),
+            writes=tuple(replace(a, buffer=prefix + a.buffer, rows=rows(a.rows)) for a in op.writes),
+            draws=tuple(prefix + name for name in op.draws),
+        )
+    return replace(op, name=prefix + op.name, after=after)

@@ -1,0 +1,241 @@
+"""The shape of a decoder model: what its layers cache, weigh and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from policies.dtypes import check_dtype, row_bytes
+
+LAYER_KINDS = ("full", "sliding", "mla", "linear")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """One decoder layer: its attention, what that caches, and the weights of each part.
+
+    `kind` is `full`, `sliding` (a window, or local chunks), `mla` (one latent vector per token, which all heads share:
+    `kv_heads` is 1) or `linear` (a state of constant size: Mamba, gated delta net; `heads` are those of the state).
+    Norm weights count with `qkv_params` and `mlp_params`. `mlp_params` holds every routed expert, `mlp_active_params`
+    the ones that a single token uses.
+
+    Raises ValueError when the numbers contradict each other.
+    """
+
+    kind: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    window_tokens: int = 0
+    latent_dim: int = 0
+    state_elements: int = 0
+    share_kv_with: int | None = None
+    qkv_params: int
+    out_params: int
+    mlp_params: int
+    mlp_active_params: int
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_params: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in LAYER_KINDS:
+            raise ValueError(f"unknown layer kind {self.kind!r}; known: {', '.join(LAYER_KINDS)}")
+        for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        for kind, name in (("sliding", "window_tokens"), ("mla", "latent_dim"), ("linear", "state_elements")):
+            if (getattr(self, name) > 0) != (self.kind == kind):
+                raise ValueError(f"{name}={getattr(self, name)} in a {self.kind} layer; {kind} layers alone have it")
+        if not 0 <= self.experts_per_token <= self.experts:
+            raise ValueError(f"experts_per_token={self.experts_per_token} is not within 0 and experts={self.experts}")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def routed_params(self) -> int:
+        """Weights of all routed experts of the layer."""
+        return self.experts * self.expert_params
+
+    def experts_touched(self, tokens: int) -> float:
+        """Expected number of distinct experts that a batch of `tokens` uses, each token routed uniformly."""
+        if not self.experts:
+            return 0.0
+        return self.experts * (1 - (1 - self.experts_per_token / self.experts) ** tokens)
+
+    def mlp_params_touched(self, tokens: int) -> int:
+        """Weights of the MLP that a batch of `tokens` reads: the dense part and the experts touched."""
+        return self.mlp_params - self.routed_params + round(self.experts_touched(tokens) * self.expert_params)
+
+    def kv_bytes(self, tokens: int, kv_dtype: str, state_dtype: str) -> int:
+        """Bytes that this layer keeps for one sequence of `tokens`."""
+        if self.share_kv_with is not None:
+            return 0
+        if self.kind == "linear":
+            return row_bytes((self.state_elements,), state_dtype)
+        if self.kind == "mla":
+            return tokens * row_bytes((self.latent_dim,), kv_dtype)
+        token_bytes = row_bytes((self.kv_heads, self.head_dim), kv_dtype)
+        token_bytes += row_bytes((self.kv_heads, self.v_head_dim), kv_dtype)
+        return token_bytes * (min(tokens, self.window_tokens) if self.kind == "sliding" else tokens)
+
+    def with_heads(self, heads: int, kv_heads: int) -> LayerShape:
+        """The same attention with fewer heads; its weights shrink in proportion to the vectors they produce."""
+        before = self.heads * self.head_dim + self.kv_heads * (self.head_dim + self.v_head_dim)
+        after = heads * self.head_dim + kv_heads * (self.head_dim + self.v_head_dim)
+        return replace(
+            self,
+            heads=heads,
+            kv_heads=kv_heads,
+            state_elements=-(-self.state_elements * heads // self.heads),
+            qkv_params=-(-self.qkv_params * after // before),
+            out_params=-(-self.out_params * heads // self.heads),
+        )
+
+    def shard(self, tp: int) -> LayerShape:
+        """The part of one of `tp` tensor-parallel ranks; see `ModelShape.shard`."""
+        if self.heads % tp:
+            raise ValueError(f"tp={tp} does not divide the {self.heads} heads of a {self.kind} layer")
+        if self.kv_heads % tp and tp % self.kv_heads:
+            raise ValueError(f"tp={tp} neither divides nor is a multiple of the {self.kv_heads} KV heads")
+        attention = self.with_heads(self.heads // tp, max(1, self.kv_heads // tp))
+        expert_params = -(-self.expert_params // tp)
+        dense_params = -(-(self.mlp_params - self.routed_params) // tp)
+        return replace(
+            attention,
+            mlp_params=dense_params + self.experts * expert_params,
+            mlp_active_params=dense_params + self.experts_per_token * expert_params,
+            expert_params=expert_params,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A decoder model: its layers, its vocabulary and the types that it is stored in.
+
+    `head_params` are the weights that the logits read, tied or not; `params` counts a tied matrix once. `dtype` is
+    that of the activations and of linear layers' states, `kv_dtype` that of cached keys and values, `weight_dtype`
+    that of all weights but routed experts stored otherwise (`expert_dtype`: gpt-oss keeps them in mxfp4).
+
+    Raises ValueError for unknown dtypes, no layers, or a layer that shares the KV of one that stores none.
+    """
+
+    name: str
+    hidden_dim: int
+    vocab_size: int
+    max_positions: int
+    layers: tuple[LayerShape, ...]
+    embedding_params: int
+    head_params: int
+    params: int
+    dtype: str = "bf16"
+    kv_dtype: str = "bf16"
+    weight_dtype: str = "bf16"
+    expert_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for dtype in (self.dtype, self.kv_dtype, self.weight_dtype, self.expert_dtype or self.weight_dtype):
+            check_dtype(dtype)
+        if not self.layers:
+            raise ValueError(f"model {self.name!r} has no layers")
+        for index, layer in enumerate(self.layers):
+            source = layer.share_kv_with
+            if source is not None and not (0 <= source < index and self.layers[source].share_kv_with is None):
+                raise ValueError(f"layer {index} shares the KV of layer {source}; name an earlier layer that stores KV")
+
+    @classmethod
+    def from_hf_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
+        """The shape that a Hugging Face `config.json` describes; see `policies.hf_config.read`."""
+        from policies.hf_config import read  # hf_config builds ModelShape, so it cannot be imported above
+
+        return read(config, name)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def active_params(self) -> int:
+        """Weights that one token multiplies: the layers with their active experts, and the head."""
+        return self.head_params + sum(x.qkv_params + x.out_params + x.mlp_active_params for x in self.layers)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as stored."""
+        routed = sum(layer.routed_params for layer in self.layers)
+        return self.bytes_of(self.params - routed) + self.bytes_of(routed, self.expert_dtype)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of weights that computing logits reads."""
+        return self.bytes_of(self.head_params)
+
+    def bytes_of(self, params: int, dtype: str | None = None) -> int:
+        """Bytes of `params` weights stored in `dtype` (default: `weight_dtype`), in rows of `hidden_dim` elements."""
+        rows, rest = divmod(params, self.hidden_dim)
+        dtype = dtype or self.weight_dtype
+        return rows * row_bytes((self.hidden_dim,), dtype) + row_bytes((rest,), dtype)
+
+    def mlp_bytes_touched(self, layer: LayerShape, tokens: int) -> int:
+        """Bytes of MLP weights that a batch of `tokens` reads in `layer`."""
+        routed = round(layer.experts_touched(tokens) * layer.expert_params)
+        return self.bytes_of(layer.mlp_params - layer.routed_params) + self.bytes_of(routed, self.expert_dtype)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one more token adds to an unbounded cache: full and MLA layers only."""
+        growing = (layer for layer in self.layers if layer.kind in ("full", "mla"))
+        return sum(layer.kv_bytes(1, self.kv_dtype, self.dtype) for layer in growing)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes that one sequence of `tokens` keeps: windows capped, linear states constant, shared layers nothing."""
+        if tokens < 0:
+            raise ValueError(f"tokens={tokens} must be 0 or more")
+        return sum(layer.kv_bytes(tokens, self.kv_dtype, self.dtype) for layer in self.layers)
+
+    def shard(self, tp: int) -> ModelShape:
+        """One rank's part under tensor parallelism: heads, experts, MLP and vocabulary divided by `tp`.
+
+        KV heads are replicated once `tp` exceeds them, and an MLA latent always. Weights are divided with rounding up;
+        MLA's down-projections too, though engines replicate them (0.14 % of DeepSeek-V3).
+
+        Raises ValueError when `tp` does not divide the heads.
+        """
+        if tp < 1:
+            raise ValueError(f"tp={tp} must be at least 1")
+        layers = tuple(layer.shard(tp) for layer in self.layers)
+        outside = self.params - sum(_layer_params(layer) for layer in self.layers)
+        return replace(
+            self,
+            layers=layers,
+            embedding_params=-(-self.embedding_params // tp),
+            head_params=-(-self.head_params // tp),
+            params=-(-outside // tp) + sum(_layer_params(layer) for layer in layers),
+        )
+
+    def with_kv_heads(self, kv_heads: int) -> ModelShape:
+        """A head group: each layer with `kv_heads` KV heads and their query heads; MLP and vocabulary stay whole.
+
+        Raises ValueError when a layer has fewer KV heads than that. Linear layers, which cache no heads, stay as is.
+        """
+        least = min((layer.kv_heads for layer in self.layers if layer.kind != "linear"), default=0)
+        if not 1 <= kv_heads <= least:
+            raise ValueError(f"kv_heads={kv_heads} is not within 1 and the {least} KV heads of {self.name!r}")
+        layers = tuple(
+            layer if layer.kind == "linear" else layer.with_heads(kv_heads * layer.group, kv_heads)
+            for layer in self.layers
+        )
+        saved = sum(_layer_params(layer) for layer in self.layers) - sum(_layer_params(layer) for layer in layers)
+        return replace(self, layers=layers, params=self.params - saved)
+
+
+def _layer_params(layer: LayerShape) -> int:
+    return layer.qkv_params + layer.out_params + layer.mlp_params

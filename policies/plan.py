@@ -1,0 +1,315 @@
+"""The plan: what a policy stores, moves and computes, stated once and without torch.
+
+Two drivers walk a plan: the simulator charges each operation time, the runtime executes it.  Everything here is plain
+data, so a plan can be compared, hashed, printed and tested without a GPU.
+
+`Buffer`   what is stored, where, in rows; one row is one contiguous piece and bytes always derive from it.
+`Copy`     moves rows between two memory tiers; only the driver does that.
+`Compute`  works where the data is; reads and writes rows of buffers of its own tier.
+`Sync`     makes the host wait for the device, or the device for the host.
+`Count`    a number that data decide (cache misses, ragged selections), drawn by one `Compute` and used by later rows.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from functools import cached_property
+
+from policies.dtypes import row_bytes
+
+MODEL_OPS = ("qkv", "mlp")  # the model's own work in a layer, before and after the policy's; `attend` ends the policy's
+
+
+class Tier(StrEnum):
+    """A memory, named relative to the GPU that runs the sequence."""
+
+    HBM = "hbm"
+    DDR = "ddr"
+    NVME = "nvme"
+
+
+class Processor(StrEnum):
+    """Where a `Compute` runs; each processor reaches one tier."""
+
+    SM = "sm"
+    CPU = "cpu"
+
+    @property
+    def tier(self) -> Tier:
+        """The memory whose buffers this processor reads and writes."""
+        return Tier.HBM if self is Processor.SM else Tier.DDR
+
+
+class Engine(StrEnum):
+    """What moves the rows of a `Copy`: the copy engine, a zero-copy kernel on the SMs, or CPU threads."""
+
+    DMA = "dma"
+    GATHER = "gather"
+    CPU = "cpu"
+
+
+class Work(StrEnum):
+    """What kind of arithmetic a `Compute` does, which decides the rates that bound it."""
+
+    ATTENTION = "attention"  # scores, softmax and weighted values in one kernel
+    MATMUL = "matmul"  # dense products on the tensor cores
+    FACTOR = "factor"  # decompositions and clustering in fp32
+    ELEMENTWISE = "elementwise"  # reductions, copies within a tier, gathers
+    TOPK = "topk"  # `rows` are the elements that are searched
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of one sequence: `new_tokens` are processed while `past_tokens` are already held.
+
+    A step is prefill until the prompt is complete; each later step is decode. After the step the sequence holds
+    `tokens`, of which `generated_tokens` are its own output fed back.
+    """
+
+    prompt_tokens: int
+    past_tokens: int
+    new_tokens: int
+
+    @classmethod
+    def decoding(cls, prompt_tokens: int, generated_tokens: int) -> "Step":
+        """The decode step that feeds output token number `generated_tokens` (from 1) back into the model."""
+        return cls(prompt_tokens=prompt_tokens, past_tokens=prompt_tokens + generated_tokens - 1, new_tokens=1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held after the step."""
+        return self.past_tokens + self.new_tokens
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens held after the step that are not of the prompt."""
+        return max(0, self.past_tokens + self.new_tokens - self.prompt_tokens)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether this step still processes the prompt."""
+        return self.past_tokens < self.prompt_tokens
+
+    @property
+    def last_chunk(self) -> bool:
+        """Whether this step completes the prompt, so that what is built at its end is due."""
+        return self.past_tokens < self.prompt_tokens <= self.past_tokens + self.new_tokens
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether this one step processes the prompt from end to end, layer after layer."""
+        return self.past_tokens == 0 and self.last_chunk
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """`rows` contiguous pieces of shape `row_shape` in one tier, for one sequence.
+
+    `ring` = 0: every layer has its own; `ring` = k: k of them serve all layers in turn (staging). `view`: the bytes
+    belong to something that is counted elsewhere, an activation or another layer's cache.
+    """
+
+    name: str
+    tier: Tier
+    rows: int
+    row_shape: tuple[int, ...]
+    dtype: str = "bf16"
+    ring: int = 0
+    view: bool = False
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one row, quantisation scales included."""
+        return row_bytes(self.row_shape, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one instance of the buffer."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A number of rows: `fixed`, plus a coefficient for each named count (hits are `budget - miss`)."""
+
+    fixed: int = 0
+    counts: tuple[tuple[str, int], ...] = ()
+
+    def at(self, totals: Mapping[str, int]) -> int:
+        """The rows once every count, summed over KV heads, is known; raises KeyError for a count not given."""
+        return self.fixed + sum(coefficient * totals[name] for name, coefficient in self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Rows of one buffer that a `Compute` reads or writes; `scattered` rows lie at indices that data decide."""
+
+    buffer: str
+    rows: Rows
+    scattered: bool = False
+
+
+def part_of(rows: int, share: float) -> int:
+    """`share` of `rows` to the nearest whole row, halves up, in integer arithmetic on the decimal that `share` shows."""
+    exact = Fraction(str(share))
+    return (2 * rows * exact.numerator + exact.denominator) // (2 * exact.denominator)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Count:
+    """A count that data decide: per sequence and, `heads` times, per KV head.
+
+    The default distribution is a Beta of mean `share` and standard deviation `spread`, both as shares of `maximum`;
+    `source` says where it comes from. A recording replaces it.
+    """
+
+    name: str
+    heads: int
+    maximum: int
+    share: float
+    spread: float
+    source: str
+
+    def expected(self, share: float | None = None) -> int:
+        """The sum over heads at the mean, each head rounded to whole rows."""
+        return self.heads * part_of(self.maximum, self.share if share is None else share)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """Moves rows from a buffer of one tier to a buffer of another; performed by the driver, never by a policy.
+
+    `ids` names the buffers that hold source and destination slots; without it the rows are one contiguous run.
+    """
+
+    name: str
+    src: str
+    dst: str
+    rows: Rows
+    engine: Engine = Engine.DMA
+    ids: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """A kernel of `rows * flops_per_row` FLOPs that reads and writes rows of its processor's tier.
+
+    `after` names earlier operations of this layer, `op@-k` of the k-th layer before, or the model's own `qkv`, `mlp`;
+    nothing else orders two operations. `draws` names the counts that this kernel decides. `launches` is 0 for an
+    operation that shares the launch of the one before it.
+    """
+
+    name: str
+    work: Work
+    processor: Processor = Processor.SM
+    rows: Rows = Rows()
+    flops_per_row: int = 0
+    reads: tuple[Access, ...] = ()
+    writes: tuple[Access, ...] = ()
+    after: tuple[str, ...] = ()
+    draws: tuple[str, ...] = ()
+    launches: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sync:
+    """The host waits for the device before work that depends on data can be issued."""
+
+    name: str
+    after: tuple[str, ...] = ()
+
+
+Op = Copy | Compute | Sync
+Plan = tuple[Op, ...]
+
+
+def moved_bytes(plan: Plan, buffers: Iterable[Buffer], totals: Mapping[str, int]) -> Counter[tuple[Tier, Tier]]:
+    """Bytes per (source, destination) tier of one layer, given its counts: what both drivers must agree on."""
+    of = {b.name: b for b in buffers}
+    moved: Counter[tuple[Tier, Tier]] = Counter()
+    for op in plan:
+        if isinstance(op, Copy):
+            moved[of[op.src].tier, of[op.dst].tier] += op.rows.at(totals) * of[op.src].row_bytes
+    return moved
+
+
+def flops(plan: Plan, totals: Mapping[str, int]) -> int:
+    """FLOPs of one layer's plan, given its counts."""
+    return sum(op.rows.at(totals) * op.flops_per_row for op in plan if isinstance(op, Compute))
+
+
+def stored_bytes(layers: Sequence[Sequence[Buffer]]) -> Counter[Tier]:
+    """Bytes held per tier over all layers: a ring is held once, at its largest."""
+    held: Counter[Tier] = Counter()
+    rings: dict[tuple[Tier, str], int] = {}
+    for buffers in layers:
+        for b in buffers:
+            if b.view:
+                continue
+            if b.ring:
+                rings[b.tier, b.name] = max(rings.get((b.tier, b.name), 0), b.ring * b.nbytes)
+            else:
+                held[b.tier] += b.nbytes
+    for (tier, _), nbytes in rings.items():
+        held[tier] += nbytes
+    return held
+
+
+def check_plan(plan: Plan, buffers: Sequence[Buffer], counts: Sequence[Count] = ()) -> None:
+    """Raise ValueError, naming the operation, where a layer's plan breaks a rule of this module."""
+    of = {b.name: b for b in buffers}
+    if len(of) != len(buffers):
+        raise ValueError(f"two buffers share a name: {sorted(b.name for b in buffers)}")
+    known = {c.name for c in counts}
+    names = {op.name for op in plan} | set(MODEL_OPS)
+    seen = {"qkv"}
+    drawn: set[str] = set()
+    for op in plan:
+        if op.name in seen or op.name in MODEL_OPS:
+            raise ValueError(f"operation {op.name!r} occurs twice; names are unique within a layer")
+        for name in op.after:
+            base, _, back = name.partition("@")
+            if back and not (back.startswith("-") and back[1:].isdigit()):
+                raise ValueError(f"{op.name}: after {name!r} must be an earlier layer's operation, such as 'attend@-1'")
+            if base not in (names if back else seen):
+                raise ValueError(f"{op.name}: after {name!r} names no earlier operation of this layer")
+        if isinstance(op, Copy):
+            _check_copy(op, of)
+            used = {name for name, _ in op.rows.counts}
+        elif isinstance(op, Compute):
+            for access in (*op.reads, *op.writes):
+                if access.buffer not in of:
+                    raise ValueError(f"{op.name}: unknown buffer {access.buffer!r}")
+                if of[access.buffer].tier is not op.processor.tier:
+                    tier = of[access.buffer].tier
+                    raise ValueError(
+                        f"{op.name}: {op.processor} cannot reach {access.buffer!r} in {tier}; copy it first"
+                    )
+            if unknown := set(op.draws) - known:
+                raise ValueError(f"{op.name}: draws {sorted(unknown)}, which the policy does not declare")
+            used = {name for r in (op.rows, *(a.rows for a in (*op.reads, *op.writes))) for name, _ in r.counts}
+            used -= set(op.draws)
+            drawn |= set(op.draws)
+        else:
+            used = set()
+        if late := used - drawn:
+            raise ValueError(f"{op.name}: uses counts {sorted(late)} before any operation draws them")
+        seen.add(op.name)
+    if "attend" not in seen:
+        raise ValueError("the plan has no operation 'attend'; the model's mlp waits for it")
+
+
+def _check_copy(op: Copy, of: Mapping[str, Buffer]) -> None:
+    for name in (op.src, op.dst, *op.ids):
+        if name not in of:
+            raise ValueError(f"{op.name}: unknown buffer {name!r}")
+    src, dst = of[op.src], of[op.dst]
+    if src.row_bytes != dst.row_bytes:
+        raise ValueError(f"{op.name}: a row of {op.src!r} has {src.row_bytes} bytes, of {op.dst!r} {dst.row_bytes}")
+    if src.tier is dst.tier:
+        raise ValueError(
+            f"{op.name}: {op.src!r} and {op.dst!r} are both in {src.tier}; work within a tier is a Compute"
+        )

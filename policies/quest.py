@@ -1,0 +1,122 @@
+"""Quest: bounds on the keys of each page choose the pages that a query reads."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from policies.dense import activations, append, attend, causal_pairs
+from policies.model import ModelShape
+from policies.plan import Access, Buffer, Compute, Count, Plan, Rows, Step, Tier, Work
+from policies.policy import Policy, Reuse, at_least, multiple_of, one_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quest(Policy):
+    """Everything stays in HBM; each step reads the `budget_tokens` of pages whose score bound is highest.
+
+    The budget includes the last page, which is always read (the authors' kernel). `per="kv_head"` takes the largest
+    bound over the query heads of a group; `"query_head"` lets each choose, so a group reads the union of its choices.
+    """
+
+    name: ClassVar[str] = "quest"
+    paper: ClassVar[str] = "Quest, Tang et al. 2024, arXiv:2406.10774"
+    reuse: ClassVar[Reuse] = Reuse.BLOCKS
+
+    budget_tokens: int = 2048
+    page_tokens: int = 16
+    dense_layers: int = 2
+    per: str = "kv_head"
+
+    def __post_init__(self) -> None:
+        at_least(self, page_tokens=1, budget_tokens=1, dense_layers=0)
+        multiple_of(self, "budget_tokens", "page_tokens")
+        one_of(self, "per", "kv_head", "query_head")
+
+    def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
+        """`keys`, `values`: whole pages, one row per token and KV head; `bounds`: two key vectors per page and head."""
+        shape, pages = model.layers[layer], self._pages(step)
+        rows = shape.kv_heads * pages * self.page_tokens
+        stored = (
+            Buffer("keys", Tier.HBM, rows, (shape.head_dim,), model.kv_dtype),
+            Buffer("values", Tier.HBM, rows, (shape.v_head_dim,), model.kv_dtype),
+        )
+        if layer < self.dense_layers:
+            return (*activations(model, step, layer), *stored)
+        bounds = Buffer("bounds", Tier.HBM, shape.kv_heads * pages, (2, shape.head_dim), model.dtype)
+        if step.prefilling:
+            return (*activations(model, step, layer), *stored, bounds)
+        scores = Buffer("scores", Tier.HBM, shape.heads, (pages,), "fp32", ring=1)
+        return (*activations(model, step, layer), *stored, bounds, scores)
+
+    def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
+        """Dense; the bounds of the pages that the chunk touches are updated."""
+        pairs = causal_pairs(step.past_tokens, step.new_tokens)
+        return (*self._append(model, step, layer), self._read(model, step, layer, pairs, step.tokens))
+
+    def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
+        """Update the last page's bounds, score all pages, read the best; all of them while they fit the budget."""
+        shape, pages = model.layers[layer], self._pages(step)
+        head = self._append(model, step, layer)
+        if layer < self.dense_layers or pages <= self.budget_tokens // self.page_tokens:
+            return (*head, self._read(model, step, layer, step.tokens, step.tokens))
+        chosen = self.budget_tokens - self.page_tokens
+        last = step.tokens - (pages - 1) * self.page_tokens
+        score = Compute(
+            name="score",
+            work=Work.MATMUL,
+            rows=Rows(pages),
+            flops_per_row=4 * shape.heads * shape.head_dim,
+            reads=(Access("q", Rows(1)), Access("bounds", Rows(shape.kv_heads * pages))),
+            writes=(Access("scores", Rows(shape.heads)),),
+            after=("bound",),
+        )
+        select = Compute(
+            name="select",
+            work=Work.TOPK,
+            rows=Rows((shape.kv_heads if self.per == "kv_head" else shape.heads) * (pages - 1)),
+            reads=(Access("scores", Rows(shape.heads)),),
+            after=("score",),
+            draws=("union",) if self.per == "query_head" else (),
+        )
+        if self.per == "kv_head":
+            read = Rows(shape.kv_heads * (chosen + last))
+        else:
+            read = Rows(shape.kv_heads * last, (("union", self.page_tokens),))
+        keys_and_values = tuple(Access(name, read, scattered=True) for name in ("keys", "values"))
+        sparse = attend(shape, step, Rows(chosen + last), keys_and_values, after=("append", "select"))
+        return (*head, score, select, sparse)
+
+    def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
+        """`union`: pages that the query heads of a group choose between them."""
+        shape, pages = model.layers[layer], self._pages(step)
+        chosen = self.budget_tokens // self.page_tokens - 1
+        if step.prefilling or self.per == "kv_head" or layer < self.dense_layers or pages <= chosen + 1:
+            return ()
+        maximum = min(shape.group * chosen, pages - 1)
+        source = "assumption: the heads of a group share little; no published figure"
+        return (Count(name="union", heads=shape.kv_heads, maximum=maximum, share=0.75, spread=0.1, source=source),)
+
+    def _pages(self, step: Step) -> int:
+        return -(-step.tokens // self.page_tokens)
+
+    def _append(self, model: ModelShape, step: Step, layer: int) -> tuple[Compute, ...]:
+        shape = model.layers[layer]
+        new = append(step, ("keys", "values"), ("new_k", "new_v"), shape.kv_heads)
+        if layer < self.dense_layers:
+            return (new,)
+        touched = self._pages(step) - step.past_tokens // self.page_tokens
+        bound = Compute(
+            name="bound",
+            work=Work.ELEMENTWISE,
+            rows=Rows(step.new_tokens),
+            flops_per_row=2 * shape.kv_heads * shape.head_dim,
+            reads=(Access("new_k", Rows(step.new_tokens)),),
+            writes=(Access("bounds", Rows(shape.kv_heads * touched)),),
+            after=("qkv",),
+            launches=0,
+        )
+        return (new, bound)
+
+    def _read(self, model: ModelShape, step: Step, layer: int, pairs: int, tokens: int) -> Compute:
+        shape = model.layers[layer]
+        held = Rows(shape.kv_heads * tokens)
+        return attend(shape, step, Rows(pairs), (Access("keys", held), Access("values", held)))

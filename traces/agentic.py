@@ -1,0 +1,224 @@
+"""Coding-agent sessions with block ids (kv-cache-tester): the original archive, and a small packed form of it.
+
+In the source a session's block ids are numbered as they are first seen, so nearly every prompt is a few runs of
+consecutive ids. The packed form (.npz) stores those runs: 94 million ids in 165 thousand runs, and a part of the trace
+is expanded without the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traces.archive import members
+from traces.schema import Trace, TraceError, expand_runs
+
+STARTS = ("poisson", "together")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """When sessions start, which the source does not record: `poisson` at `session_rate_per_s`, or all `together`.
+
+    At the default rate the 710 sessions start within about four hours, several hundred running at a time.
+    """
+
+    start: str = "poisson"
+    session_rate_per_s: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS:
+            raise TraceError(f"start={self.start}: must be one of {', '.join(STARTS)}")
+        if not (math.isfinite(self.session_rate_per_s) and self.session_rate_per_s > 0):
+            raise TraceError(f"session_rate_per_s={self.session_rate_per_s}: must be finite and above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sessions:
+    """All requests in file order, those of sub-agents at their marker's place, with block ids as runs.
+
+    `time_s` counts from the session's start; `think_s` is NaN when unknown; request i has `runs[i]` runs of consecutive
+    ids, `run_length` ids from `run_start` on. Ids are local to the session.
+    """
+
+    session_names: NDArray[np.str_]
+    models: NDArray[np.str_]
+    block_tokens: NDArray[np.int64]
+    session: NDArray[np.int32]
+    model: NDArray[np.int32]
+    time_s: NDArray[np.float64]
+    think_s: NDArray[np.float64]
+    prompt_tokens: NDArray[np.int32]
+    output_tokens: NDArray[np.int32]
+    runs: NDArray[np.int32]
+    run_start: NDArray[np.int32]
+    run_length: NDArray[np.int32]
+
+    def save(self, path: Path) -> None:
+        """Write the packed form."""
+        np.savez_compressed(path, **asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Sessions:
+        """Read the packed form."""
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+                return cls(**{name: stored[name] for name in (column.name for column in fields(cls))})
+        except (KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            raise TraceError(f"{path}: truncated archive, or not packed agentic sessions ({error})") from error
+
+
+def to_trace(sessions: Sessions, options: Options, *, name: str, seed: int = 0, limit: int | None = None) -> Trace:
+    """The sessions' first `limit` requests as one trace: arrivals are open-loop, session start + recorded time.
+
+    Requests without output (failed or cut) are left out and counted. KV cannot be shared across models, so ids are
+    those of a (session, model).
+    """
+    started_s = np.zeros(len(sessions.session_names))
+    if options.start == "poisson":
+        gaps_s = np.random.default_rng(seed).exponential(1 / options.session_rate_per_s, len(started_s))
+        started_s = np.cumsum(gaps_s) - gaps_s[0]
+    arrival_s = started_s[sessions.session] + sessions.time_s
+    order = np.argsort(arrival_s, kind="stable")
+    served = order[sessions.output_tokens[order] > 0]
+    kept = served[:limit]
+    empty = len(order) - len(served)
+
+    first_id = _first_id(sessions)
+    first_run = np.cumsum(sessions.runs) - sessions.runs
+    run = expand_runs(first_run[kept], sessions.runs[kept])
+    starts = sessions.run_start[run] + np.repeat(first_id[kept], sessions.runs[kept])
+    lengths = sessions.run_length[run]
+    request = np.repeat(np.arange(len(kept)), sessions.runs[kept])
+    starts_note = (
+        f"Poisson at {options.session_rate_per_s:g}/s (seed {seed})" if options.start == "poisson" else "together"
+    )
+    return Trace.from_columns(
+        name=name,
+        arrival_s=arrival_s[kept],
+        prompt_tokens=sessions.prompt_tokens[kept],
+        output_tokens=sessions.output_tokens[kept],
+        session=sessions.session[kept],
+        think_s=sessions.think_s[kept],
+        block_tokens=int(sessions.block_tokens),
+        block_ids=expand_runs(starts.astype(np.int32), lengths),
+        block_counts=np.bincount(request, weights=lengths, minlength=len(kept)).astype(np.int64),
+        skipped_rows=empty,
+        notes=(
+            f"session starts are not recorded: {starts_note}; arrivals are open-loop, session start + recorded time",
+            f"{empty} requests of the archive produced no output and were skipped",
+        ),
+    )
+
+
+def _first_id(sessions: Sessions) -> NDArray[np.int64]:
+    """What to add to a request's local ids so that every (session, model) has a range of its own."""
+    space = sessions.session.astype(np.int64) * len(sessions.models) + sessions.model
+    used = np.zeros(len(sessions.session_names) * len(sessions.models), np.int64)
+    np.maximum.at(used, np.repeat(space, sessions.runs), sessions.run_start + sessions.run_length)
+    return np.asarray((np.cumsum(used) - used)[space])
+
+
+@dataclass(slots=True)
+class _Columns:
+    """The growing columns while an archive is read."""
+
+    session_names: list[str] = field(default_factory=list)
+    models: dict[str, int] = field(default_factory=dict)
+    rows: list[tuple[int, int, float, float, int, int, int]] = field(default_factory=list)
+    run_start: list[int] = field(default_factory=list)
+    run_length: list[int] = field(default_factory=list)
+    skipped_rows: int = 0
+
+
+def read_archive(path: Path) -> Sessions:
+    """The sessions of the source's tar archive (one JSON object a file), in the archive's order.
+
+    Raises TraceError for a truncated archive and for the first request that breaks a rule.
+    """
+    columns, block_tokens = _Columns(), set()
+    for member, text in members(path):
+        source = f"{path}/{member}"
+        try:
+            session = json.loads(text)
+            block_tokens.add(int(session["block_size"]))
+            requests = list(_requests(session["requests"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise TraceError(f"{source}: not an agentic session ({type(error).__name__}: {error})") from error
+        for number, (start_s, request) in enumerate(requests, 1):
+            _append(columns, request, start_s, source, number, session["block_size"])
+        columns.session_names.append(session["id"])
+    if len(block_tokens) != 1:
+        raise TraceError(f"{path}: block_size={sorted(block_tokens)}: must be one size in all sessions")
+    session_of, model, time_s, think_s, prompt, output, runs = zip(*columns.rows, strict=True)
+    return Sessions(
+        session_names=np.array(columns.session_names),
+        models=np.array(list(columns.models)),
+        block_tokens=np.array(block_tokens.pop()),
+        session=np.array(session_of, np.int32),
+        model=np.array(model, np.int32),
+        time_s=np.array(time_s),
+        think_s=np.array(think_s),
+        prompt_tokens=np.array(prompt, np.int32),
+        output_tokens=np.array(output, np.int32),
+        runs=np.array(runs, np.int32),
+        run_start=np.array(columns.run_start, np.int32),
+        run_length=np.array(columns.run_length, np.int32),
+    )
+
+
+def _requests(elements: Iterable[Any]) -> Iterator[tuple[float, Any]]:
+    """(seconds to add to the request's own time, request), sub-agents' requests in the place of their marker."""
+    for element in elements:
+        if element["type"] == "subagent":
+            yield from ((element["t"], request) for request in element["requests"])
+        else:
+            yield 0.0, element
+
+
+def _append(columns: _Columns, request: Any, start_s: float, source: str, number: int, block_tokens: int) -> None:
+    def require(name: str, good: bool, rule: str) -> None:
+        if not good:
+            raise TraceError.at(source, number, name, request.get(name), rule)
+
+    for name in ("in", "out"):
+        require(name, isinstance(request.get(name), int), "must be a whole number of tokens")
+    require("in", request["in"] >= 1, "must be at least 1")
+    require("out", request["out"] >= 0, "must not be negative")
+    for name in ("t", "think_time"):
+        value = request.get(name, math.nan if name == "think_time" else None)
+        good = isinstance(value, (int, float)) and (value >= 0 or math.isnan(value)) and not math.isinf(value)
+        require(name, good, "must be a finite number of seconds that is not negative")
+    ids = request.get("hash_ids")
+    whole = isinstance(ids, list) and set(map(type, ids)) <= {int} and min(ids, default=0) >= 0
+    require("hash_ids", whole, "must be a list of whole numbers that are not negative")
+    require(
+        "hash_ids", len(ids) == request["in"] // block_tokens, f"must have one id per full {block_tokens}-token block"
+    )
+
+    array = np.array(ids, np.int64)
+    breaks = np.flatnonzero(np.diff(array, prepend=-2) != 1)
+    columns.run_start.extend(array[breaks].tolist())
+    columns.run_length.extend(np.diff(breaks, append=len(array)).tolist())
+    # The first request of a session follows none: its recorded delay is no think time.
+    think_s = math.nan if number == 1 else request.get("think_time", math.nan)
+    model = columns.models.setdefault(str(request.get("model")), len(columns.models))
+    columns.rows.append(
+        (
+            len(columns.session_names),
+            model,
+            round(start_s + request["t"], 6),
+            think_s,
+            request["in"],
+            request["out"],
+            len(breaks),
+        )
+    )

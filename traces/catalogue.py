@@ -1,0 +1,156 @@
+"""The bundled traces by name, and `load`: a bundled name or a path, with options, to a Trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from traces import agentic, azure, mooncake, servegen, tabular
+from traces.archive import members
+from traces.options import parse_pairs, unknown
+from traces.schema import Trace, TraceError
+from traces.table import SUFFIXES, read_table
+
+OptionsT = TypeVar("OptionsT", mooncake.Options, agentic.Options, servegen.Options)
+
+ARCHIVES = (".tar", ".tar.gz", ".tar.xz")
+DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundled:
+    """A trace that comes with the package; `file` is below `traces/data`, beside its LICENSE."""
+
+    name: str
+    description: str
+    licence: str
+    attribution: str
+    file: str
+
+
+_MOONCAKE = "Qin et al., Mooncake, FAST 2025; kvcache-ai/Mooncake"
+_AZURE = "Azure public dataset, Azure LLM inference trace 2023; Patel et al., Splitwise, ISCA 2024"
+
+BUNDLED = (
+    Bundled(
+        name="mooncake-conversation",
+        description="12,031 requests of one hour of online chat, prefix hashes per 512-token block [spread_s]",
+        licence="Apache-2.0",
+        attribution=_MOONCAKE,
+        file="mooncake/conversation_trace.jsonl.gz",
+    ),
+    Bundled(
+        name="mooncake-synthetic",
+        description="3,993 long-context requests from public data sets, Poisson arrivals, prefix hashes [spread_s]",
+        licence="Apache-2.0",
+        attribution=_MOONCAKE,
+        file="mooncake/synthetic_trace.jsonl.gz",
+    ),
+    Bundled(
+        name="azure-2023-code",
+        description="8,819 requests of about an hour of a production code-completion service, no prefix data",
+        licence="CC-BY-4.0",
+        attribution=_AZURE,
+        file="azure-2023/AzureLLMInferenceTrace_code.csv.gz",
+    ),
+    Bundled(
+        name="azure-2023-conv",
+        description="19,366 requests of about an hour of a production chat service, no prefix data",
+        licence="CC-BY-4.0",
+        attribution=_AZURE,
+        file="azure-2023/AzureLLMInferenceTrace_conv.csv.gz",
+    ),
+    Bundled(
+        name="agentic-coding",
+        description="49,307 requests of 710 coding-agent sessions, hashes per 64 tokens [start, session_rate_per_s]",
+        licence="Apache-2.0",
+        attribution="callanjfox/kv-cache-tester",
+        file="agentic-coding/sessions.npz",
+    ),
+    Bundled(
+        name="servegen-deepseek-r1",
+        description="one day of a reasoning service, 73 clients as fitted models to sample [start_s, span_s, clients]",
+        licence="Apache-2.0",
+        attribution="Xiang et al., ServeGen, 2025 (arXiv 2505.09999); alibaba/ServeGen",
+        file="servegen/deepseek-r1.tar.xz",
+    ),
+)
+
+
+def names() -> list[Bundled]:
+    """The bundled traces, each with a one-line description (its options in brackets), licence and attribution."""
+    return list(BUNDLED)
+
+
+def load(text: str, *, limit: int | None = None, seed: int = 0, skip_bad_rows: bool = False) -> Trace:
+    """The trace that the text names: a bundled name or a path, either followed by `:key=value,key=value` options.
+
+    A path's format is told from its columns (or members): Mooncake, Azure, plain table, ServeGen or agentic archive.
+    `limit` keeps the first requests by arrival; `seed` drives what is sampled. Raises TraceError for an unknown name or
+    option and for a malformed file, whose bad rows `skip_bad_rows` counts instead.
+    """
+    if limit is not None and limit < 1:
+        raise TraceError(f"limit={limit}: must be at least 1 request, or None for all")
+    path, name, options = _resolve(text)
+    if path.suffix == ".npz":
+        sessions = agentic.Sessions.read(path)
+        return agentic.to_trace(sessions, _options(agentic.Options, options), name=name, seed=seed, limit=limit)
+    if path.name.endswith(ARCHIVES):
+        if skip_bad_rows:
+            raise TraceError(f"{path}: skip_bad_rows is for tables of requests; archives are read whole or not at all")
+        return _load_archive(path, name, options, seed=seed, limit=limit)
+    trace = _load_table(path, name, options, seed=seed, skip_bad_rows=skip_bad_rows)
+    return trace if limit is None else trace.head(limit)
+
+
+def _resolve(text: str) -> tuple[Path, str, str]:
+    """(file, name of the trace, options text)."""
+    head, _, options = (text, "", "") if Path(text).exists() else text.partition(":")
+    files = {bundled.name: DATA / bundled.file for bundled in BUNDLED}
+    if head in files:
+        return files[head], head, options
+    path = Path(head)
+    if not path.exists():
+        if path.parent != Path() or path.name.endswith((*SUFFIXES, *ARCHIVES, ".npz")):
+            raise TraceError(f"{head}: no such file; give a path, or one of {', '.join(files)}")
+        raise unknown("trace", head, files)
+    return path, path.name, options
+
+
+def _load_archive(path: Path, name: str, options: str, *, seed: int, limit: int | None) -> Trace:
+    first, _ = next(members(path), ("", ""))
+    if servegen.MEMBER.search(first):
+        chosen = _options(servegen.Options, options)
+        return servegen.to_trace(servegen.read_clients(path), chosen, name=name, seed=seed, limit=limit)
+    if not first.endswith(".json"):
+        raise TraceError(f"{path}/{first}: unknown archive; holds neither ServeGen chunks nor agentic sessions (.json)")
+    given = _options(agentic.Options, options)
+    return agentic.to_trace(agentic.read_archive(path), given, name=name, seed=seed, limit=limit)
+
+
+def _load_table(path: Path, name: str, options: str, *, seed: int, skip_bad_rows: bool) -> Trace:
+    table = read_table(path, skip_bad_rows=skip_bad_rows)
+    columns = set(table.columns)
+    if columns >= set(mooncake.COLUMNS.required):
+        spread = _options(mooncake.Options, options)
+        return mooncake.load(table, spread, name=name, seed=seed, skip_bad_rows=skip_bad_rows)
+    parse_pairs(options, {}, f"{name} option")
+    if columns >= set(azure.COLUMNS):
+        return azure.load(table, name=name, skip_bad_rows=skip_bad_rows)
+    if columns >= set(tabular.PLAIN.required):
+        return tabular.from_table(table, name=name, skip_bad_rows=skip_bad_rows)
+    known = (tabular.PLAIN.required, mooncake.COLUMNS.required, azure.COLUMNS)
+    nearest = max(known, key=lambda required: len(columns & set(required)))
+    missing = [column for column in nearest if column not in columns]
+    raise TraceError(
+        f"{path}: missing column {', '.join(missing)}; it has {', '.join(sorted(columns)) or 'none'}; "
+        f"a trace has {' or '.join('/'.join(required) for required in known)}"
+    )
+
+
+def _options(kind: type[OptionsT], text: str) -> OptionsT:
+    """The loader's options from their text; each field is read by its own type."""
+    readers: dict[str, Callable[[str], Any]] = {option.name: type(option.default) for option in fields(kind)}
+    return kind(**parse_pairs(text, readers, "trace option"))

@@ -1,0 +1,157 @@
+"""Checks a table's cells column by column and keeps the rows that pass: one rule, one message, for every format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traces.schema import Codes, Floats, Ints, TraceError
+from traces.table import Table
+
+_MAX_WHOLE = 2**53  # whole numbers up to here are exact in a float64
+_INT32_MAX = 2**31 - 1
+
+
+class Rows:
+    """The rows of one table under check: columns are read, each noting its bad rows, then `keep` gives the good ones.
+
+    With `skip_bad_rows` bad rows are counted, without it `keep` raises TraceError for the first one.
+    """
+
+    def __init__(self, table: Table, *, skip_bad_rows: bool) -> None:
+        self.table = table
+        self._skip = skip_bad_rows
+        self._good = np.ones(len(table.lines), np.bool_)
+        self._first: tuple[int, str, str] | None = None
+
+    def has(self, field: str) -> bool:
+        """Whether the table has this column."""
+        return field in self.table.columns
+
+    def reject(self, field: str, bad: NDArray[np.bool_], rule: str) -> None:
+        """Mark rows as bad because their `field` breaks the rule."""
+        if not bad.any():
+            return
+        row = int(np.argmax(bad))
+        if self._first is None or row < self._first[0]:
+            self._first = (row, field, rule)
+        self._good &= ~bad
+
+    def numbers(self, field: str) -> Floats:
+        """The column as float64, NaN where a cell is no number."""
+        cells = self.table.columns[field]
+        try:
+            kinds = set(map(type, cells))
+            if kinds <= {int, float} or (self.table.is_text and kinds == {str}):
+                return np.asarray(cells).astype(np.float64)
+        except (ValueError, OverflowError):
+            pass  # some cell is no number: find out which
+        return np.array([self._number(cell) for cell in cells])
+
+    def _number(self, cell: object) -> float:
+        is_number = isinstance(cell, (int, float)) and not isinstance(cell, bool)
+        if not is_number and not (self.table.is_text and isinstance(cell, str)):
+            return math.nan
+        try:
+            return float(cell)  # type: ignore[arg-type]
+        except (ValueError, OverflowError):
+            return math.nan
+
+    def seconds(self, field: str, *, blank: bool = False, unit_s: float = 1.0) -> Floats:
+        """Finite times that are not negative; a blank cell is NaN where that is allowed."""
+        values = self.numbers(field)
+        bad = ~(np.isfinite(values) & (values >= 0))
+        if blank:
+            bad &= ~self._blank(field)
+        self.reject(field, bad, "must be a finite number that is not negative")
+        return values if unit_s == 1.0 else values * unit_s
+
+    def whole(self, field: str, *, minimum: int) -> Ints:
+        """Whole numbers from `minimum` on."""
+        values = self.numbers(field)
+        with np.errstate(invalid="ignore"):
+            good = (values >= minimum) & (values <= _MAX_WHOLE) & (np.floor(values) == values)
+        self.reject(field, ~good, f"must be a whole number of at least {minimum}; correct or skip the row")
+        return np.where(good, values, minimum).astype(np.int64)
+
+    def labels(self, field: str) -> tuple[Codes, tuple[str, ...]]:
+        """Names as codes in order of first appearance; a blank cell is named "default"."""
+        names = ["default" if cell in (None, "") else str(cell) for cell in self.table.columns[field]]
+        known = {name: code for code, name in enumerate(dict.fromkeys(names))}
+        return np.array([known[name] for name in names], np.int32), tuple(known)
+
+    def sessions(self, field: str) -> Codes:
+        """Session numbers: whole numbers are kept, other names are numbered by first appearance, blank is -1."""
+        cells = ["" if cell is None else str(cell) for cell in self.table.columns[field]]
+        if all(cell == "" or (cell.isdecimal() and int(cell) <= _INT32_MAX) for cell in cells):
+            return np.array([int(cell) if cell else -1 for cell in cells], np.int32)
+        known = {name: code for code, name in enumerate(name for name in dict.fromkeys(cells) if name)}
+        return np.array([known.get(cell, -1) for cell in cells], np.int32)
+
+    def block_ids(self, field: str, prompt_tokens: Ints, block_tokens: int) -> tuple[Codes, Ints]:
+        """(ids of all rows, ids per row): one id per block of the prompt, the partial last block with or without.
+
+        Read this column last: only rows good so far are kept. Ids that do not fit 32 bits are renumbered from 0.
+        """
+        read = [_ids(cell) for cell in self.table.columns[field]]
+        self.reject(
+            field,
+            np.array([ids is None for ids in read]),
+            "must be whole numbers that are not negative, in prompt order",
+        )
+        ids = [np.empty(0, np.int64) if ids is None else ids for ids in read]
+        counts = np.array([len(row) for row in ids])
+        full, ceiling = prompt_tokens // block_tokens, -(-prompt_tokens // block_tokens)
+        rule = (
+            f"must have one id for each {block_tokens}-token block of the prompt; check the block size and the prompt"
+        )
+        self.reject(field, (counts < full) | (counts > ceiling), rule)
+        keep = np.flatnonzero(self._good)
+        flat = np.concatenate([np.empty(0, np.int64), *(ids[row] for row in keep)])
+        if len(flat) and flat.max() > _INT32_MAX:
+            flat = np.unique(flat, return_inverse=True)[1]
+        return flat.astype(np.int32), counts[keep]
+
+    def keep(self) -> NDArray[np.bool_]:
+        """The good rows; raises TraceError for the first bad one unless bad rows are skipped, and when none is good."""
+        if self._first is not None and not self._skip:
+            row, field, rule = self._first
+            cell = self.table.columns[field][row]
+            raise TraceError.at(self.table.source, self.table.lines[row], field, cell, rule)
+        if not self._good.any():
+            raise TraceError(f"{self.table.source}: empty trace: all {len(self._good)} rows are bad and were skipped")
+        return self._good
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows left out so far, unreadable ones included."""
+        return self.table.skipped_rows + int(np.count_nonzero(~self._good))
+
+    def _blank(self, field: str) -> NDArray[np.bool_]:
+        return np.array([cell is None or cell == "" for cell in self.table.columns[field]])
+
+
+def ignored_columns_note(table: Table, used: Sequence[str]) -> tuple[str, ...]:
+    """A note naming the columns that were not read, if any."""
+    extra = [name for name in table.columns if name not in used]
+    return (f"columns not read: {', '.join(extra)}",) if extra else ()
+
+
+def _ids(cell: Any) -> Ints | None:
+    """One row's block ids (JSON list, Parquet array, or text separated by spaces), None when they are not ids."""
+    try:
+        if isinstance(cell, str):
+            ids = np.array(list(map(int, cell.split())), dtype=np.int64)
+        elif isinstance(cell, np.ndarray) and cell.dtype.kind in "iu":
+            ids = cell.astype(np.int64)
+        elif isinstance(cell, list) and set(map(type, cell)) <= {int}:
+            ids = np.array(cell, dtype=np.int64)
+        else:
+            return None
+    except (ValueError, OverflowError):
+        return None
+    return ids if not len(ids) or ids.min() >= 0 else None

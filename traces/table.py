@@ -1,0 +1,124 @@
+"""Reads a CSV, JSON-lines or Parquet file (text also gzipped) into named columns that remember their line numbers."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TextIO
+
+from traces.archive import whole_file
+from traces.schema import TraceError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+_MAX_CELL_CHARS = 1 << 30
+
+
+@dataclass(kw_only=True, slots=True)
+class Table:
+    """Cells by column, as the file has them: text (CSV), JSON values or Parquet values; None where a row has no cell.
+
+    `lines` holds each row's line (CSV, JSON lines; the last one of a quoted cell) or row number from 1 (Parquet).
+    """
+
+    source: str
+    is_text: bool = False
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    lines: list[int] = field(default_factory=list)
+    skipped_rows: int = 0
+
+
+def read_table(path: Path, *, skip_bad_rows: bool = False) -> Table:
+    """The columns of the file; raises TraceError for a broken file, or row unless those are skipped and counted."""
+    if not path.name.endswith(SUFFIXES):
+        raise TraceError(f"{path}: unknown file type; use one of {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        table = _read_parquet(path)
+    else:
+        with whole_file(path), _open_text(path) as lines:
+            read = _read_csv if ".csv" in path.suffixes else _read_jsonl
+            table = read(lines, str(path), skip_bad_rows)
+    if not table.lines:
+        raise TraceError(f"{path}: empty trace: no rows were read ({table.skipped_rows} skipped); needs at least one")
+    return table
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _read_csv(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
+    table = Table(source=source, is_text=True)
+    former_limit = csv.field_size_limit(_MAX_CELL_CHARS)  # block ids of one long prompt pass csv's 128 KiB
+    try:
+        reader = csv.reader(lines, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+        repeated = sorted({name for name in header if header.count(name) > 1})
+        if repeated:
+            raise TraceError.at(source, 1, "header", ",".join(repeated), "column given twice; keep one")
+        rows = []
+        for row in reader:
+            if len(row) == len(header):
+                rows.append(row)
+                table.lines.append(reader.line_num)
+            elif row and skip_bad_rows:
+                table.skipped_rows += 1
+            elif row:
+                rule = f"must have the header's {len(header)} cells; complete the row or skip bad rows"
+                raise TraceError.at(source, reader.line_num, "cells", len(row), rule)
+        table.columns = {name: list(cells) for name, cells in zip(header, zip(*rows, strict=True), strict=False)}
+    except csv.Error as error:
+        raise TraceError(f"{source}:{reader.line_num}: not CSV: {error}") from error
+    finally:
+        csv.field_size_limit(former_limit)
+    return table
+
+
+def _read_jsonl(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
+    table = Table(source=source)
+    for number, line in enumerate(lines, 1):
+        if line.isspace():
+            continue
+        try:
+            row, fault = json.loads(line), "it is another JSON value"
+        except (ValueError, RecursionError) as error:
+            row, fault = None, str(error)
+        if not isinstance(row, dict):
+            if not skip_bad_rows:
+                raise TraceError.at(source, number, "row", line.strip(), f"must be a JSON object; {fault}")
+            table.skipped_rows += 1
+            continue
+        for key, value in row.items():
+            cells = table.columns.setdefault(key, [])
+            cells.extend([None] * (len(table.lines) - len(cells)))
+            cells.append(value)
+        table.lines.append(number)
+    for cells in table.columns.values():
+        cells.extend([None] * (len(table.lines) - len(cells)))
+    return table
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow as pa  # heavy, and absent on machines that only need text traces
+    import pyarrow.parquet as pq
+
+    try:
+        stored = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise TraceError(f"{path}: not a whole Parquet file: {error}") from error
+    table = Table(source=str(path), lines=list(range(1, stored.num_rows + 1)))
+    for name, column in zip(stored.column_names, stored.columns, strict=True):
+        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+            # Views into one array: a list of Python integers would take eight times the memory.
+            whole = column.combine_chunks()
+            values, offsets = whole.values.to_numpy(zero_copy_only=False), whole.offsets.to_numpy()
+            table.columns[name] = [values[a:b] for a, b in pairwise(offsets)]
+        else:
+            table.columns[name] = column.to_pylist()
+    return table

@@ -1,0 +1,114 @@
+"""Writes a trace as JSON lines, CSV (each also gzipped) or Parquet, so that reading it back loses no request data."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from traces import mooncake, tabular
+from traces.schema import Trace, TraceError
+from traces.table import SUFFIXES
+
+
+def write(trace: Trace, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write the trace to a path ending in .jsonl, .csv (or either with .gz) or .parquet, whole or not at all.
+
+    JSON lines take Mooncake's column names when every arrival is a whole number of milliseconds, so that a Mooncake
+    trace comes back byte for byte; otherwise all formats have the columns of `traces.tabular`. Columns without content
+    are left out. Raises TraceError for another ending, and for an existing file unless `overwrite`.
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        raise TraceError(f"{path}: unknown file type; use one of {', '.join(SUFFIXES)}")
+    if path.exists() and not overwrite:
+        raise TraceError(f"{path}: exists already; choose another name, or say overwrite")
+    with _replacing(path) as stream:
+        if path.suffix == ".parquet":
+            _write_parquet(trace, stream)
+        elif path.suffix == ".gz":
+            with gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0) as packed:
+                _write_text(trace, packed, path.suffixes[-2])
+        else:
+            _write_text(trace, stream, path.suffix)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream to a temporary neighbour of `path` that takes its place only when all was written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_text(trace: Trace, stream: Any, suffix: str) -> None:
+    with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+        if suffix == ".csv":
+            _write_csv(trace, text)
+        else:
+            _write_jsonl(trace, text)
+
+
+def _write_csv(trace: Trace, text: io.TextIOWrapper) -> None:
+    columns = _columns(trace, tabular.PLAIN)
+    if "hash_ids" in columns:
+        columns["hash_ids"] = (" ".join(map(str, ids.tolist())) for ids in columns["hash_ids"])
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+
+
+def _write_jsonl(trace: Trace, text: io.TextIOWrapper) -> None:
+    milliseconds = np.round(trace.arrival_s * mooncake.COLUMNS.units_per_s)
+    if (milliseconds / mooncake.COLUMNS.units_per_s == trace.arrival_s).all():
+        columns = _columns(trace, mooncake.COLUMNS)
+        columns["timestamp"] = milliseconds.astype(np.int64).tolist()
+        if trace.block_tokens == mooncake.BLOCK_TOKENS:
+            del columns["block_tokens"]
+    else:
+        columns = _columns(trace, tabular.PLAIN)
+    if "hash_ids" in columns:
+        columns["hash_ids"] = (ids.tolist() for ids in columns["hash_ids"])
+    rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    text.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _write_parquet(trace: Trace, stream: IO[bytes]) -> None:
+    import pyarrow as pa  # heavy, and absent on machines that only need text traces
+    import pyarrow.parquet as pq
+
+    columns = _columns(trace, tabular.PLAIN)
+    if "hash_ids" in columns:
+        columns["hash_ids"] = pa.LargeListArray.from_arrays(trace.block_offsets, trace.block_ids)
+    pq.write_table(pa.table(columns), stream, compression="zstd")
+
+
+def _columns(trace: Trace, names: tabular.Columns) -> dict[str, Any]:
+    """The trace's columns under these names, unknown think times as None, block ids as arrays; empty ones left out."""
+    columns: dict[str, Any] = {
+        names.arrival: trace.arrival_s.tolist(),
+        names.prompt: trace.prompt_tokens.tolist(),
+        names.output: trace.output_tokens.tolist(),
+    }
+    if trace.tenants != ("default",):
+        columns["tenant"] = [trace.tenants[code] for code in trace.tenant.tolist()]
+    if (trace.session >= 0).any():
+        columns["session"] = [code if code >= 0 else None for code in trace.session.tolist()]
+    if not np.isnan(trace.think_s).all():
+        columns["think_s"] = [None if np.isnan(think) else think for think in trace.think_s.tolist()]
+    if trace.block_tokens:
+        columns["block_tokens"] = [trace.block_tokens] * len(trace)
+        columns["hash_ids"] = [trace.blocks(i) for i in range(len(trace))]
+    return columns
