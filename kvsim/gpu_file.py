@@ -48,6 +48,13 @@ def _cost(value: object) -> object:
     return figure
 
 
+def _fraction(value: object) -> object:
+    figure = _cost(value)
+    if isinstance(figure, float) and figure > 1:
+        raise ValueError("must be between 0 and 1")
+    return figure
+
+
 def _negative(figure: object) -> bool:
     number = figure.of_datasheet if isinstance(figure, Share) else figure
     return isinstance(number, float) and number < 0
@@ -55,6 +62,7 @@ def _negative(figure: object) -> bool:
 
 _Rate = Annotated[Figure, BeforeValidator(_rate)]
 _Cost = Annotated[Figure, BeforeValidator(_cost)]
+_Fraction = Annotated[Figure, BeforeValidator(_fraction)]
 
 
 class Figures(BaseModel):
@@ -77,7 +85,7 @@ class Figures(BaseModel):
     pcie_d2h_Bps: _Rate | None = None
     pcie_latency_s: _Cost | None = None
     gather_curve: Annotated[dict[Annotated[int, Field(gt=0)], _Rate], Field(min_length=1)] | None = None
-    gather_sm_share: _Cost | None = None
+    gather_sm_share: _Fraction | None = None
     nvlink_Bps: _Cost | None = None
     nvlink_latency_s: _Cost | None = None
 
@@ -139,6 +147,8 @@ def _number(figure: Figure, field: str, peak: Figure | None) -> float:
         return figure
     if peak is None or isinstance(peak, Share):
         raise ValueError(f"{field} is a percentage, but the datasheet gives no absolute figure for it")
+    if peak == 0:
+        raise ValueError(f"{field} is a percentage of the datasheet's 0; write the figure itself")
     return figure.of_datasheet * peak
 
 

@@ -58,7 +58,7 @@ class Rates:
             raise ValueError(f"this GPU has no GEMM rate for dtype {dtype!r}; it has {', '.join(rates)}")
         return rates[dtype]
 
-    def gather_Bps(self, row_bytes: int) -> float:  # noqa: N802 - the unit is written Bps
+    def gather_Bps(self, row_bytes: int) -> float:
         """Rate at which a kernel reads rows of `row_bytes` straight from pinned host memory."""
         return interpolate(self.gather_curve, row_bytes)
 
@@ -120,7 +120,7 @@ class Host:
             if name not in names:
                 raise ValueError(f"sources.{name} names no figure of a host")
 
-    def random_Bps(self, row_bytes: int) -> float:  # noqa: N802 - the unit is written Bps
+    def random_Bps(self, row_bytes: int) -> float:
         """Rate at which all cores together read scattered rows of `row_bytes`."""
         return interpolate(self.random_curve, row_bytes)
 

@@ -68,7 +68,7 @@ class Clock:
         self._prices: dict[int, Prices] = {}
         self._kept: list[Structure] = []  # ids above stay valid while these live
         self._shapes: list[LayerShape] = list(dict.fromkeys(model.layers))
-        self._model_times: dict[int, tuple[list[float], Floats]] = {}
+        self._model_times: dict[int, tuple[list[float], Floats, int]] = {}
 
     def traffic(self, load: Load) -> Vector:
         """Bytes per link of LINKS that a load moves, over all layers."""
@@ -79,7 +79,7 @@ class Clock:
 
         Every layer runs for `tokens` new tokens under `loads`, then the head for `logits` rows.
         """
-        model_times, busy = self._model(tokens)
+        model_times, busy, _ = self._model(tokens)
         head_s = self.machine.head_s(self.model, logits) if logits else 0.0
         busy = busy.copy()
         busy[SM] += head_s
@@ -98,11 +98,11 @@ class Clock:
         program = self._program([load.structure for load in loads])
         return _run(program, times) + head_s, busy
 
-    def _model(self, tokens: int) -> tuple[list[float], Floats]:
+    def _model(self, tokens: int) -> tuple[list[float], Floats, int]:
         found = self._model_times.get(tokens)
         if found is None:
             model, machine = self.model, self.machine
-            times, busy = [0.0], np.zeros(len(BUSY))
+            times, busy, weights = [0.0], np.zeros(len(BUSY)), 0
             reduce_s = machine.allreduce_s(model, tokens)
             for shape in self._shapes:
                 parts = machine.layer_s(model, shape, tokens)
@@ -110,9 +110,10 @@ class Clock:
                 n = model.layers.count(shape)
                 busy[SM] += n * sum(parts)
                 busy[NVLINK] += n * 2 * reduce_s
-                busy[HBM] += n * model_bytes(model, shape, tokens) / machine.gpu.rates.hbm_Bps
+                weights += n * model_bytes(model, shape, tokens)
+            busy[HBM] = weights / machine.gpu.rates.hbm_Bps
             busy[WORK] = 2 * (model.active_params - model.head_params) * tokens / machine.gpu.rates.flops("bf16")
-            found = self._model_times[tokens] = (times, busy)
+            found = self._model_times[tokens] = (times, busy, weights)
         return found
 
     def prices(self, structure: Structure) -> Prices:
@@ -140,8 +141,7 @@ class Clock:
 
     def weight_bytes(self, tokens: int, logits: int) -> int:
         """Bytes of weights that one iteration reads."""
-        head = self.model.head_bytes if logits else 0
-        return head + sum(model_bytes(self.model, layer, tokens) for layer in self.model.layers)
+        return self._model(tokens)[2] + (self.model.head_bytes if logits else 0)
 
     def _program(self, structures: Sequence[Structure]) -> Program:
         key = tuple(id(s) for s in structures)

@@ -37,7 +37,9 @@ class ByLayer(Policy):
             if not 0 <= first <= last:
                 raise ValueError(f"layers={first}-{last} of {policy.name} must be a range such as 0-1")
             if overlap := taken & set(range(first, last + 1)):
-                raise ValueError(f"layers={first}-{last} of {policy.name}: layer {min(overlap)} is taken by another part")
+                raise ValueError(
+                    f"layers={first}-{last} of {policy.name}: layer {min(overlap)} is taken by another part"
+                )
             taken |= set(range(first, last + 1))
 
     def part(self, layer: int) -> Policy:

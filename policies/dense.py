@@ -15,8 +15,12 @@ def windowed_pairs(past_tokens: int, new_tokens: int, window_tokens: int) -> int
     return causal_pairs(past_tokens, inside) + (new_tokens - inside) * window_tokens
 
 
-def pair_flops(layer: LayerShape) -> int:
+def pair_flops(layer: LayerShape, step: Step) -> int:
     """FLOPs of one query-key pair over all query heads: the score and the weighted value."""
+    if layer.kind == "mla" and not step.prefilling:
+        # Absorbed form: scores over the whole latent, values over its part without the rotary dimensions.
+        rope_dim = layer.head_dim - layer.v_head_dim
+        return 2 * layer.heads * (2 * layer.latent_dim - rope_dim)
     return 2 * layer.heads * (layer.head_dim + layer.v_head_dim)
 
 
@@ -43,7 +47,11 @@ def activations(model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]
 
 
 def append(
-    step: Step, into: tuple[str, ...] = ("kv",), new: tuple[str, ...] = ("new_kv",), per_token: int = 1
+    step: Step,
+    into: tuple[str, ...] = ("kv",),
+    new: tuple[str, ...] = ("new_kv",),
+    per_token: int = 1,
+    after: tuple[str, ...] = (),
 ) -> Compute:
     """Write the new tokens' rows into the cache, `per_token` cache rows each (quantising where its dtype says so)."""
     rows = step.new_tokens
@@ -52,7 +60,7 @@ def append(
         work=Work.ELEMENTWISE,
         reads=tuple(Access(name, Rows(rows)) for name in new),
         writes=tuple(Access(name, Rows(rows * per_token)) for name in into),
-        after=("qkv",),
+        after=("qkv", *after),
     )
 
 
@@ -65,7 +73,6 @@ def attend(
     name: str = "attend",
     after: tuple[str, ...] = ("append",),
     out: str = "out",
-    out_rows: int | None = None,
 ) -> Compute:
     """Exact attention of the step's queries over the rows that `reads` names, `pairs` query-key pairs in all."""
     new = step.new_tokens
@@ -73,9 +80,9 @@ def attend(
         name=name,
         work=Work.ATTENTION,
         rows=pairs,
-        flops_per_row=pair_flops(layer),
+        flops_per_row=pair_flops(layer, step),
         reads=(Access("q", Rows(new)), *reads),
-        writes=(Access(out, Rows(new if out_rows is None else out_rows)),),
+        writes=(Access(out, Rows(new)),),
         after=after,
     )
 
@@ -86,19 +93,23 @@ def raw_buffers(model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]
     A prompt that one step processes from end to end needs them for one layer at a time.
     """
     shape = model.layers[layer]
-    rows, ring = shape.kv_heads * min(step.tokens, step.prompt_tokens), int(step.whole_prompt)
+    rows, ring = shape.kv_heads * step.tokens, int(step.whole_prompt)
     return (
         Buffer("raw_keys", Tier.HBM, rows, (shape.head_dim,), model.kv_dtype, ring),
         Buffer("raw_values", Tier.HBM, rows, (shape.v_head_dim,), model.kv_dtype, ring),
     )
 
 
-def raw_prefill(model: ModelShape, step: Step, layer: int) -> Plan:
-    """Dense causal prefill over the raw keys and values."""
+def raw_prefill(model: ModelShape, step: Step, layer: int, copies: tuple[str, ...] = ()) -> Plan:
+    """Dense causal prefill over the raw keys and values; `copies` take them to another tier when it is complete.
+
+    Where one pair of raw buffers serves all layers, the next layer waits for those copies.
+    """
     shape = model.layers[layer]
     held = Rows(shape.kv_heads * step.tokens)
+    free = tuple(f"{name}@-1" for name in copies) if step.whole_prompt else ()
     return (
-        append(step, ("raw_keys", "raw_values"), ("new_k", "new_v"), shape.kv_heads),
+        append(step, ("raw_keys", "raw_values"), ("new_k", "new_v"), shape.kv_heads, free),
         attend(
             shape,
             step,

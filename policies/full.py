@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.dense import activations, append, attend, causal_pairs, kv_row, pair_flops, windowed_pairs
+from policies.dense import activations, append, attend, causal_pairs, kv_row, windowed_pairs
 from policies.model import LayerShape, ModelShape
 from policies.plan import Access, Buffer, Compute, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, Reuse
@@ -49,12 +49,7 @@ class Full(Policy):
         if shape.kind == "linear":
             return _update_state(shape, step.new_tokens)
         kept = _kept(shape, step)
-        if shape.kind != "mla":
-            return _dense(shape, step, kept, kept)
-        # Absorbed form: scores over the whole latent, values over its part without the rotary dimensions.
-        rope_dim = shape.head_dim - shape.v_head_dim
-        flops = 2 * shape.heads * (2 * shape.latent_dim - rope_dim)
-        return _dense(shape, step, kept, kept, flops)
+        return _dense(shape, step, kept, kept)
 
 
 def _kept(layer: LayerShape, step: Step) -> int:
@@ -64,17 +59,11 @@ def _kept(layer: LayerShape, step: Step) -> int:
     return min(step.tokens, layer.window_tokens + step.new_tokens - 1)
 
 
-def _dense(layer: LayerShape, step: Step, pairs: int, kept: int, flops_per_pair: int | None = None) -> Plan:
-    attention = Compute(
-        name="attend",
-        work=Work.ATTENTION,
-        rows=Rows(pairs),
-        flops_per_row=pair_flops(layer) if flops_per_pair is None else flops_per_pair,
-        reads=(Access("q", Rows(step.new_tokens)), Access("kv", Rows(kept))),
-        writes=(Access("out", Rows(step.new_tokens)),),
-        after=("qkv",) if layer.share_kv_with is not None else ("append",),
-    )
-    return (attention,) if layer.share_kv_with is not None else (append(step), attention)
+def _dense(layer: LayerShape, step: Step, pairs: int, kept: int) -> Plan:
+    cache = (Access("kv", Rows(kept)),)
+    if layer.share_kv_with is not None:
+        return (attend(layer, step, Rows(pairs), cache, after=("qkv",)),)
+    return (append(step), attend(layer, step, Rows(pairs), cache))
 
 
 def _update_state(layer: LayerShape, new_tokens: int) -> Plan:

@@ -122,7 +122,7 @@ def read(config: Mapping[str, Any], name: str) -> ModelShape:
 
 
 def _unknown_family(config: Mapping[str, Any], model_type: str, name: str) -> Family:
-    missing = [key for key in _LLAMA_KEYS if key not in config]
+    missing = [key for key in _LLAMA_KEYS if config.get(key) is None]
     foreign = sorted(key for key, value in config.items() if value and any(part in key for part in _FOREIGN))
     if missing or foreign:
         reason = f"it has no {', '.join(missing)}" if missing else f"it has {', '.join(foreign)}"
@@ -136,7 +136,7 @@ def _unknown_family(config: Mapping[str, Any], model_type: str, name: str) -> Fa
 def _from_chatglm(config: Mapping[str, Any]) -> dict[str, Any]:
     """GLM-4's own key names, as the common ones."""
     if config.get("add_bias_linear"):
-        raise ValueError("add_bias_linear=true is not known of any ChatGLM model with a KV cache to describe")
+        raise ValueError("add_bias_linear=true is not supported: GLM-4 has biases in qkv only (add_qkv_bias)")
     grouped = config.get("multi_query_attention")
     return {
         **config,

@@ -1,12 +1,12 @@
 """InfLLM: distant blocks live in DDR; a layer looks a few of them up by representative keys."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-from policies.dense import activations, append, attend, kv_row, pair_flops, windowed_pairs
+from policies.dense import activations, append, attend, causal_pairs, kv_row, pair_flops
 from policies.model import ModelShape
 from policies.plan import Access, Buffer, Compute, Copy, Count, Plan, Rows, Step, Sync, Tier, Work
-from policies.policy import Policy, Reuse, at_least
+from policies.policy import Policy, Reuse, at_least, multiple_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,95 +31,138 @@ class InfLLM(Policy):
 
     def __post_init__(self) -> None:
         at_least(self, sink_tokens=0, window_tokens=1, block_tokens=1, top_k=1, execution_tokens=1)
-        at_least(self, representative_tokens=1)
+        at_least(self, representative_tokens=1, cache_blocks=1)
+        multiple_of(self, "execution_tokens", "block_tokens")
         if self.cache_blocks < self.top_k:
-            raise ValueError(f"infllm: cache_blocks={self.cache_blocks} is below top_k={self.top_k}; one selection must fit")
+            raise ValueError(
+                f"infllm: cache_blocks={self.cache_blocks} is below top_k={self.top_k}, so one selection would not fit; "
+                f"use cache_blocks={self.top_k} or more"
+            )
         if self.representative_tokens > self.block_tokens:
             raise ValueError(
-                f"infllm: representative_tokens={self.representative_tokens} exceeds block_tokens={self.block_tokens}"
+                f"infllm: representative_tokens={self.representative_tokens} exceeds block_tokens={self.block_tokens}; "
+                f"use {self.block_tokens} or fewer"
             )
-
-    def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:
-        """Until the first block closes the window covers everything."""
-        return 1
 
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
         """`local`: the window; `rest`: sinks and the tail that fills no block; `blocks`: one row per block in DDR."""
-        shape, row = model.layers[layer], kv_row(model.layers[layer])
-        blocks, rest, window = self._blocks(step.tokens), self._rest(step.tokens), self.window_tokens
-        block_row = (self.block_tokens, *row)
+        shape, row, tokens = model.layers[layer], kv_row(model.layers[layer]), step.tokens
+        outside = max(0, tokens - self.window_tokens - self.sink_tokens)
         hbm = (
-            Buffer("local", Tier.HBM, min(step.tokens, window + step.new_tokens - 1), row, model.kv_dtype),
-            Buffer("rest", Tier.HBM, min(step.tokens, self.sink_tokens) + rest, row, model.kv_dtype),
-            # Unrotated copies of window tokens wait for the block that they will close into.
-            Buffer("waiting", Tier.HBM, min(step.tokens, window), row, model.kv_dtype),
+            Buffer("local", Tier.HBM, self._window(step), row, model.kv_dtype),
+            Buffer(
+                "rest", Tier.HBM, min(tokens, self.sink_tokens) + min(outside, self.block_tokens), row, model.kv_dtype
+            ),
+            # A second copy of window tokens, without rotation, waits for the block that they will close into.
+            Buffer("waiting", Tier.HBM, min(tokens, self.window_tokens), row, model.kv_dtype),
         )
+        blocks, lookups = self._blocks(tokens), self._lookups(step)
         if not blocks:
             return (*activations(model, step, layer), *hbm)
-        cached = min(blocks, self.cache_blocks)
+        block_row, ids = (self.block_tokens, *row), (min(lookups.blocks, self.top_k),)
+        closed = blocks - self._blocks(step.past_tokens)
         return (
             *activations(model, step, layer),
             *hbm,
             Buffer("representatives", Tier.HBM, blocks, (shape.heads, shape.head_dim), model.dtype),
-            Buffer("cached", Tier.HBM, cached, block_row, model.kv_dtype),
-            Buffer("chosen", Tier.HBM, 1, (min(blocks, self.top_k),), "int64", ring=1),
-            Buffer("chosen_host", Tier.DDR, 1, (min(blocks, self.top_k),), "int64", ring=1),
+            Buffer("cached", Tier.HBM, min(blocks, self.cache_blocks), block_row, model.kv_dtype),
+            Buffer("chosen", Tier.HBM, lookups.number, ids, "int64", ring=1),
+            Buffer("chosen_host", Tier.DDR, lookups.number, ids, "int64", ring=1),
             Buffer("blocks", Tier.DDR, blocks, block_row, model.kv_dtype),
-            Buffer("closing", Tier.HBM, blocks, block_row, model.kv_dtype, ring=1, view=True),
+            Buffer("closing", Tier.HBM, closed, block_row, model.kv_dtype, view=True),
         )
 
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Execution blocks attend to the window and to looked-up blocks; blocks that close move to DDR."""
-        pairs = windowed_pairs(step.past_tokens, step.new_tokens, self.window_tokens)
-        return self._step(model, step, layer, pairs, -(-step.new_tokens // self.execution_tokens))
+        return self.decode(model, step, layer)
 
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Score the representatives, fetch the chosen blocks that are not cached, attend to near and far at once."""
-        return self._step(model, step, layer, min(step.tokens, self.window_tokens), 1)
+        ops = self._attend(model, step, layer)
+        closed = self._blocks(step.tokens) - self._blocks(step.past_tokens)
+        if not closed:
+            return ops
+        shape = model.layers[layer]
+        represent = Compute(
+            name="represent",  # the tokens of a block that local attention weighed most, averaged
+            work=Work.ELEMENTWISE,
+            rows=Rows(closed * self.representative_tokens),
+            flops_per_row=shape.heads * shape.head_dim,
+            reads=(Access("closing", Rows(closed)),),
+            writes=(Access("representatives", Rows(closed)),),
+            after=("attend",),
+        )
+        return (
+            *ops,
+            represent,
+            Copy(name="evict", src="closing", dst="blocks", rows=Rows(closed), after=("represent",)),
+        )
 
     def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
         """`miss`: chosen blocks that are not in the HBM cache, one number per layer."""
-        if not (blocks := self._blocks(step.tokens)):
+        lookups = self._lookups(step)
+        if not lookups.blocks:
             return ()
-        lookups = -(-step.new_tokens // self.execution_tokens) if step.prefilling else 1
         source = "assumption: as ShadowKV's temporal locality (60 % hits); no published hit rate"
-        return (
-            Count(name="miss", heads=1, maximum=lookups * min(blocks, self.top_k), share=0.4, spread=0.1, source=source),
-        )
+        return (Count(name="miss", heads=1, maximum=lookups.chosen, share=0.4, spread=0.1, source=source),)
 
     def _blocks(self, tokens: int) -> int:
         return max(0, tokens - self.window_tokens - self.sink_tokens) // self.block_tokens
 
-    def _rest(self, tokens: int) -> int:
-        return max(0, tokens - self.window_tokens - self.sink_tokens) % self.block_tokens
+    def _window(self, step: Step) -> int:
+        return min(step.tokens, self.window_tokens + step.new_tokens - 1)
 
-    def _step(self, model: ModelShape, step: Step, layer: int, pairs: int, lookups: int) -> Plan:
-        shape, new = model.layers[layer], step.new_tokens
-        blocks, window = self._blocks(step.tokens), min(step.tokens, self.window_tokens + new - 1)
-        rest = max(0, min(step.tokens - self.window_tokens, self.sink_tokens)) + self._rest(step.tokens)
-        near = (Access("local", Rows(window)), Access("rest", Rows(rest)))
-        if not blocks:
-            return (append(step, ("local", "waiting")), attend(shape, step, Rows(pairs + new * rest), near))
-        chosen = min(blocks, self.top_k)
-        ops = [
-            append(step, ("local", "waiting")),
+    def _lookups(self, step: Step) -> "_Lookups":
+        past, new, unit = step.past_tokens, step.new_tokens, self.execution_tokens
+        rounds = -(-new // unit)
+        if rounds == 1:
+            blocks = self._blocks(past)
+            chosen = min(blocks, self.top_k)
+            return _Lookups(1, blocks, blocks, chosen, new * blocks, new * chosen)
+        last = self._blocks(past + (rounds - 1) * unit)
+        if not last:
+            return _Lookups(0, 0, 0, 0, 0, 0)
+        # Blocks grow evenly from the first round that finds any, by `growth` a round.
+        closed_at, growth = self.window_tokens + self.sink_tokens + self.block_tokens, unit // self.block_tokens
+        idle = max(0, -((past - closed_at) // unit))
+        first, number = self._blocks(past + idle * unit), rounds - idle
+        scored = number * first + growth * (number * (number - 1) // 2)
+        few = min(number, max(0, -((first - self.top_k) // growth)))  # rounds that find fewer than `top_k`
+        chosen = few * first + growth * (few * (few - 1) // 2) + (number - few) * self.top_k
+        absent = rounds * unit - new  # queries that the last round lacks
+        return _Lookups(
+            number, last, scored, chosen, unit * scored - absent * last, unit * chosen - absent * min(last, self.top_k)
+        )
+
+    def _attend(self, model: ModelShape, step: Step, layer: int) -> Plan:
+        shape, new, lookups = model.layers[layer], step.new_tokens, self._lookups(step)
+        # Every earlier token that is in no block is near: sinks, window and the tail between them.
+        pairs = Rows(causal_pairs(step.past_tokens, new) - self.block_tokens * lookups.scored_pairs)
+        rest = step.tokens - self._window(step) - self.block_tokens * self._blocks(step.past_tokens)
+        near = (Access("local", Rows(self._window(step))), Access("rest", Rows(rest)))
+        store = append(step, ("local", "waiting"))
+        if not lookups.blocks:
+            return (store, attend(shape, step, pairs, near))
+        scored = Rows(lookups.scored)
+        return (
+            store,
             Compute(
                 name="score",
                 work=Work.MATMUL,
-                rows=Rows(lookups * blocks),
+                rows=scored,
                 flops_per_row=2 * shape.heads * shape.head_dim,
-                reads=(Access("q", Rows(new)), Access("representatives", Rows(lookups * blocks))),
+                reads=(Access("q", Rows(new)), Access("representatives", scored)),
                 after=("qkv",),
             ),
             Compute(
                 name="select",
                 work=Work.TOPK,
-                rows=Rows(lookups * blocks),
-                writes=(Access("chosen", Rows(lookups)),),
+                rows=scored,
+                writes=(Access("chosen", Rows(lookups.number)),),
                 after=("score",),
                 draws=("miss",),
             ),
-            Copy(name="ids_down", src="chosen", dst="chosen_host", rows=Rows(lookups), after=("select",)),
+            Copy(name="ids_down", src="chosen", dst="chosen_host", rows=Rows(lookups.number), after=("select",)),
             Sync(name="wait_ids", after=("ids_down",)),
             Copy(
                 name="fetch",
@@ -132,30 +175,27 @@ class InfLLM(Policy):
             Compute(
                 name="attend_near",
                 work=Work.ATTENTION,
-                rows=Rows(pairs + new * rest),
-                flops_per_row=pair_flops(shape),
+                rows=pairs,
+                flops_per_row=pair_flops(shape, step),
                 reads=(Access("q", Rows(new)), *near),
                 after=("append",),
             ),
             attend(
                 shape,
                 step,
-                Rows(new * chosen * self.block_tokens),
-                (Access("cached", Rows(lookups * chosen), scattered=True),),
+                Rows(self.block_tokens * lookups.chosen_pairs),
+                (Access("cached", Rows(lookups.chosen), scattered=True),),
                 after=("attend_near", "fetch"),
             ),
-        ]
-        if closed := blocks - self._blocks(step.past_tokens):
-            ops += [
-                Compute(
-                    name="represent",  # the tokens of a block that local attention weighed most, averaged
-                    work=Work.ELEMENTWISE,
-                    rows=Rows(closed * self.representative_tokens),
-                    flops_per_row=shape.heads * shape.head_dim,
-                    reads=(Access("closing", Rows(closed)),),
-                    writes=(Access("representatives", Rows(closed)),),
-                    after=("attend",),
-                ),
-                Copy(name="evict", src="closing", dst="blocks", rows=Rows(closed), after=("represent",)),
-            ]
-        return tuple(ops)
+        )
+
+
+class _Lookups(NamedTuple):
+    """Sums over a step's execution blocks; each sees the blocks that were closed when it began."""
+
+    number: int  # execution blocks that find any
+    blocks: int  # what the last one finds
+    scored: int
+    chosen: int
+    scored_pairs: int  # of a query and a block
+    chosen_pairs: int

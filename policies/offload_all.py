@@ -48,14 +48,21 @@ class OffloadAll(Policy):
 
     def _stream(self, model: ModelShape, step: Step, layer: int) -> Plan:
         shape, past = model.layers[layer], step.past_tokens
-        free = f"@-{self.staging_layers}"
-        returned = Rows(step.tokens if self.write_back == "all" else step.new_tokens)
-        fetch = Copy(name="fetch", src="kv_host", dst="kv", rows=Rows(past), after=(f"attend{free}", f"store{free}"))
+        free = (f"attend@-{self.staging_layers}", f"store@-{self.staging_layers}")
+        fetch = (Copy(name="fetch", src="kv_host", dst="kv", rows=Rows(past), after=free),) if past else ()
+        complete = ("append", *(op.name for op in fetch))
+        everything = self.write_back == "all"
         held = (Access("kv", Rows(step.tokens)),)
         pairs = Rows(causal_pairs(past, step.new_tokens))
         return (
-            *((fetch,) if past else ()),
-            append(step),
-            attend(shape, step, pairs, held, after=("append", "fetch") if past else ("append",)),
-            Copy(name="store", src="kv", dst="kv_host", rows=returned, after=("append",)),
+            *fetch,
+            append(step, after=free),
+            attend(shape, step, pairs, held, after=complete),
+            Copy(
+                name="store",
+                src="kv",
+                dst="kv_host",
+                rows=Rows(step.tokens if everything else step.new_tokens),
+                after=complete if everything else ("append",),
+            ),
         )

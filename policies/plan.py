@@ -8,6 +8,10 @@ data, so a plan can be compared, hashed, printed and tested without a GPU.
 `Compute`  works where the data is; reads and writes rows of buffers of its own tier.
 `Sync`     makes the host wait for the device, or the device for the host.
 `Count`    a number that data decide (cache misses, ragged selections), drawn by one `Compute` and used by later rows.
+
+Operations run on lanes: the SMs, the CPU, copies to the GPU, copies to the host. A lane runs its operations in the
+order in which plan and model list them; across lanes only `after` orders two operations, so whatever touches the same
+rows from two lanes must be ordered by it, a ring's next layer included.
 """
 
 from collections import Counter
@@ -19,7 +23,7 @@ from functools import cached_property
 
 from policies.dtypes import row_bytes
 
-MODEL_OPS = ("qkv", "mlp")  # the model's own work in a layer, before and after the policy's; `attend` ends the policy's
+MODEL_OPS = ("qkv", "mlp")  # the model's own work in a layer: before the policy's, and after its `attend`
 
 
 class Tier(StrEnum):
@@ -197,9 +201,9 @@ class Copy:
 class Compute:
     """A kernel of `rows * flops_per_row` FLOPs that reads and writes rows of its processor's tier.
 
-    `after` names earlier operations of this layer, `op@-k` of the k-th layer before, or the model's own `qkv`, `mlp`;
-    nothing else orders two operations. `draws` names the counts that this kernel decides. `launches` is 0 for an
-    operation that shares the launch of the one before it.
+    `after` names earlier operations of this layer, the model's `qkv`, or as `op@-k` those of the k-th layer before.
+    `draws` names the counts that this kernel decides. `launches` is 0 for an operation that shares the launch of the
+    one before it.
     """
 
     name: str
@@ -256,60 +260,3 @@ def stored_bytes(layers: Sequence[Sequence[Buffer]]) -> Counter[Tier]:
     for (tier, _), nbytes in rings.items():
         held[tier] += nbytes
     return held
-
-
-def check_plan(plan: Plan, buffers: Sequence[Buffer], counts: Sequence[Count] = ()) -> None:
-    """Raise ValueError, naming the operation, where a layer's plan breaks a rule of this module."""
-    of = {b.name: b for b in buffers}
-    if len(of) != len(buffers):
-        raise ValueError(f"two buffers share a name: {sorted(b.name for b in buffers)}")
-    known = {c.name for c in counts}
-    names = {op.name for op in plan} | set(MODEL_OPS)
-    seen = {"qkv"}
-    drawn: set[str] = set()
-    for op in plan:
-        if op.name in seen or op.name in MODEL_OPS:
-            raise ValueError(f"operation {op.name!r} occurs twice; names are unique within a layer")
-        for name in op.after:
-            base, _, back = name.partition("@")
-            if back and not (back.startswith("-") and back[1:].isdigit()):
-                raise ValueError(f"{op.name}: after {name!r} must be an earlier layer's operation, such as 'attend@-1'")
-            if base not in (names if back else seen):
-                raise ValueError(f"{op.name}: after {name!r} names no earlier operation of this layer")
-        if isinstance(op, Copy):
-            _check_copy(op, of)
-            used = {name for name, _ in op.rows.counts}
-        elif isinstance(op, Compute):
-            for access in (*op.reads, *op.writes):
-                if access.buffer not in of:
-                    raise ValueError(f"{op.name}: unknown buffer {access.buffer!r}")
-                if of[access.buffer].tier is not op.processor.tier:
-                    tier = of[access.buffer].tier
-                    raise ValueError(
-                        f"{op.name}: {op.processor} cannot reach {access.buffer!r} in {tier}; copy it first"
-                    )
-            if unknown := set(op.draws) - known:
-                raise ValueError(f"{op.name}: draws {sorted(unknown)}, which the policy does not declare")
-            used = {name for r in (op.rows, *(a.rows for a in (*op.reads, *op.writes))) for name, _ in r.counts}
-            used -= set(op.draws)
-            drawn |= set(op.draws)
-        else:
-            used = set()
-        if late := used - drawn:
-            raise ValueError(f"{op.name}: uses counts {sorted(late)} before any operation draws them")
-        seen.add(op.name)
-    if "attend" not in seen:
-        raise ValueError("the plan has no operation 'attend'; the model's mlp waits for it")
-
-
-def _check_copy(op: Copy, of: Mapping[str, Buffer]) -> None:
-    for name in (op.src, op.dst, *op.ids):
-        if name not in of:
-            raise ValueError(f"{op.name}: unknown buffer {name!r}")
-    src, dst = of[op.src], of[op.dst]
-    if src.row_bytes != dst.row_bytes:
-        raise ValueError(f"{op.name}: a row of {op.src!r} has {src.row_bytes} bytes, of {op.dst!r} {dst.row_bytes}")
-    if src.tier is dst.tier:
-        raise ValueError(
-            f"{op.name}: {op.src!r} and {op.dst!r} are both in {src.tier}; work within a tier is a Compute"
-        )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from policies.dense import activations, append, attend, causal_pairs
-from policies.model import ModelShape
+from policies.model import LayerShape, ModelShape
 from policies.plan import Access, Buffer, Compute, Count, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, Reuse, at_least, multiple_of, one_of
 
@@ -14,7 +14,7 @@ class Quest(Policy):
     """Everything stays in HBM; each step reads the `budget_tokens` of pages whose score bound is highest.
 
     The budget includes the last page, which is always read (the authors' kernel). `per="kv_head"` takes the largest
-    bound over the query heads of a group; `"query_head"` lets each choose, so a group reads the union of its choices.
+    bound over the query heads of a group; `"query_head"` lets each choose, so a group reads all that any of them chose.
     """
 
     name: ClassVar[str] = "quest"
@@ -50,14 +50,13 @@ class Quest(Policy):
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Dense; the bounds of the pages that the chunk touches are updated."""
         pairs = causal_pairs(step.past_tokens, step.new_tokens)
-        return (*self._append(model, step, layer), self._read(model, step, layer, pairs, step.tokens))
+        return self._dense(model, step, layer, pairs)
 
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Update the last page's bounds, score all pages, read the best; all of them while they fit the budget."""
         shape, pages = model.layers[layer], self._pages(step)
-        head = self._append(model, step, layer)
         if layer < self.dense_layers or pages <= self.budget_tokens // self.page_tokens:
-            return (*head, self._read(model, step, layer, step.tokens, step.tokens))
+            return self._dense(model, step, layer, step.tokens)
         chosen = self.budget_tokens - self.page_tokens
         last = step.tokens - (pages - 1) * self.page_tokens
         score = Compute(
@@ -72,28 +71,29 @@ class Quest(Policy):
         select = Compute(
             name="select",
             work=Work.TOPK,
-            rows=Rows((shape.kv_heads if self.per == "kv_head" else shape.heads) * (pages - 1)),
+            rows=Rows((shape.heads if self._each(shape) else shape.kv_heads) * (pages - 1)),
             reads=(Access("scores", Rows(shape.heads)),),
             after=("score",),
-            draws=("union",) if self.per == "query_head" else (),
+            draws=("added",) if self._each(shape) else (),
         )
-        if self.per == "kv_head":
-            read = Rows(shape.kv_heads * (chosen + last))
-        else:
-            read = Rows(shape.kv_heads * last, (("union", self.page_tokens),))
+        added = (("added", self.page_tokens),) if self._each(shape) else ()
+        read = Rows(shape.kv_heads * (chosen + last), added)
         keys_and_values = tuple(Access(name, read, scattered=True) for name in ("keys", "values"))
         sparse = attend(shape, step, Rows(chosen + last), keys_and_values, after=("append", "select"))
-        return (*head, score, select, sparse)
+        return (*self._append(model, step, layer), score, select, sparse)
 
     def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
-        """`union`: pages that the query heads of a group choose between them."""
+        """`added`: pages that a group's other query heads choose beside those of its first one."""
         shape, pages = model.layers[layer], self._pages(step)
         chosen = self.budget_tokens // self.page_tokens - 1
-        if step.prefilling or self.per == "kv_head" or layer < self.dense_layers or pages <= chosen + 1:
+        if step.prefilling or layer < self.dense_layers or pages <= chosen + 1 or not self._each(shape):
             return ()
-        maximum = min(shape.group * chosen, pages - 1)
-        source = "assumption: the heads of a group share little; no published figure"
-        return (Count(name="union", heads=shape.kv_heads, maximum=maximum, share=0.75, spread=0.1, source=source),)
+        maximum = min((shape.group - 1) * chosen, pages - 1 - chosen)
+        source = "assumption: the heads of a group share a third of their pages; no published figure"
+        return (Count(name="added", heads=shape.kv_heads, maximum=maximum, share=0.67, spread=0.1, source=source),)
+
+    def _each(self, shape: LayerShape) -> bool:
+        return self.per == "query_head" and shape.group > 1
 
     def _pages(self, step: Step) -> int:
         return -(-step.tokens // self.page_tokens)
@@ -116,7 +116,8 @@ class Quest(Policy):
         )
         return (new, bound)
 
-    def _read(self, model: ModelShape, step: Step, layer: int, pairs: int, tokens: int) -> Compute:
+    def _dense(self, model: ModelShape, step: Step, layer: int, pairs: int) -> Plan:
         shape = model.layers[layer]
-        held = Rows(shape.kv_heads * tokens)
-        return attend(shape, step, Rows(pairs), (Access("keys", held), Access("values", held)))
+        held = Rows(shape.kv_heads * step.tokens)
+        keys_and_values = (Access("keys", held), Access("values", held))
+        return (*self._append(model, step, layer), attend(shape, step, Rows(pairs), keys_and_values))

@@ -94,7 +94,7 @@ class ShadowKV(Policy):
 
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Dense; at the end of the prompt decompose the keys, build landmarks, set outliers aside, offload the values."""
-        ops = raw_prefill(model, step, layer)
+        ops = raw_prefill(model, step, layer, ("offload_values",))
         if not step.last_chunk:
             return ops
         shape, heads, prompt = model.layers[layer], model.layers[layer].kv_heads, step.prompt_tokens
@@ -124,7 +124,7 @@ class ShadowKV(Policy):
             ),
             Compute(name="outliers", work=Work.TOPK, rows=Rows(heads * chunks), after=("landmark",)),
             Compute(
-                name="fill",
+                name="fill",  # the slots get what the last query of the prompt would choose
                 work=Work.ELEMENTWISE,
                 reads=(
                     Access("raw_keys", exact, scattered=True),

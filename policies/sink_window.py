@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.dense import activations, append, kv_row, pair_flops, windowed_pairs
+from policies.dense import activations, append, attend, kv_row, windowed_pairs
 from policies.model import ModelShape
 from policies.plan import Access, Buffer, Compute, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, Reuse, at_least, one_of
@@ -49,25 +49,15 @@ class SinkWindow(Policy):
         return min(step.tokens, self.sink_tokens + self.window_tokens + step.new_tokens - 1)
 
     def _attend(self, model: ModelShape, step: Step, layer: int, pairs: int) -> Plan:
-        shape, kept = model.layers[layer], self._kept(step)
-        ops: tuple[Compute, ...] = (append(step),)
-        if self.positions == "slot":
-            rotate = Compute(
-                name="rotate",  # in registers while the keys are read: FLOPs and no traffic of its own
-                work=Work.ELEMENTWISE,
-                rows=Rows(kept),
-                flops_per_row=3 * shape.kv_heads * shape.head_dim,
-                after=("append",),
-                launches=0,
-            )
-            ops = (*ops, rotate)
-        attention = Compute(
-            name="attend",
-            work=Work.ATTENTION,
-            rows=Rows(pairs),
-            flops_per_row=pair_flops(shape),
-            reads=(Access("q", Rows(step.new_tokens)), Access("kv", Rows(kept))),
-            writes=(Access("out", Rows(step.new_tokens)),),
-            after=(ops[-1].name,),
+        shape, cache = model.layers[layer], (Access("kv", Rows(self._kept(step))),)
+        if self.positions == "original":
+            return (append(step), attend(shape, step, Rows(pairs), cache))
+        rotate = Compute(
+            name="rotate",  # in registers while the keys are read: FLOPs and no traffic of its own
+            work=Work.ELEMENTWISE,
+            rows=Rows(self._kept(step)),
+            flops_per_row=3 * shape.kv_heads * shape.head_dim,
+            after=("append",),
+            launches=0,
         )
-        return (*ops, attention)
+        return (append(step), rotate, attend(shape, step, Rows(pairs), cache, after=("rotate",)))

@@ -29,7 +29,9 @@ class SnapKV(Policy):
         at_least(self, observation_tokens=1, kernel_tokens=1, budget_tokens=self.observation_tokens + 1)
         one_of(self, "per", "kv_head", "query_head")
         if self.kernel_tokens % 2 == 0:
-            raise ValueError(f"snapkv: kernel_tokens={self.kernel_tokens} must be odd, so that pooling keeps the length")
+            raise ValueError(
+                f"snapkv: kernel_tokens={self.kernel_tokens} must be odd, so that pooling keeps the length"
+            )
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:
         """Prompts shorter than the budget are left whole."""
@@ -57,7 +59,7 @@ class SnapKV(Policy):
         if not step.last_chunk:
             return ops
         shape, tokens, window = model.layers[layer], step.tokens, self.observation_tokens
-        kept = Rows(self._heads(model, layer) * self.budget_tokens)
+        kept = Rows(self._heads(model, layer) * (self.budget_tokens + step.generated_tokens))
         rows = Rows(shape.heads * window)
         return (
             *ops,
@@ -66,7 +68,10 @@ class SnapKV(Policy):
                 work=Work.MATMUL,
                 rows=Rows(window * tokens),
                 flops_per_row=2 * shape.heads * shape.head_dim,
-                reads=(Access("raw_keys", Rows(shape.kv_heads * tokens)),),
+                reads=(
+                    Access("q", Rows(min(window, step.new_tokens))),
+                    Access("raw_keys", Rows(shape.kv_heads * tokens)),
+                ),
                 writes=(Access("scores", rows),),
                 after=("attend",),
             ),

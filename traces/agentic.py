@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from traces.archive import members
 from traces.schema import Trace, TraceError, expand_runs
 
+_INT32_MAX = 2**31 - 1
 STARTS = ("poisson", "together")
 
 
@@ -28,7 +29,7 @@ STARTS = ("poisson", "together")
 class Options:
     """When sessions start, which the source does not record: `poisson` at `session_rate_per_s`, or all `together`.
 
-    At the default rate the 710 sessions start within about four hours, several hundred running at a time.
+    At the default rate the 710 sessions start within about four hours; their median length is one hour.
     """
 
     start: str = "poisson"
@@ -136,7 +137,6 @@ class _Columns:
     rows: list[tuple[int, int, float, float, int, int, int]] = field(default_factory=list)
     run_start: list[int] = field(default_factory=list)
     run_length: list[int] = field(default_factory=list)
-    skipped_rows: int = 0
 
 
 def read_archive(path: Path) -> Sessions:
@@ -149,13 +149,16 @@ def read_archive(path: Path) -> Sessions:
         source = f"{path}/{member}"
         try:
             session = json.loads(text)
-            block_tokens.add(int(session["block_size"]))
+            session_name, size = session["id"], int(session["block_size"])
             requests = list(_requests(session["requests"]))
         except (ValueError, KeyError, TypeError) as error:
             raise TraceError(f"{source}: not an agentic session ({type(error).__name__}: {error})") from error
         for number, (start_s, request) in enumerate(requests, 1):
-            _append(columns, request, start_s, source, number, session["block_size"])
-        columns.session_names.append(session["id"])
+            _append(columns, request, start_s, source, number, size)
+        block_tokens.add(size)
+        columns.session_names.append(session_name)
+    if not columns.rows:
+        raise TraceError(f"{path}: empty trace: no requests in the archive's {len(columns.session_names)} sessions")
     if len(block_tokens) != 1:
         raise TraceError(f"{path}: block_size={sorted(block_tokens)}: must be one size in all sessions")
     session_of, model, time_s, think_s, prompt, output, runs = zip(*columns.rows, strict=True)
@@ -189,36 +192,27 @@ def _append(columns: _Columns, request: Any, start_s: float, source: str, number
         if not good:
             raise TraceError.at(source, number, name, request.get(name), rule)
 
-    for name in ("in", "out"):
-        require(name, isinstance(request.get(name), int), "must be a whole number of tokens")
-    require("in", request["in"] >= 1, "must be at least 1")
-    require("out", request["out"] >= 0, "must not be negative")
-    for name in ("t", "think_time"):
-        value = request.get(name, math.nan if name == "think_time" else None)
-        good = isinstance(value, (int, float)) and (value >= 0 or math.isnan(value)) and not math.isinf(value)
-        require(name, good, "must be a finite number of seconds that is not negative")
-    ids = request.get("hash_ids")
-    whole = isinstance(ids, list) and set(map(type, ids)) <= {int} and min(ids, default=0) >= 0
-    require("hash_ids", whole, "must be a list of whole numbers that are not negative")
-    require(
-        "hash_ids", len(ids) == request["in"] // block_tokens, f"must have one id per full {block_tokens}-token block"
-    )
+    for name, minimum in (("in", 1), ("out", 0)):
+        value = request.get(name)
+        whole = type(value) is int and minimum <= value <= _INT32_MAX
+        require(name, whole, f"must be a whole number of tokens from {minimum} to {_INT32_MAX}")
+    think_s = request.get("think_time")
+    for name, value in (("t", request.get("t")), ("think_time", math.nan if think_s is None else think_s)):
+        known = isinstance(value, (int, float)) and (0 <= value < math.inf or (name != "t" and math.isnan(value)))
+        require(name, known, "must be a finite number of seconds that is not negative")
+    require("model", isinstance(request.get("model"), str), "must be the model's name")
+    ids, full = request.get("hash_ids"), request["in"] // block_tokens
+    whole = isinstance(ids, list) and set(map(type, ids)) <= {int} and all(0 <= i < _INT32_MAX for i in ids)
+    require("hash_ids", whole, f"must be a list of whole numbers from 0 to {_INT32_MAX - 1}")
+    require("hash_ids", len(ids) == full, f"must have one id for each of the prompt's {full} full blocks")
 
     array = np.array(ids, np.int64)
     breaks = np.flatnonzero(np.diff(array, prepend=-2) != 1)
     columns.run_start.extend(array[breaks].tolist())
     columns.run_length.extend(np.diff(breaks, append=len(array)).tolist())
-    # The first request of a session follows none: its recorded delay is no think time.
-    think_s = math.nan if number == 1 else request.get("think_time", math.nan)
-    model = columns.models.setdefault(str(request.get("model")), len(columns.models))
-    columns.rows.append(
-        (
-            len(columns.session_names),
-            model,
-            round(start_s + request["t"], 6),
-            think_s,
-            request["in"],
-            request["out"],
-            len(breaks),
-        )
-    )
+    if number == 1 or think_s is None:  # the first request of a session follows none: its delay is no think time
+        think_s = math.nan
+    model = columns.models.setdefault(request["model"], len(columns.models))
+    time_s = round(start_s + request["t"], 6)  # recorded in tenths: the sum's rounding error goes
+    row = (len(columns.session_names), model, time_s, think_s, request["in"], request["out"], len(breaks))
+    columns.rows.append(row)

@@ -61,21 +61,23 @@ class Rows:
         except (ValueError, OverflowError):
             return math.nan
 
-    def seconds(self, field: str, *, blank: bool = False, unit_s: float = 1.0) -> Floats:
+    def seconds(self, field: str, *, blank: bool = False) -> Floats:
         """Finite times that are not negative; a blank cell is NaN where that is allowed."""
         values = self.numbers(field)
         bad = ~(np.isfinite(values) & (values >= 0))
         if blank:
             bad &= ~self._blank(field)
         self.reject(field, bad, "must be a finite number that is not negative")
-        return values if unit_s == 1.0 else values * unit_s
+        return values
 
     def whole(self, field: str, *, minimum: int) -> Ints:
         """Whole numbers from `minimum` on."""
         values = self.numbers(field)
         with np.errstate(invalid="ignore"):
             good = (values >= minimum) & (values <= _MAX_WHOLE) & (np.floor(values) == values)
-        self.reject(field, ~good, f"must be a whole number of at least {minimum}; correct or skip the row")
+        self.reject(
+            field, ~good, f"must be a whole number of at least {minimum} (and at most 2**53); correct or skip the row"
+        )
         return np.where(good, values, minimum).astype(np.int64)
 
     def labels(self, field: str) -> tuple[Codes, tuple[str, ...]]:
@@ -98,17 +100,12 @@ class Rows:
         Read this column last: only rows good so far are kept. Ids that do not fit 32 bits are renumbered from 0.
         """
         read = [_ids(cell) for cell in self.table.columns[field]]
-        self.reject(
-            field,
-            np.array([ids is None for ids in read]),
-            "must be whole numbers that are not negative, in prompt order",
-        )
+        unreadable = np.array([ids is None for ids in read])
+        self.reject(field, unreadable, "must be whole numbers that are not negative, in prompt order")
         ids = [np.empty(0, np.int64) if ids is None else ids for ids in read]
         counts = np.array([len(row) for row in ids])
         full, ceiling = prompt_tokens // block_tokens, -(-prompt_tokens // block_tokens)
-        rule = (
-            f"must have one id for each {block_tokens}-token block of the prompt; check the block size and the prompt"
-        )
+        rule = f"must have one id for each {block_tokens}-token block of the prompt; correct the ids or the prompt"
         self.reject(field, (counts < full) | (counts > ceiling), rule)
         keep = np.flatnonzero(self._good)
         flat = np.concatenate([np.empty(0, np.int64), *(ids[row] for row in keep)])

@@ -87,8 +87,9 @@ def read_clients(path: Path) -> dict[int, Client]:
             _read_windows(client, text, f"{path}/{member}")
         else:
             try:
-                client.tables = {int(start): fields for start, fields in json.loads(text).items()}
-            except (ValueError, AttributeError) as error:
+                for start, tables in json.loads(text).items():
+                    client.tables[int(start)] = {column: str(tables[column]) for column in LENGTHS if column in tables}
+            except (ValueError, AttributeError, TypeError) as error:
                 raise TraceError(f"{path}/{member}: not a map from window start to length tables ({error})") from error
     if not clients:
         raise TraceError(f"{path}: empty archive: no chunk-C-trace.csv in it")
@@ -123,7 +124,9 @@ def to_trace(
     ]
     tenant = [np.full(len(arrival_s), code) for code, (arrival_s, *_) in enumerate(samples)]
     if not sum(map(len, tenant)):
-        raise TraceError(f"{name}: no client has traffic from {part}; choose another part or other clients")
+        raise TraceError(
+            f"{name}: no client with length tables has traffic from {part}; choose another part or other clients"
+        )
     arrival_s, prompt, output = (np.concatenate(column) for column in zip(*samples, strict=True))
     order = np.argsort(arrival_s, kind="stable")[:limit]
     return Trace.from_columns(

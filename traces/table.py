@@ -81,7 +81,7 @@ def _read_csv(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
 
 
 def _read_jsonl(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
-    table = Table(source=source)
+    table, rows = Table(source=source), []
     for number, line in enumerate(lines, 1):
         if line.isspace():
             continue
@@ -94,13 +94,10 @@ def _read_jsonl(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
                 raise TraceError.at(source, number, "row", line.strip(), f"must be a JSON object; {fault}")
             table.skipped_rows += 1
             continue
-        for key, value in row.items():
-            cells = table.columns.setdefault(key, [])
-            cells.extend([None] * (len(table.lines) - len(cells)))
-            cells.append(value)
+        rows.append(row)
         table.lines.append(number)
-    for cells in table.columns.values():
-        cells.extend([None] * (len(table.lines) - len(cells)))
+    names = dict.fromkeys(name for row in rows for name in row)
+    table.columns = {name: [row.get(name) for row in rows] for name in names}
     return table
 
 

@@ -1,0 +1,2 @@
+def report_html(results, slo=None, warmup_s=0):
+    return ""

@@ -1,0 +1,206 @@
+"""What a simulation gives, and the summary of it that `summary.json` holds."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvsim.names import unknown_name
+
+SCHEMA_VERSION = 1
+
+Array: TypeAlias = NDArray[Any]
+Floats: TypeAlias = NDArray[np.float64]
+Mask: TypeAlias = NDArray[np.bool_]
+Statistics: TypeAlias = dict[str, float | None]
+"""`mean`, `p50`, `p90`, `p99` and `max` of a sample; all None when it is empty."""
+
+LATENCIES = ("ttft_s", "tpot_s", "e2e_s", "queue_s")
+"""The latencies that each finished request has; `itl_s` belongs to tokens instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Result:
+    """One finished simulation.
+
+    `requests` are columns with one row per submitted request, in order of arrival: request, tenant, session, replica,
+    arrival_s, admitted_s, first_token_s, finish_s (NaN for what did not happen), prompt_tokens, cached_tokens,
+    output_tokens, preemptions, status (`finished`, `rejected` or `unfinished`).
+    `series` are columns with one row per iteration boundary of a replica: time_s (ascending for each replica), replica,
+    hbm_bytes, ddr_bytes, running, waiting. Values change linearly between rows; two rows of one time are a jump.
+    """
+
+    inputs: dict[str, Any]  # everything resolved: trace, model, gpu, host, policy (its text), options, versions
+    requests: dict[str, Array]
+    token_gaps: tuple[Array, Array]  # inter-token latencies: seconds, and how many tokens waited as long
+    series: dict[str, Array]
+    memory: dict[str, dict[str, float]]  # node -> capacity_bytes, peak_bytes, mean_bytes
+    links: dict[str, dict[str, float]]  # "src->dst" -> bytes, busy_s, utilization
+    traffic: dict[str, dict[str, int]]  # link -> bytes by cause, which add up to the link's bytes
+    cache: dict[str, dict[str, int]]  # tier -> lookup_blocks, hit_blocks
+    swaps: dict[str, int]  # count, bytes
+    busy: dict[str, float]  # resource -> share of the makespan, mean over replicas
+    makespan_s: float
+    wall_s: float
+    cpu_s: float
+    setup_cpu_s: float
+
+
+def latencies(result: Result) -> dict[str, Floats]:
+    """The four `LATENCIES` in seconds, one value per submitted request, NaN where a request has none.
+
+    `tpot_s` is the mean time per output token after the first, so a request of one output token has none.
+    """
+    columns = result.requests
+    arrival_s, first_token_s, finish_s = (columns[name] for name in ("arrival_s", "first_token_s", "finish_s"))
+    later_tokens = columns["output_tokens"].astype(np.int64) - 1
+    tpot_s = np.full(len(arrival_s), np.nan)
+    np.divide(finish_s - first_token_s, later_tokens, out=tpot_s, where=later_tokens > 0)
+    return {
+        "ttft_s": first_token_s - arrival_s,
+        "tpot_s": tpot_s,
+        "e2e_s": finish_s - arrival_s,
+        "queue_s": columns["admitted_s"] - arrival_s,
+    }
+
+
+def finished(result: Result) -> Mask:
+    """Which of the submitted requests finished."""
+    return np.asarray(result.requests["status"] == "finished")
+
+
+def statistics(values: Array, weights: Array | None = None) -> Statistics:
+    """Mean, nearest-rank percentiles and maximum of a sample, in which value i counts `weights[i]` times (or once).
+
+    The p-th percentile is the smallest value that at least p % of the sample does not exceed: always one that occurred.
+    """
+    counts = np.ones(len(values), np.int64) if weights is None else np.asarray(weights, np.int64)
+    present = counts > 0
+    values, counts = np.asarray(values, np.float64)[present], counts[present]
+    if not len(values):
+        return dict.fromkeys(("mean", "p50", "p90", "p99", "max"))
+    order = np.argsort(values)
+    values, counts = values[order], counts[order]
+    ranks = np.cumsum(counts)
+    total = int(ranks[-1])
+
+    def percentile(percent: int) -> float:
+        rank = -(-total * percent // 100)  # in integers, because 0.07 * 100 is more than 7
+        return float(values[np.searchsorted(ranks, rank)])
+
+    mean = float((values * counts).sum() / total)
+    return {"mean": mean, **{f"p{p}": percentile(p) for p in (50, 90, 99)}, "max": float(values[-1])}
+
+
+def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: float = 0.0) -> dict[str, Any]:
+    """The content of `summary.json`, in plain Python values without NaN.
+
+    `tokens` and rates count finished requests. `slo` bounds latencies of each request, as {"ttft_s": 10, "tpot_s":
+    0.1}; `goodput_rps` counts the finished requests within all bounds, and a request without the latency (a TPOT, for
+    one output token) is within. `warmup_s` leaves requests that arrived earlier out of the latencies (`itl_s`, which
+    knows no requests, keeps all tokens). Raises ValueError for an unknown bound and for negative numbers.
+    """
+    outcome = _outcome(result, _checked(slo or {}, warmup_s), warmup_s)
+    # Sorted by tenant, so that each one's requests are a run of rows, however many tenants there are.
+    tenants, members = np.unique(result.requests["tenant"].astype(str), return_inverse=True)
+    rows = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1]) if len(members) else []
+    itl_s = statistics(*result.token_gaps)
+    # The gaps are not recorded per tenant: theirs are known only where one tenant has all of them.
+    tenant_itl_s = itl_s if len(tenants) == 1 else dict.fromkeys(itl_s)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "inputs": plain(result.inputs),
+        **_group(result, outcome, np.arange(len(members)), itl_s),
+        "makespan_s": float(result.makespan_s),
+        "tenants": {
+            str(name): _group(result, outcome, own, tenant_itl_s) for name, own in zip(tenants, rows, strict=True)
+        },
+        "memory": plain(result.memory),
+        "links": plain(result.links),
+        "traffic": plain(result.traffic),
+        "cache": plain(result.cache),
+        "swaps": plain(result.swaps),
+        "busy": plain(result.busy),
+        "bottleneck": max(result.busy, key=lambda name: result.busy[name], default=None),
+        "wall_s": float(result.wall_s),
+        "cpu_s": float(result.cpu_s),
+        "setup_cpu_s": float(result.setup_cpu_s),
+    }
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numpy values become Python's, NaN and infinities None, other objects text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+class _Outcome(NamedTuple):
+    """What became of each request: one value per row of the request table."""
+
+    finished: Mask
+    measured: Mask  # finished, and arrived after the warm-up
+    good: Mask  # finished within the SLO
+    latencies: dict[str, Floats]
+
+
+def _outcome(result: Result, bounds: Mapping[str, float], warmup_s: float) -> _Outcome:
+    done, times = finished(result), latencies(result)
+    good = done.copy()
+    for name, bound_s in bounds.items():
+        good &= ~(times[name] > bound_s)  # NaN, no such latency, exceeds nothing
+    return _Outcome(done, done & (result.requests["arrival_s"] >= warmup_s), good, times)
+
+
+def _group(result: Result, outcome: _Outcome, rows: NDArray[np.intp], itl_s: Statistics) -> dict[str, Any]:
+    """The counts, rates and latencies of the requests in `rows`."""
+    columns = result.requests
+    done = rows[outcome.finished[rows]]
+    measured = rows[outcome.measured[rows]]
+    output_tokens = int(columns["output_tokens"][done].sum())
+    times = {name: values[measured] for name, values in outcome.latencies.items()}
+    spread = {name: statistics(values[~np.isnan(values)]) for name, values in times.items()}
+    return {
+        "requests": {
+            "submitted": len(rows),
+            "finished": len(done),
+            "rejected": int((columns["status"][rows] == "rejected").sum()),
+        },
+        "tokens": {
+            "prompt": int(columns["prompt_tokens"][done].sum()),
+            "output": output_tokens,
+            "prompt_cached": int(columns["cached_tokens"][done].sum()),
+        },
+        "output_tokens_per_s": _per_s(output_tokens, result.makespan_s),
+        "goodput_rps": _per_s(int(outcome.good[rows].sum()), result.makespan_s),
+        "ttft_s": spread["ttft_s"],
+        "tpot_s": spread["tpot_s"],
+        "itl_s": dict(itl_s),
+        "e2e_s": spread["e2e_s"],
+        "queue_s": spread["queue_s"],
+    }
+
+
+def _per_s(count: int, makespan_s: float) -> float | None:
+    return float(count / makespan_s) if makespan_s > 0 else None
+
+
+def _checked(slo: Mapping[str, float], warmup_s: float) -> Mapping[str, float]:
+    """`slo`, when its bounds and `warmup_s` are what `summarize` takes."""
+    if not (math.isfinite(warmup_s) and warmup_s >= 0):
+        raise ValueError(f"warmup_s={warmup_s:g} must be a finite number of seconds >= 0")
+    for name, bound_s in slo.items():
+        if name not in LATENCIES:
+            raise unknown_name("SLO bound", name, LATENCIES)
+        if not bound_s > 0:
+            raise ValueError(f"the SLO bound {name}={bound_s:g} must be greater than 0 seconds")
+    return slo

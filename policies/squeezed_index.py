@@ -1,0 +1,124 @@
+"""The index of Squeezed Attention: centroids of a prefix's keys on one or two levels, their building and their lookup."""
+
+from typing import NamedTuple
+
+from policies.model import LayerShape
+from policies.plan import Access, Buffer, Compute, Plan, Rows, Tier, Work
+
+
+class Centroids(NamedTuple):
+    """For each KV head `fine` centroids of `keys` keys and, on two levels, `coarse` centroids of the fine ones."""
+
+    shape: LayerShape
+    keys: int
+    fine: int
+    coarse: int  # 0 on one level
+
+    def buffers(self, dtype: str) -> tuple[Buffer, ...]:
+        """Centroids of `dtype`, the label of each key, the size of each cluster; the scores of one layer."""
+        heads, head_dim = self.shape.kv_heads, self.shape.head_dim
+        fine = (
+            Buffer("centroids", Tier.HBM, heads * self.fine, (head_dim,), dtype),
+            Buffer("labels", Tier.HBM, heads, (self.keys,), "int32"),
+            Buffer("sizes", Tier.HBM, heads, (self.fine,), "int32"),
+            Buffer("scores", Tier.HBM, self.shape.heads, (self.fine,), "fp32", ring=1),
+        )
+        if not self.coarse:
+            return fine
+        return (
+            *fine,
+            Buffer("coarse_centroids", Tier.HBM, heads * self.coarse, (head_dim,), dtype),
+            Buffer("coarse_labels", Tier.HBM, heads, (self.fine,), "int32"),
+            Buffer("coarse_sizes", Tier.HBM, heads, (self.coarse,), "int32"),
+        )
+
+    def build(self, iterations: int, queries: int, held_queries: int) -> Plan:
+        """k-means on each level, then the scores of the last `queries` of the prefix, from which the threshold comes.
+
+        `held_queries` of them are of this step.
+        """
+        heads = self.shape.kv_heads
+        ops = [self._cluster("cluster", "raw_keys", self.keys, "", self.fine, iterations, "attend")]
+        centroids = [Access("centroids", Rows(heads * self.fine))]
+        if self.coarse:
+            ops.append(
+                self._cluster("cluster_coarse", "centroids", self.fine, "coarse_", self.coarse, iterations, "cluster")
+            )
+            centroids.append(Access("coarse_centroids", Rows(heads * self.coarse)))
+        calibrate = Compute(
+            name="calibrate",
+            work=Work.MATMUL,
+            rows=Rows(queries * (self.fine + self.coarse)),
+            flops_per_row=2 * self.shape.heads * self.shape.head_dim,
+            reads=(Access("q", Rows(held_queries)), *centroids),
+            writes=(Access("scores", Rows(self.shape.heads)),),
+            after=(ops[-1].name,),
+        )
+        return (*ops, calibrate)
+
+    def _cluster(
+        self, name: str, source: str, points: int, prefix: str, centroids: int, iterations: int, after: str
+    ) -> Compute:
+        heads = self.shape.kv_heads
+        visits = Rows(iterations * heads * points)
+        return Compute(
+            name=name,
+            work=Work.FACTOR,
+            rows=visits,
+            flops_per_row=2 * self.shape.head_dim * centroids,
+            reads=(Access(source, visits),),
+            writes=(
+                Access(f"{prefix}centroids", Rows(heads * centroids)),
+                Access(f"{prefix}labels", Rows(heads)),
+                Access(f"{prefix}sizes", Rows(heads)),
+            ),
+            after=(after,),
+        )
+
+    def lookup(self) -> tuple[Compute, ...]:
+        """Score the centroids of one query: on two levels those below a coarse survivor, `survive` in number.
+
+        Two passes over each level: the denominator of the softmax, then the scores.
+        """
+        heads, flops = self.shape.kv_heads, 2 * 2 * self.shape.group * self.shape.head_dim
+        q, scores = Access("q", Rows(1)), (Access("scores", Rows(self.shape.heads)),)
+        if not self.coarse:
+            fine = Access("centroids", Rows(2 * heads * self.fine))
+            sizes = Access("sizes", Rows(heads))
+            return (
+                Compute(
+                    name="score",
+                    work=Work.MATMUL,
+                    rows=Rows(heads * self.fine),
+                    flops_per_row=flops,
+                    reads=(q, fine, sizes),
+                    writes=scores,
+                    after=("qkv",),
+                ),
+            )
+        coarse = Access("coarse_centroids", Rows(2 * heads * self.coarse))
+        labels = Access("coarse_labels", Rows(heads))
+        return (
+            Compute(
+                name="score_coarse",
+                work=Work.MATMUL,
+                rows=Rows(heads * self.coarse),
+                flops_per_row=flops,
+                reads=(q, coarse, Access("coarse_sizes", Rows(heads)), labels),
+                after=("qkv",),
+                draws=("survive",),
+            ),
+            Compute(
+                name="score",
+                work=Work.MATMUL,
+                rows=Rows(0, (("survive", 1),)),
+                flops_per_row=flops,
+                reads=(
+                    q,
+                    Access("centroids", Rows(0, (("survive", 2),)), scattered=True),
+                    Access("sizes", Rows(heads)),
+                ),
+                writes=scores,
+                after=("score_coarse",),
+            ),
+        )
