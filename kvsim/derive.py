@@ -5,8 +5,7 @@ A vector of integers describes one step of one sequence: for each operation of e
 tier. Vectors of sequences whose plans have the same structure add up to that of their batch.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,16 +60,28 @@ class Segment(NamedTuple):
     until: int
 
 
-@dataclass(eq=False)
 class Piece:
-    """Plans of one structure wherever `conditions` hold: `matrix` times the values of `monomials` is the vector."""
+    """Plans of one structure wherever `conditions` hold: polynomials in the inputs, and in floors of such, as a matrix.
 
-    structure: Structure
-    inputs: int
-    floors: list[Floor]
-    conditions: list[Condition]
-    monomials: list[Monomial]
-    matrix: Vector
+    Its rows are the conditions and then the columns of a vector; it multiplies the values of `monomials`.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        inputs: int,
+        floors: list[Floor],
+        conditions: list[Condition],
+        columns: list[Polynomial],
+    ) -> None:
+        self.structure, self.inputs, self.floors, self.conditions = structure, inputs, floors, conditions
+        rows = [condition.polynomial for condition in conditions] + columns
+        self.monomials: list[Monomial] = sorted({monomial for row in rows for monomial in row})
+        self._matrix = np.array([[row.get(m, 0) for m in self.monomials] for row in rows], dtype=np.int64)
+        self._matrix = self._matrix.reshape(len(rows), -1)
+        self._equal = np.array([condition.equal for condition in conditions], dtype=np.bool_)
+        self._truth = np.array([condition.truth for condition in conditions], dtype=np.bool_)
+        self._all_less = not self._equal.any()
 
     def variables(self, inputs: tuple[int, ...]) -> list[int]:
         """Inputs and floors."""
@@ -79,25 +90,34 @@ class Piece:
             values.append(evaluate(floor.polynomial, values) // floor.divisor)
         return values
 
-    def holds(self, variables: list[int]) -> bool:
-        """Whether the plan at these variables is of this piece."""
-        return all(condition.holds(variables) for condition in self.conditions)
-
-    def vector(self, variables: list[int]) -> Vector:
-        """The amounts at these variables."""
+    def rows(self, variables: list[int]) -> Vector:
+        """The values of all rows, conditions first."""
         basis = []
         for monomial in self.monomials:
+            if len(monomial) == 1:
+                basis.append(variables[monomial[0]])
+                continue
             value = 1
             for index in monomial:
                 value *= variables[index]
             basis.append(value)
-        return self.matrix @ np.array(basis, dtype=np.int64)
+        return self._matrix @ np.array(basis, dtype=np.int64)
 
-    def steps_until_change(self, now: list[int], then: list[int]) -> int:
+    def holds(self, rows: Vector) -> bool:
+        """Whether the plan with these rows is of this piece."""
+        values = rows[: len(self._truth)]
+        truth = values < 0 if self._all_less else np.where(self._equal, values == 0, values < 0)
+        return bool((truth == self._truth).all())
+
+    def vector(self, rows: Vector) -> Vector:
+        """The amounts among the rows."""
+        return rows[len(self._truth) :]
+
+    def steps_until_change(self, now: list[int], rows: Vector, then: list[int], rates: Vector) -> int:
         """After how many more units of the last input a condition or a floor changes.
 
-        `now` and `then` are the variables here and one unit on, with the floors of here in both. Whatever is not
-        affine in the last input counts as changing at once.
+        `now` and `rows` are the variables and rows here, `then` and `rates` the variables one unit on, with the floors
+        of here, and how much each row grows. Rows must be affine in the last input.
         """
         nearest = END
         for i, floor in enumerate(self.floors):
@@ -107,11 +127,9 @@ class Piece:
                 nearest = min(nearest, -(-(edge + floor.divisor - here) // rate))
             elif rate < 0:
                 nearest = min(nearest, (here - edge) // -rate + 1)
-        for polynomial, equal, truth in self.conditions:
-            here = evaluate(polynomial, now)
-            rate = evaluate(polynomial, then) - here
-            if rate == 0:
-                continue
+        for i in np.flatnonzero(rates[: len(self._truth)]).tolist():
+            here, rate = int(rows[i]), int(rates[i])
+            _, equal, truth = self.conditions[i]
             if equal:
                 if truth:
                     return 1
@@ -139,29 +157,40 @@ class PlanTable:
 
     def prefill(self, prompt_tokens: int, past_tokens: int, new_tokens: int) -> tuple[Structure, Vector]:
         """The amounts of one chunk of a prompt."""
-        piece, variables = self._find(self._prefill, (prompt_tokens, past_tokens, new_tokens))
-        return piece.structure, piece.vector(variables)
+        piece, _, rows = self._find(self._prefill, (prompt_tokens, past_tokens, new_tokens))
+        return piece.structure, piece.vector(rows)
 
     def decode(self, prompt_tokens: int, generated_tokens: int) -> Segment:
         """The decode steps from `generated_tokens` on for as long as their amounts grow evenly."""
-        piece, now = self._find(self._decode, (prompt_tokens, generated_tokens))
-        then = [now[0], now[1] + 1, *now[2:]]
-        start = piece.vector(now)
+        piece, now, rows = self._find(self._decode, (prompt_tokens, generated_tokens))
+        start = piece.vector(rows)
         if any(monomial.count(1) > 1 for monomial in piece.monomials):
             return Segment(piece, start, np.zeros_like(start), generated_tokens + 1)
-        until = min(END, generated_tokens + piece.steps_until_change(now, then))
-        return Segment(piece, start, piece.vector(then) - start, until)
+        then = [now[0], now[1] + 1, *now[2:]]
+        rates = piece.rows(then) - rows
+        until = min(END, generated_tokens + piece.steps_until_change(now, rows, then, rates))
+        return Segment(piece, start, piece.vector(rates), until)
 
-    def _find(self, pieces: list[Piece], inputs: tuple[int, ...]) -> tuple[Piece, list[int]]:
+    def warm(self, prompt_tokens: Sequence[int], chunk_tokens: int) -> None:
+        """Derive ahead of time the plans that prompts of these lengths will meet, in chunks of at most this size."""
+        for prompt in prompt_tokens:
+            chunk = min(chunk_tokens, prompt)
+            self.decode(prompt, 1)
+            for past in {0, (prompt - chunk) // 2, prompt - chunk, max(0, prompt - 1)}:
+                self.prefill(prompt, past, min(chunk, prompt - past))
+
+    def _find(self, pieces: list[Piece], inputs: tuple[int, ...]) -> tuple[Piece, list[int], Vector]:
         for position, piece in enumerate(pieces):
             variables = piece.variables(inputs)
-            if piece.holds(variables):
+            rows = piece.rows(variables)
+            if piece.holds(rows):
                 if position:  # neighbours in time are alike: look here first next time
                     pieces.insert(0, pieces.pop(position))
-                return piece, variables
+                return piece, variables, rows
         piece = self._derive(inputs)
         pieces.insert(0, piece)
-        return piece, piece.variables(inputs)
+        variables = piece.variables(inputs)
+        return piece, variables, piece.rows(variables)
 
     def _derive(self, inputs: tuple[int, ...]) -> Piece:
         tape = Tape(inputs)
@@ -186,9 +215,7 @@ class PlanTable:
         stored = stored_bytes([plan.buffers for plan in plans])
         columns = [column for _, group in groups for column in group] + end_columns
         columns += [polynomial_of(stored[tier]) for tier in TIERS]
-        monomials = sorted({monomial for column in columns for monomial in column})
-        matrix = np.array([[column.get(m, 0) for m in monomials] for column in columns], dtype=np.int64)
-        return Piece(structure, len(inputs), tape.floors, tape.conditions, monomials, matrix.reshape(len(columns), -1))
+        return Piece(structure, len(inputs), tape.floors, tape.conditions, columns)
 
     def _amounts(self, plan: LayerPlan) -> tuple[tuple[OpShape, ...], list[Polynomial]]:
         buffers = {b.name: b for b in plan.buffers}

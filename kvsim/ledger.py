@@ -19,7 +19,8 @@ class Ledger:
     def __init__(self, clock: Clock, baseline_hbm_bytes: int) -> None:
         self.clock = clock
         self.baseline_hbm_bytes = baseline_hbm_bytes  # weights
-        self.traffic = {link: dict.fromkeys(CAUSES, 0) for link in (*LINKS, PEER)}
+        self.plan_bytes = np.zeros(len(LINKS), dtype=np.int64)
+        self.other_bytes = {link: dict.fromkeys(CAUSES, 0) for link in (*LINKS, PEER)}
         self.busy: Floats = np.zeros(len(BUSY))
         self.background_s = {UP: 0.0, DOWN: 0.0}  # swaps and cached prefixes, beside the iterations' own copies
         self.swaps = 0
@@ -29,6 +30,12 @@ class Ledger:
         self.single_gaps: list[tuple[float, int]] = []
         self._loader_free_s = 0.0
 
+    @property
+    def traffic(self) -> dict[str, dict[str, int]]:
+        """Bytes by link and cause."""
+        plans = dict(zip(LINKS, self.plan_bytes.tolist(), strict=True))
+        return {link: {**causes, "plans": plans.get(link, 0)} for link, causes in self.other_bytes.items()}
+
     def note(self, now_s: float, used: Vector, running: int, waiting: int) -> None:
         """Record memory and queue lengths at an iteration boundary."""
         self.series.append((now_s, self.baseline_hbm_bytes + int(used[0]), int(used[1]), running, waiting))
@@ -36,7 +43,7 @@ class Ledger:
     def charge(self, loads: Sequence[Load], tokens: int, logits: int, busy: Floats) -> None:
         """Book one iteration."""
         for load in loads:
-            self._book_plans(self.clock.traffic(load))
+            self.plan_bytes += self.clock.traffic(load)
         self._book_model(1, tokens, logits)
         self.busy += busy
 
@@ -45,20 +52,16 @@ class Ledger:
         n = run.steps
         for structure, amounts, slopes, _ in totals:
             first, growth = (self.clock.traffic(Load(structure, v)) for v in (amounts, slopes))
-            self._book_plans(n * first + (n * (n - 1) // 2) * growth)
+            self.plan_bytes += n * first + (n * (n - 1) // 2) * growth
         self._book_model(n, decoding, decoding)
         self.busy += run.busy()
 
-    def _book_plans(self, nbytes: Vector) -> None:
-        for link, moved in zip(LINKS, nbytes.tolist(), strict=True):
-            self.traffic[link]["plans"] += moved
-
     def _book_model(self, iterations: int, tokens: int, logits: int) -> None:
         model, machine = self.clock.model, self.clock.machine
-        self.traffic["hbm->sm"]["weights"] += iterations * self.clock.weight_bytes(tokens, logits)
+        self.other_bytes["hbm->sm"]["weights"] += iterations * self.clock.weight_bytes(tokens, logits)
         if machine.tp > 1:
             per_iteration = 2 * model.n_layers * machine.allreduce_bytes(model, tokens)
-            self.traffic[PEER]["collectives"] += iterations * per_iteration
+            self.other_bytes[PEER]["collectives"] += iterations * per_iteration
 
     def swap(self, nbytes: int, *, to_hbm: bool) -> float:
         """Book a session's move between HBM and DDR and return its time."""
@@ -66,21 +69,21 @@ class Ledger:
         seconds = self.clock.machine.transfer_s(nbytes, to_hbm)
         self.swaps += 1
         self.swapped_bytes += nbytes
-        self.traffic[link]["swaps"] += nbytes
+        self.other_bytes[link]["swaps"] += nbytes
         self.background_s[link] += seconds
         return seconds
 
     def load_prefix(self, now_s: float, nbytes: int) -> float:
         """Book a cached prefix's way up; loads of a replica queue. Returns when it is there."""
         seconds = self.clock.machine.transfer_s(nbytes, to_hbm=True)
-        self.traffic[UP]["prefix"] += nbytes
+        self.other_bytes[UP]["prefix"] += nbytes
         self.background_s[UP] += seconds
         self._loader_free_s = max(now_s, self._loader_free_s) + seconds
         return self._loader_free_s
 
     def store_prefix(self, nbytes: int) -> None:
         """Book the write of a new prefix to DDR, which nobody waits for."""
-        self.traffic[DOWN]["prefix"] += nbytes
+        self.other_bytes[DOWN]["prefix"] += nbytes
         self.background_s[DOWN] += self.clock.machine.transfer_s(nbytes, to_hbm=False)
 
     def gaps(self, run: Run, tokens: int) -> None:

@@ -58,16 +58,46 @@ class Prices(NamedTuple):
     lanes: Floats  # (lanes, operations): layers that run the operation on the lane
     traffic: Vector  # (links, columns): bytes per link of all layers
 
+    def seconds(self, columns: Vector) -> tuple[Floats, Floats, Floats]:
+        """For each operation, given (operations, AMOUNTS): time of its transfers, of its arithmetic, and in all."""
+        transfers = columns[:, 1] * self.streamed_s + columns[:, 2] * self.scattered_s
+        arithmetic = columns[:, 0] * self.work_s
+        active = self.always | columns.any(axis=1)
+        return transfers, arithmetic, self.fixed_s * active + np.maximum(arithmetic, transfers)
+
+
+class Iteration(NamedTuple):
+    """One iteration's operations: their order, and for each what `Slot.time` indexes."""
+
+    program: Program
+    seconds: list[float]
+    fixed_s: list[float]  # the part that is no transfer
+    nbytes: list[int]
+
+
+def _columns(loads: Sequence[Load]) -> Vector:
+    if not loads:
+        return np.zeros((0, AMOUNTS), dtype=np.int64)
+    return np.concatenate([load.amounts[: -len(TIERS)] for load in loads]).reshape(-1, AMOUNTS)
+
+
+_NO_PRICES = Prices(
+    *(np.zeros(0),) * 4, np.zeros(0, np.bool_), np.zeros((len(LANES), 0)), np.zeros((len(LINKS), 0), np.int64)
+)
+
 
 class Clock:
     """Times of batches of one rank of a model on one machine."""
 
     def __init__(self, model: ModelShape, machine: Machine) -> None:
         self.model, self.machine = model, machine
-        self._programs: dict[tuple[int, ...], Program] = {}
+        self._programs: dict[tuple[int, ...], tuple[Program, Prices]] = {}
         self._prices: dict[int, Prices] = {}
         self._kept: list[Structure] = []  # ids above stay valid while these live
         self._shapes: list[LayerShape] = list(dict.fromkeys(model.layers))
+        self._head_bytes = model.head_bytes
+        one, two = (machine.head_s(model, logits) for logits in (1, 2))
+        self._head_s = (2 * one - two, two - one)  # once, and for each position
         self._model_times: dict[int, tuple[list[float], Floats, int]] = {}
 
     def traffic(self, load: Load) -> Vector:
@@ -80,23 +110,38 @@ class Clock:
         Every layer runs for `tokens` new tokens under `loads`, then the head for `logits` rows.
         """
         model_times, busy, _ = self._model(tokens)
-        head_s = self.machine.head_s(self.model, logits) if logits else 0.0
         busy = busy.copy()
-        busy[SM] += head_s
-        busy[HBM] += (self.model.head_bytes / self.machine.gpu.rates.hbm_Bps) if logits else 0.0
-        times = list(model_times)
-        for load in loads:
-            prices, columns = self.prices(load.structure), load.amounts[: -len(TIERS)].reshape(-1, AMOUNTS)
-            amounts = columns[:, 1] * prices.streamed_s + columns[:, 2] * prices.scattered_s
-            work = columns[:, 0] * prices.work_s
-            active = prices.always | columns.any(axis=1)
-            seconds = prices.fixed_s * active + np.maximum(work, amounts)
+        head_s = self.head_s(logits) if logits else 0.0
+        if logits:
+            busy[SM] += head_s
+            busy[HBM] += self._head_s[0]
+        times = model_times
+        program, prices = self._compiled([load.structure for load in loads])
+        if loads:
+            columns = _columns(loads)
+            amounts, work, seconds = prices.seconds(columns)
             busy[: len(LANES)] += prices.lanes @ seconds
             busy[WORK] += prices.lanes[SM] @ work
             busy[HBM] += prices.lanes[SM] @ amounts
-            times += seconds.tolist()
-        program = self._program([load.structure for load in loads])
+            times = model_times + seconds.tolist()
         return _run(program, times) + head_s, busy
+
+    def work(self, loads: Sequence[Load], tokens: int) -> Iteration:
+        """The operations of an iteration, for whoever schedules them itself."""
+        model_times, _, _ = self._model(tokens)
+        program, prices = self._compiled([load.structure for load in loads])
+        columns = _columns(loads)
+        before, nothing = [0.0] * len(model_times), [0] * len(model_times)
+        return Iteration(
+            program,
+            model_times + prices.seconds(columns)[2].tolist(),
+            before + prices.fixed_s.tolist(),
+            nothing + (columns[:, 1] + columns[:, 2]).tolist(),
+        )
+
+    def head_s(self, logits: int) -> float:
+        """Time of the output head for `logits` positions, at least one."""
+        return self._head_s[0] + logits * self._head_s[1]
 
     def _model(self, tokens: int) -> tuple[list[float], Floats, int]:
         found = self._model_times.get(tokens)
@@ -141,15 +186,19 @@ class Clock:
 
     def weight_bytes(self, tokens: int, logits: int) -> int:
         """Bytes of weights that one iteration reads."""
-        return self._model(tokens)[2] + (self.model.head_bytes if logits else 0)
+        return self._model(tokens)[2] + (self._head_bytes if logits else 0)
 
-    def _program(self, structures: Sequence[Structure]) -> Program:
+    def _compiled(self, structures: Sequence[Structure]) -> tuple[Program, Prices]:
         key = tuple(id(s) for s in structures)
-        program = self._programs.get(key)
-        if program is None:
+        found = self._programs.get(key)
+        if found is None:
             self._kept += structures
-            program = self._programs[key] = self._compile(structures)
-        return program
+            prices = [self.prices(s) for s in structures]
+            joined = (
+                Prices(*(np.concatenate(column, axis=-1) for column in zip(*prices, strict=True))) if prices else None
+            )
+            found = self._programs[key] = (self._compile(structures), joined or _NO_PRICES)
+        return found
 
     def _compile(self, structures: Sequence[Structure]) -> Program:
         slots: dict[tuple[int, str], int] = {}
@@ -217,10 +266,14 @@ def _slots(ops: Sequence[_Op], slots: dict[tuple[int, str], int]) -> tuple[tuple
 
 
 def _run(program: Program, times: Sequence[float]) -> float:
+    lanes = {slot.lane for _, slots in program.runs for slot in slots if times[slot.time]}
+    if len(lanes) <= 1:  # one queue: nothing overlaps
+        layers = sum(n * sum(times[slot.time] for slot in slots) for n, slots in program.runs)
+        return layers + sum(times[slot.time] for slot in program.end)
     free = [0.0] * len(LANES)
     done = [[0.0] * program.slots for _ in range(program.depth + 1)]  # finish times, this layer first
     for repeat, slots in program.runs:
-        lanes = sorted({slot.lane for slot in slots if times[slot.time]})
+        used = sorted({slot.lane for slot in slots if times[slot.time]})
         before: list[float] = []
         increment = -1.0
         layer = 0
@@ -229,12 +282,12 @@ def _run(program: Program, times: Sequence[float]) -> float:
             done[0][:] = [0.0] * program.slots
             _advance(slots, times, free, done)
             layer += 1
-            state = [free[lane] for lane in lanes]
+            state = [free[lane] for lane in used]
             if before:
                 steps = [now - then for now, then in zip(state, before, strict=True)]
                 if max(steps) - min(steps) <= SETTLED * max(steps) and abs(steps[0] - increment) <= SETTLED * increment:
                     skipped = (repeat - layer) * steps[0]
-                    for lane in lanes:
+                    for lane in used:
                         free[lane] += skipped
                     for row in done:
                         row[:] = [t + skipped if t else 0.0 for t in row]

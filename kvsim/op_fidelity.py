@@ -1,3 +1,105 @@
-"""Placeholder"""
+"""The `op` fidelity: every operation is a process, and the copies and CPU work of a host's GPUs compete.
+
+Lanes are the same in-order queues as in the step fidelity; what differs is that a transfer's rate depends on what else
+moves at that moment, where the step fidelity gives each GPU a fixed share of the host.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import simpy
+
+from kvsim.fairshare import FairShare
+from kvsim.hardware import Gpu, Host
+from kvsim.machine import CPU, D2H, H2D, LANES, SM
+from kvsim.makespan import Clock, Load, Slot
+
+Process = Generator[simpy.Event, Any, None]
+Execute = Callable[[list[Load], int, int], Process]
+
+
 class Node:
-    pass
+    """One host: the links and processors that its replicas share."""
+
+    def __init__(self, env: simpy.Environment, gpu: Gpu, host: Host) -> None:
+        self.env, self.gpu, self.host = env, gpu, host
+        capacities = {"ddr": host.ddr_Bps, "cpu": 1.0}
+        for switch in range(-(-host.gpus_max // host.gpus_per_switch)):
+            capacities[f"switch{switch}.up"] = capacities[f"switch{switch}.down"] = host.switch_Bps
+        self.network = FairShare(env, capacities)
+
+    def attach(self, clock: Clock, position: int) -> Execute:
+        """The function that executes iterations of the replica in this position on the host."""
+        return _Rank(self, clock, position).execute
+
+
+class _Rank:
+    """A replica's ranks do the same at the same time, so one stands for all and takes `tp` shares of the host."""
+
+    def __init__(self, node: Node, clock: Clock, position: int) -> None:
+        self.env, self.network, self.clock = node.env, node.network, clock
+        tp, per_switch = clock.machine.tp, node.host.gpus_per_switch
+        first = position * tp
+        switches = [gpu // per_switch for gpu in range(first, first + tp)]
+        self._uses = {
+            CPU: {"cpu": float(tp)},
+            H2D: {"ddr": float(tp), **{f"switch{s}.down": float(switches.count(s)) for s in set(switches)}},
+            D2H: {"ddr": float(tp), **{f"switch{s}.up": float(switches.count(s)) for s in set(switches)}},
+        }
+
+    def execute(self, loads: list[Load], tokens: int, logits: int) -> Process:
+        """Run one iteration from its first operation to its last."""
+        work = self.clock.work(loads, tokens)
+        tails: list[simpy.Event | None] = [None] * len(LANES)
+        done: list[list[simpy.Event | None]] = [[None] * work.program.slots for _ in range(work.program.depth + 1)]
+        for repeat, slots in work.program.runs:
+            for _ in range(repeat):
+                done.insert(0, done.pop())
+                done[0][:] = [None] * work.program.slots
+                for slot in slots:
+                    waits = [tails[slot.lane], *(done[back][other] for back, other in slot.waits)]
+                    finished = self._start(slot, waits, work.seconds, work.fixed_s, work.nbytes)
+                    if work.seconds[slot.time]:
+                        tails[slot.lane] = finished
+                        if slot.sm_share:  # the SMs lose this much time to the kernel that copies
+                            tails[SM] = self.env.process(
+                                self._after([tails[SM]], slot.sm_share * work.seconds[slot.time])
+                            )
+                    done[0][slot.slot] = finished
+        for slot in work.program.end:
+            tails[slot.lane] = self._start(slot, list(tails), work.seconds, work.fixed_s, work.nbytes)
+        yield self.env.all_of([tail for tail in tails if tail is not None])
+        if logits:
+            yield self.env.timeout(self.clock.head_s(logits))
+
+    def _start(
+        self,
+        slot: Slot,
+        waits: Sequence[simpy.Event | None],
+        seconds: Sequence[float],
+        fixed_s: Sequence[float],
+        nbytes: Sequence[int],
+    ) -> simpy.Event:
+        alone_s, moved = seconds[slot.time], nbytes[slot.time]
+        shares = self._uses.get(slot.lane)
+        if shares is None or alone_s <= fixed_s[slot.time]:
+            return self.env.process(self._after(waits, alone_s))
+        flowing_s = alone_s - fixed_s[slot.time]
+        if slot.lane == CPU:
+            amount, cap = flowing_s, 1.0
+        else:
+            amount, cap = float(moved), moved / flowing_s
+        return self.env.process(self._flow(waits, fixed_s[slot.time], amount, cap, shares))
+
+    def _after(self, waits: Sequence[simpy.Event | None], seconds: float) -> Process:
+        yield self.env.all_of([w for w in waits if w is not None])
+        if seconds:
+            yield self.env.timeout(seconds)
+
+    def _flow(
+        self, waits: Sequence[simpy.Event | None], fixed_s: float, amount: float, cap: float, uses: dict[str, float]
+    ) -> Process:
+        yield self.env.all_of([w for w in waits if w is not None])
+        if fixed_s:
+            yield self.env.timeout(fixed_s)
+        yield self.network.flow(amount, cap, uses)

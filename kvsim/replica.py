@@ -21,7 +21,9 @@ from kvsim.runs import Run, price_run
 from kvsim.sequence import NOTHING, Sequence
 
 HBM, DDR = 0, 1
-WATERMARK = 0.01  # of HBM kept free at admission, so that a newcomer does not force a preemption at once (vLLM's figure)
+WATERMARK = (
+    0.01  # of HBM kept free at admission, so that a newcomer does not force a preemption at once (vLLM's figure)
+)
 MAX_RUN = 4096  # iterations charged at once
 
 Execute = Callable[[list[Load], int, int], Generator[simpy.Event, Any, None]]
@@ -136,8 +138,7 @@ class Replica:
         past = hit.tokens if hit else 0
         chunk = min(budget, target - past)
         need = self._prefill_bytes(target, past, chunk)
-        peak = np.maximum(need, self._decode_bytes(target, sequence.last_generated_tokens))
-        if np.any(peak > self.capacity):
+        if self._never_fits(sequence, need):
             sequence.rejected = True
             self._leave(sequence, finished=False)
             return 0
@@ -165,8 +166,10 @@ class Replica:
             past, chunk = target - 1, 1
         return self.table.prefill(target, past, chunk)[1][-len(TIERS) :]
 
-    def _decode_bytes(self, target: int, generated: int) -> Vector:
-        return self.table.decode(target, max(1, generated)).start[-len(TIERS) :]
+    def _never_fits(self, sequence: Sequence, need: Vector) -> bool:
+        """Whether a request alone exceeds the capacity, in prefill or at its last token."""
+        last = self.table.decode(sequence.target_tokens, max(1, sequence.last_generated_tokens))
+        return bool(np.any(np.maximum(need, last.start[-len(TIERS) :]) > self.capacity))
 
     def _used(self) -> Vector:
         """Bytes per tier that the next decode iteration holds."""
@@ -277,7 +280,8 @@ class Replica:
     def _iterate(self, chunks: list[tuple[Sequence, int]]) -> Generator[simpy.Event, Any, None]:
         """One iteration with these chunks of prompts beside all decoding sequences."""
         decoding, completed = len(self.decoding), []
-        loads, prefill = self._loads(), {}
+        loads = self._loads()
+        prefill: dict[int, Load] = {}
         for sequence, chunk in chunks:
             structure, amounts = self.table.prefill(sequence.target_tokens, sequence.past_tokens, chunk)
             load = prefill.get(id(structure))

@@ -1,4 +1,4 @@
-"""The files that a simulation or a comparison leaves in its folder: `summary.json`, tables in Parquet, `report.html`."""
+"""The files that a simulation or a comparison leaves in its folder: a summary, tables in Parquet, a report page."""
 
 import json
 import os
@@ -35,8 +35,8 @@ def write(results: Sequence[Result], out: Path, *, slo: Mapping[str, float] | No
     """Write the results, with the statistics of `summarize`, into the folder `out`, which is made when missing.
 
     One result gives `summary.json`, `requests.parquet`, `series.parquet` and `report.html`. Several give one
-    `report.html`, a `summary.json` whose `runs` are their summaries, and the first three in a folder for each run, named
-    by its policy. Each file appears whole or not at all. Raises ValueError as `prepare` and `summarize` do.
+    `report.html`, a `summary.json` whose `runs` are their summaries, and the first three in a folder for each run,
+    named by its policy. Each file appears whole or not at all. Raises ValueError as `prepare` and `summarize` do.
     """
     if not results:
         raise ValueError("there are 0 results to write; a report needs at least 1")

@@ -157,6 +157,8 @@ class _Cluster:
         machine = setup.machine()
         self.table = PlanTable(setup.policy, setup.rank, machine, setup.counts)
         self.clock = Clock(setup.rank, machine)
+        lengths = np.quantile(trace.prompt_tokens, (0.0, 0.25, 0.5, 0.75, 1.0), method="nearest")
+        self.table.warm([int(n) for n in lengths], setup.max_num_batched_tokens)
         self.requests = [
             Request(i, arrival, prompt, output, trace.blocks(i).tolist() if trace.block_tokens else ())
             for i, (arrival, prompt, output) in enumerate(
@@ -377,5 +379,3 @@ def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:
         "capacity_bytes": dict(zip((str(t) for t in TIERS), setup.capacity(), strict=True)),
         "versions": {"kvsim": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }
-
-

@@ -1,4 +1,4 @@
-"""Several policies in one model: by layer, by group of KV heads, by prompt length; and the one entry to a layer's plan."""
+"""Several policies in one model, by layer, KV heads or prompt length; and the one entry to a layer's plan."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,18 +32,19 @@ class ByLayer(Policy):
     otherwise: Policy
 
     def __post_init__(self) -> None:
-        taken: set[int] = set()
-        for first, last, policy in self.parts:
+        for i, (first, last, policy) in enumerate(self.parts):
             if not 0 <= first <= last:
                 raise ValueError(f"layers={first}-{last} of {policy.name} must be a range such as 0-1")
-            if overlap := taken & set(range(first, last + 1)):
-                raise ValueError(
-                    f"layers={first}-{last} of {policy.name}: layer {min(overlap)} is taken by another part"
-                )
-            taken |= set(range(first, last + 1))
+            for other_first, other_last, other in self.parts[:i]:
+                if first <= other_last and other_first <= last:
+                    taken = f"layers={other_first}-{other_last} of {other.name}"
+                    raise ValueError(f"layers={first}-{last} of {policy.name} overlap {taken}")
 
-    def part(self, layer: int) -> Policy:
-        """The policy of one layer."""
+    def part(self, layer: int, n_layers: int) -> Policy:
+        """The policy of one of `n_layers` layers; ValueError when a part reaches beyond the last."""
+        for first, last, policy in self.parts:
+            if last >= n_layers:
+                raise ValueError(f"layers={first}-{last} of {policy.name}: the model's layers are 0-{n_layers - 1}")
         return next((policy for first, last, policy in self.parts if first <= layer <= last), self.otherwise)
 
 
@@ -83,13 +84,20 @@ class ByHeads(Policy):
     def __post_init__(self) -> None:
         for heads, policy in self.parts:
             if heads < 1:
-                raise ValueError(f"heads of {policy.name} must be at least 1, not {heads}")
+                raise ValueError(f"heads={heads} of {policy.name} must be at least 1")
+            if isinstance(policy, ByLayer | ByContext | ByHeads):
+                raise ValueError(
+                    f"a head group cannot be {policy.name}; split by layer or context first, then by heads"
+                )
 
     def split(self, model: ModelShape, step: Step, layer: int) -> tuple[tuple[str, ModelShape, Policy], ...]:
         """For each part its prefix, its sub-shape and its policy on this layer; ValueError when heads do not add up."""
         kv_heads, total = model.layers[layer].kv_heads, sum(heads for heads, _ in self.parts)
         if total % kv_heads or any(heads * kv_heads % total for heads, _ in self.parts):
-            raise ValueError(f"head groups of {total} KV heads do not fit layer {layer}, which has {kv_heads}")
+            raise ValueError(
+                f"head groups of {total} KV heads do not fit layer {layer} of {model.name}, which has {kv_heads}; "
+                f"make heads= add up to {kv_heads}"
+            )
         shapes = [model.with_kv_heads(heads * kv_heads // total) for heads, _ in self.parts]
         return tuple(
             (f"h{i}.", shape, resolve(policy, shape, step, layer))
@@ -137,11 +145,20 @@ class ByHeads(Policy):
 def resolve(policy: Policy, model: ModelShape, step: Step, layer: int) -> Policy:
     """The policy that plans this layer: a part of a composition, or the dense cache where the policy has no say.
 
-    Raises ValueError for an MLA layer under a policy that needs keys per head.
+    Raises ValueError for an MLA layer under a policy that needs keys per head, for a layer that reads the cache of one
+    whose policy moves it, and for parts that the model has no layers for.
     """
-    while isinstance(policy, ByLayer | ByContext):
-        policy = policy.part(layer) if isinstance(policy, ByLayer) else policy.part(step.prompt_tokens)
     shape = model.layers[layer]
+    if shape.share_kv_with is not None:
+        owner = resolve(policy, model, step, shape.share_kv_with)
+        if owner != DENSE:
+            raise ValueError(
+                f"layer {layer} of {model.name} reads the cache of layer {shape.share_kv_with}, which {owner.name} "
+                f"does not leave as it is; use full@layers={shape.share_kv_with}"
+            )
+        return DENSE
+    while isinstance(policy, ByLayer | ByContext):
+        policy = policy.part(layer, model.n_layers) if isinstance(policy, ByLayer) else policy.part(step.prompt_tokens)
     if shape.kind not in policy.kinds:
         if shape.kind == "mla":
             raise ValueError(
@@ -149,7 +166,7 @@ def resolve(policy: Policy, model: ModelShape, step: Step, layer: int) -> Policy
                 "use full or offload-all"
             )
         return DENSE
-    if shape.share_kv_with is not None or step.prompt_tokens < policy.minimum_prompt_tokens(model, layer):
+    if step.prompt_tokens < policy.minimum_prompt_tokens(model, layer):
         return DENSE
     return policy
 

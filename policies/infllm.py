@@ -35,7 +35,7 @@ class InfLLM(Policy):
         multiple_of(self, "execution_tokens", "block_tokens")
         if self.cache_blocks < self.top_k:
             raise ValueError(
-                f"infllm: cache_blocks={self.cache_blocks} is below top_k={self.top_k}, so one selection would not fit; "
+                f"infllm: cache_blocks={self.cache_blocks} is below top_k={self.top_k}, and one selection must fit; "
                 f"use cache_blocks={self.top_k} or more"
             )
         if self.representative_tokens > self.block_tokens:
@@ -48,11 +48,10 @@ class InfLLM(Policy):
         """`local`: the window; `rest`: sinks and the tail that fills no block; `blocks`: one row per block in DDR."""
         shape, row, tokens = model.layers[layer], kv_row(model.layers[layer]), step.tokens
         outside = max(0, tokens - self.window_tokens - self.sink_tokens)
+        rest = min(tokens, self.sink_tokens) + min(outside, self.block_tokens)
         hbm = (
             Buffer("local", Tier.HBM, self._window(step), row, model.kv_dtype),
-            Buffer(
-                "rest", Tier.HBM, min(tokens, self.sink_tokens) + min(outside, self.block_tokens), row, model.kv_dtype
-            ),
+            Buffer("rest", Tier.HBM, rest, row, model.kv_dtype),
             # A second copy of window tokens, without rotation, waits for the block that they will close into.
             Buffer("waiting", Tier.HBM, min(tokens, self.window_tokens), row, model.kv_dtype),
         )

@@ -156,7 +156,7 @@ class Access:
 
 
 def part_of(rows: int, share: float) -> int:
-    """`share` of `rows` to the nearest whole row, halves up, in integer arithmetic on the decimal that `share` shows."""
+    """`share` of `rows` to the nearest row, halves up, in integer arithmetic on the decimal that `share` shows."""
     exact = Fraction(str(share))
     return (2 * rows * exact.numerator + exact.denominator) // (2 * exact.denominator)
 

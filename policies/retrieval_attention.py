@@ -155,13 +155,15 @@ class RetrievalAttention(Policy):
         if step.prefilling or self.index != "graph":
             return ()
         shape = model.layers[layer]
-        maximum, source = (
-            shape.group * self.indexed(step.prompt_tokens),
-            "RetrievalAttention section 4: 1 to 3 % of keys",
-        )
+        keys, source = self.indexed(step.prompt_tokens), "RetrievalAttention section 4: 1 to 3 % of keys"
         return (
             Count(
-                name="visited", heads=shape.kv_heads, maximum=maximum, share=self.scanned, spread=0.005, source=source
+                name="visited",
+                heads=shape.kv_heads,
+                maximum=shape.group * keys,
+                share=self.scanned,
+                spread=0.005,
+                source=source,
             ),
         )
 

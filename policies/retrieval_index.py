@@ -99,7 +99,7 @@ class Graph(NamedTuple):
         )
 
     def build(self, step: Step) -> Plan:
-        """Each prompt query's exact nearest keys on the GPU, then links between keys that one query found, on the CPU."""
+        """Every prompt query's exact nearest keys, on the GPU; then links between keys that one query found."""
         shape, links = self.shape, Rows(self.shape.heads * step.prompt_tokens)
         linked = Rows(shape.heads * self.keys)
         queries = "q" if step.whole_prompt else "queries"

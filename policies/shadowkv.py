@@ -60,7 +60,7 @@ class ShadowKV(Policy):
         return min(self.rank, model.layers[layer].kv_heads * model.layers[layer].head_dim)
 
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
-        """Raw keys and values until the prompt is complete; then `u`, `sv`, `landmarks`, exact and slot rows, DDR values.
+        """Raw keys and values until the prompt is complete; then low-rank keys, landmarks, exact rows, slots, values.
 
         `*_exact` hold outliers, local and generated tokens, one row per token and head; `*_slots` and `values_host`
         one row per chunk and head.
@@ -89,11 +89,13 @@ class ShadowKV(Policy):
         )
         if not step.last_chunk:
             return (*views, *state)
-        raw_chunks = Buffer("raw_value_chunks", Tier.HBM, heads * chunks, v_row, model.kv_dtype, ring=1, view=True)
-        return (*views, *raw_buffers(model, step, layer), raw_chunks, *state)
+        raw = raw_buffers(model, step, layer)
+        # The values once more, a chunk to a row.
+        raw_chunks = Buffer("raw_value_chunks", Tier.HBM, heads * chunks, v_row, model.kv_dtype, raw[0].ring, view=True)
+        return (*views, *raw, raw_chunks, *state)
 
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        """Dense; at the end of the prompt decompose the keys, build landmarks, set outliers aside, offload the values."""
+        """Dense; at the end decompose the keys, build landmarks, set outliers aside, offload the values."""
         ops = raw_prefill(model, step, layer, ("offload_values",))
         if not step.last_chunk:
             return ops

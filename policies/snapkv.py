@@ -54,7 +54,7 @@ class SnapKV(Policy):
         return (*raw, scores, *compressed)
 
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        """Dense; at the end the last queries score all keys, the scores are summed and pooled, the best are gathered."""
+        """Dense; at the end the last queries score all keys, scores are summed and pooled, the best gathered."""
         ops = raw_prefill(model, step, layer)
         if not step.last_chunk:
             return ops

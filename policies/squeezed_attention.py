@@ -42,7 +42,8 @@ class SqueezedAttention(Policy):
             raise ValueError(f"squeezed-attention: levels={self.levels} must be 1 or 2")
         if self.levels == 2 and self.coarse_share >= self.centroid_share:
             raise ValueError(
-                f"squeezed-attention: coarse_share={self.coarse_share} must be below centroid_share={self.centroid_share}"
+                f"squeezed-attention: coarse_share={self.coarse_share} must be below "
+                f"centroid_share={self.centroid_share}"
             )
         if self.budget_tokens is not None:
             at_least(self, budget_tokens=1)
@@ -123,8 +124,8 @@ class SqueezedAttention(Policy):
         """The thresholds: on each level a quantile over the scores of all layers, heads and keys."""
         if not step.last_chunk or self.budget_tokens is not None:
             return ()
-        scored = sum(self.index(model, step.prompt_tokens, i).keys * x.kv_heads for i, x in enumerate(model.layers))
-        return (Compute(name="threshold", work=Work.TOPK, rows=Rows(scored * self.levels)),)
+        keys = sum(x.kv_heads for x in model.layers) * (step.prompt_tokens - self.observation_tokens)
+        return (Compute(name="threshold", work=Work.TOPK, rows=Rows(keys * self.levels)),)
 
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Score centroids, keep the keys above the threshold, attend to them and to all exact rows."""

@@ -1,4 +1,4 @@
-"""The index of Squeezed Attention: centroids of a prefix's keys on one or two levels, their building and their lookup."""
+"""The index of Squeezed Attention: centroids of a prefix's keys on one or two levels, built and looked up."""
 
 from typing import NamedTuple
 

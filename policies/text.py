@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from types import UnionType
-from typing import Any, get_args
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from policies.compose import ByContext, ByHeads, ByLayer
 from policies.policy import Policy
@@ -20,27 +20,28 @@ def parse(text: str, known: Mapping[str, type[Policy]]) -> Policy:
     compose: `part@layers=0-1` and `part@below=8k` for some layers or short prompts, the last part for the rest;
     `part@heads=2+part@heads=6` splits KV heads. Raises ValueError that names what is wrong and what is known.
     """
-    parts = [part.partition("@")[::2] for part in text.split("+")]
-    policies = [_one(name, known) for name, _ in parts]
-    selectors = [selector.partition("=")[::2] for _, selector in parts]
-    if len(parts) == 1 and not parts[0][1]:
+    parts = [part.partition("@") for part in text.split("+")]
+    policies = [_one(name, known) for name, _, _ in parts]
+    kinds = [selector.partition("=")[0] if at else None for _, at, selector in parts]
+    values = [selector.partition("=")[2] for _, _, selector in parts]
+    if kinds == [None]:
         return policies[0]
-    kinds = {kind for kind, _ in selectors if kind}
-    if kinds == {"heads"} and all(kind for kind, _ in selectors):
-        sized = tuple((_int(f"heads of {p.name}", n), p) for p, (_, n) in zip(policies, selectors, strict=True))
-        return ByHeads(parts=sized)
-    if "heads" in kinds or not kinds <= {"layers", "below"} or selectors[-1][0] or "" in [k for k, _ in selectors[:-1]]:
+    if set(kinds) == {"heads"}:
+        sized = zip(values, policies, strict=True)
+        return ByHeads(parts=tuple((_int(f"{policy.name}@heads", n), policy) for n, policy in sized))
+    if kinds[-1] is not None or not set(kinds[:-1]) <= {"layers", "below"}:
         raise ValueError(
             f"policy {text!r}: join parts as 'full@layers=0-1+shadowkv', 'full@below=8k+shadowkv' or "
             "'full@heads=2+sink-window@heads=6'; the last part, for the rest, has no selector"
         )
     rest = policies[-1]
-    for policy, (kind, value) in reversed(list(zip(policies, selectors, strict=True))[:-1]):
+    for policy, kind, value in reversed(list(zip(policies, kinds, values, strict=True))[:-1]):
         if kind == "below":
-            rest = ByContext(below_tokens=_int("below", value), short=policy, long=rest)
+            rest = ByContext(below_tokens=_int(f"{policy.name}@below", value), short=policy, long=rest)
         else:
-            first, _, last = value.partition("-")
-            span = (_int("layers", first), _int("layers", last or first), policy)
+            first, to, last = value.partition("-")
+            what = f"{policy.name}@layers"
+            span = (_int(what, first), _int(what, last if to else first), policy)
             if isinstance(rest, ByLayer):
                 rest = ByLayer(parts=(span, *rest.parts), otherwise=rest.otherwise)
             else:
@@ -49,16 +50,29 @@ def parse(text: str, known: Mapping[str, type[Policy]]) -> Policy:
 
 
 def describe(policy: Policy) -> str:
-    """The shortest text that parses to `policy`, for the classes of the project."""
+    """The shortest text that parses to `policy`.
+
+    Raises ValueError for a composition within a part of another, which text cannot say.
+    """
     if isinstance(policy, ByLayer):
-        named = [f"{describe(p)}@layers={first}-{last}" for first, last, p in policy.parts]
+        named = [f"{_described_part(p)}@layers={first}-{last}" for first, last, p in policy.parts]
         return "+".join([*named, describe(policy.otherwise)])
     if isinstance(policy, ByContext):
-        return f"{describe(policy.short)}@below={policy.below_tokens}+{describe(policy.long)}"
+        return f"{_described_part(policy.short)}@below={policy.below_tokens}+{describe(policy.long)}"
     if isinstance(policy, ByHeads):
-        return "+".join(f"{describe(p)}@heads={heads}" for heads, p in policy.parts)
+        return "+".join(f"{_described_part(p)}@heads={heads}" for heads, p in policy.parts)
+    return _described_part(policy)
+
+
+def _described_part(policy: Policy) -> str:
+    if isinstance(policy, ByLayer | ByContext | ByHeads):
+        raise ValueError(
+            f"no text describes {policy.name} within a part of another composition; nest it as the last part"
+        )
+    cls = type(policy)
+    name = policy.name if cls.__module__.startswith("policies.") else f"{cls.__module__}:{cls.__qualname__}"
     changed = [f"{f.name}={getattr(policy, f.name)}" for f in fields(policy) if getattr(policy, f.name) != f.default]
-    return policy.name + (":" + ",".join(changed) if changed else "")
+    return name + (":" + ",".join(changed) if changed else "")
 
 
 def _one(text: str, known: Mapping[str, type[Policy]]) -> Policy:
@@ -66,21 +80,22 @@ def _one(text: str, known: Mapping[str, type[Policy]]) -> Policy:
     cls = known.get(name)
     if cls is None:
         outside, _, arguments = rest.partition(":")
-        if not outside.isidentifier() or "=" in outside:
+        if not (outside.isidentifier() and all(piece.isidentifier() for piece in name.split("."))):
             raise ValueError(_unknown("policy", name, known))
         cls, rest = _outside(name, outside), arguments
-    allowed = {f.name: f for f in fields(cls)}
+    allowed, kinds = {f.name: f for f in fields(cls)}, get_type_hints(cls)
     given: dict[str, Any] = {}
     for item in filter(None, (piece.strip() for piece in rest.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"policy {text!r}: {item!r} must be key=value")
         if key not in allowed:
-            raise ValueError(_unknown(f"parameter of {cls.name}", key, allowed))
+            raise ValueError(_unknown(f"parameter of {name}", key, allowed))
         if key in given:
             raise ValueError(f"policy {text!r}: {key} is given twice")
-        given[key] = _value(f"{cls.name}: {key}", value, allowed[key].type)
-    if missing := [f.name for f in allowed.values() if f.default is MISSING and f.name not in given]:
+        given[key] = _value(f"{name}: {key}", value, kinds[key])
+    required = [f.name for f in allowed.values() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [field for field in required if field not in given]:
         raise ValueError(f"policy {text!r} needs {', '.join(missing)}")
     return cls(**given)
 
@@ -96,7 +111,7 @@ def _outside(module: str, name: str) -> type[Policy]:
 
 
 def _value(what: str, text: str, kind: Any) -> Any:
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    options = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if type(None) in options and text.lower() == "none":
         return None
     if bool in options:
@@ -128,7 +143,9 @@ def _int(what: str, text: str) -> int:
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
+    if not known:
+        return f"unknown {what} {name!r}; none is known"
     near = get_close_matches(name, known, n=len(known), cutoff=0.0)
     guess = get_close_matches(name, known, n=1)
-    hint = f"; did you mean {guess[0]!r}?" if guess else ";"
-    return f"unknown {what} {name!r}{hint} known: {', '.join(near) or 'none'}"
+    hint = f" did you mean {guess[0]!r}?" if guess else ""
+    return f"unknown {what} {name!r};{hint} known: {', '.join(near)}"

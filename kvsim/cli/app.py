@@ -4,10 +4,11 @@ from typing import Annotated
 
 import typer
 
-from kvsim.cli import hardware, model, trace
+from kvsim.cli import explain, hardware, model, trace
 from kvsim.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+app.command("explain")(explain.explain)
 app.add_typer(trace.app, name="trace", help="Request traces: bundled, generated and converted ones.")
 app.add_typer(hardware.app, name="hardware", help="The catalogue of GPUs and hosts.")
 app.add_typer(model.app, name="model", help="The catalogue of model shapes.")

@@ -1,0 +1,1 @@
+"""Published figures, one file for each paper, and kvsim beside them."""

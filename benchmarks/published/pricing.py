@@ -1,0 +1,63 @@
+"""One policy priced on one machine, for as many sequences as a paper ran at a time."""
+
+from collections.abc import Mapping
+
+from kvsim.derive import AMOUNTS, TIERS, PlanTable, Structure, Vector
+from kvsim.machine import Machine
+from kvsim.makespan import Clock, Load
+from policies import ModelShape, parse_policy
+from policies.plan import Tier
+
+
+class Priced:
+    """Times and bytes of `policy` on `model` and `machine`, the whole model on one GPU."""
+
+    def __init__(
+        self, policy: str, model: ModelShape, machine: Machine, shares: Mapping[str, float] | None = None
+    ) -> None:
+        self.model, self.machine = model, machine
+        self.table = PlanTable(parse_policy(policy), model, machine, shares or {})
+        self.clock = Clock(model, machine)
+
+    def decode_s(self, prompt_tokens: int, batch: int = 1, generated_tokens: int = 1) -> float:
+        """Seconds of one decode step of `batch` equal sequences."""
+        segment = self.table.decode(prompt_tokens, generated_tokens)
+        return self._iteration_s(segment.piece.structure, segment.start * batch, batch, batch)
+
+    def prefill_s(self, prompt_tokens: int) -> float:
+        """Seconds of a whole prompt in one step."""
+        return self._iteration_s(*self.table.prefill(prompt_tokens, 0, prompt_tokens), prompt_tokens, 1)
+
+    def decode_ops_s(self, prompt_tokens: int, batch: int = 1) -> dict[str, float]:
+        """Seconds of each operation of the last layer's decode plan, alone on its lane."""
+        segment = self.table.decode(prompt_tokens, 1)
+        return _ops_s(segment.piece.structure, segment.start * batch)
+
+    def prefill_ops_s(self, prompt_tokens: int) -> dict[str, float]:
+        """Seconds of each operation of the last layer's prefill plan, alone on its lane."""
+        return _ops_s(*self.table.prefill(prompt_tokens, 0, prompt_tokens))
+
+    def stored_bytes(self, prompt_tokens: int, generated_tokens: int = 1) -> dict[Tier, int]:
+        """Bytes that one decoding sequence keeps in each tier."""
+        stored = self.table.decode(prompt_tokens, generated_tokens).start[-len(TIERS) :]
+        return dict(zip(TIERS, stored.tolist(), strict=True))
+
+    def largest_batch(self, prompt_tokens: int, generated_tokens: int, reserve_bytes: int) -> int:
+        """Sequences that fit in HBM beside the weights and `reserve_bytes`."""
+        room_bytes = self.machine.gpu.memory_bytes - self.model.weight_bytes - reserve_bytes
+        return room_bytes // self.stored_bytes(prompt_tokens, generated_tokens)[Tier.HBM]
+
+    def _iteration_s(self, structure: Structure, amounts: Vector, tokens: int, logits: int) -> float:
+        return self.clock.iteration([Load(structure, amounts)], tokens=tokens, logits=logits)[0]
+
+
+def _ops_s(structure: Structure, amounts: Vector) -> dict[str, float]:
+    columns = amounts[: -len(TIERS)].reshape(-1, AMOUNTS).tolist()
+    last = structure.group_of[-1]
+    first = sum(len(group) for group in structure.groups[:last])
+    seconds: dict[str, float] = {}
+    for op, (work, contiguous_bytes, scattered_bytes) in zip(structure.groups[last], columns[first:], strict=False):
+        cost = op.cost
+        moved_s = contiguous_bytes * cost.streamed_s + scattered_bytes * cost.scattered_s
+        seconds[op.name] = cost.fixed_s + max(work * cost.work_s, moved_s)
+    return seconds

@@ -1,0 +1,219 @@
+"""`kvsim explain`: what a long context costs under each policy, and the plan that says why."""
+
+import json as jsonlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_table
+from kvsim.names import unknown_name
+from kvsim.units import format_bytes, format_count, format_s, parse_tokens
+
+if TYPE_CHECKING:
+    from kvsim.explain import Costs
+    from policies import ModelShape
+
+PLAN_OPTIONS = ("plan", "model", "context", "kv_dtype", "weight_dtype")
+PAPER_OPTIONS = ("paper", "model", "gpu", "context", "policy", "batch", "tp", "kv_dtype", "weight_dtype", "json")
+BATCH_COLUMNS = ("batch", "output_tokens_per_s")
+
+
+def explain(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")] = (
+        "llama-3.1-8b"
+    ),
+    context: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens held: 4k,50k,128Ki.")] = "32k",
+    gpu: Annotated[str, typer.Option(metavar="GPU", help="A GPU of the catalogue or a YAML file.")] = "a100-80g-sxm",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="POLICY", help="name or name:key=value,...; repeat it. Default: every policy."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The closed form of arXiv:2405.08944, of the policy full alone.")
+    ] = False,
+    plan: Annotated[
+        str | None, typer.Option(metavar="POLICY", help="Print this policy's plan instead of costs.")
+    ] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="max|N", help="Add the throughput of N sequences, or of as many as fit.")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share every layer.")] = 1,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file.")
+    ] = "ddr4-dual-xeon",
+    kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
+    weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the weights.")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(metavar="SHARE", help="What an engine may use of HBM.")
+    ] = 0.9,
+    counts: Annotated[
+        str | None,
+        typer.Option(metavar="NAME=SHARE,...", help="What data decide, as shares of its maximum: miss=0.4."),
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Compare what a long context costs under each policy: memory, prefill, decode, and switching between sequences."""
+    from kvsim.models import load_model
+
+    contexts = [parse_tokens(part) for part in context.split(",")]
+    shape = load_model(model)
+    shape = replace(shape, kv_dtype=kv_dtype or shape.kv_dtype, weight_dtype=weight_dtype or shape.weight_dtype)
+    if plan is not None:
+        _refuse_others(ctx, "--plan", PLAN_OPTIONS)
+        for tokens in contexts:
+            _print_plan(plan, shape, tokens)
+        return
+    for tokens in contexts:
+        if tokens > shape.max_positions:
+            _warn(f"warning: {tokens:,} tokens are beyond the {shape.max_positions:,} positions of {shape.name}")
+    size = None if batch in (None, "max") else _batch(batch or "")
+    if paper:
+        _refuse_others(ctx, "--paper", PAPER_OPTIONS)
+        rows = _paper_rows(policy or ["full"], shape, gpu, contexts, tp, size)
+    else:
+        options = {"tp": tp, "utilization": gpu_memory_utilization}
+        rows = list(_rows(policy, shape, gpu, host, contexts, size, options, _shares(counts)))
+    _print(rows, with_batch=batch is not None, json=json)
+
+
+def _paper_rows(
+    names: Sequence[str], model: "ModelShape", gpu: str, contexts: Sequence[int], tp: int, batch: int | None
+) -> list[tuple[str, "Costs"]]:
+    from kvsim.explain import paper_costs
+    from kvsim.hardware import load_gpu
+
+    for name in names:
+        if name != "full":
+            raise ValueError(f"--paper prices the policy full alone, not {name!r}; leave --paper or the policy out")
+    card = load_gpu(gpu if "@" in gpu else f"{gpu}@datasheet")
+    return [("full", paper_costs(model, card, tokens, tp=tp, batch=batch)) for tokens in contexts]
+
+
+def _rows(
+    names: Sequence[str] | None,
+    model: "ModelShape",
+    gpu: str,
+    host: str,
+    contexts: Sequence[int],
+    batch: int | None,
+    options: dict[str, Any],
+    shares: dict[str, float],
+) -> Iterator[tuple[str, "Costs"]]:
+    from kvsim.explain import Explainer
+    from kvsim.hardware import load_gpu, load_host
+    from policies import POLICIES, parse_policy
+
+    card, server = load_gpu(gpu), load_host(host)
+    drawn: set[str] = set()
+    for name in names or POLICIES:
+        explainer = Explainer(parse_policy(name), model, card, server, shares=shares, **options)
+        try:
+            priced = [explainer.costs(tokens, batch) for tokens in contexts]
+        except ValueError as error:
+            if names:
+                raise
+            _warn(f"note: {name} is left out: {error}")
+            continue
+        drawn |= explainer.table.drawn
+        yield from ((name, costs) for costs in priced)
+    for name in shares:
+        if name not in drawn:
+            raise unknown_name("count", name, sorted(drawn))
+
+
+def _print(rows: Sequence[tuple[str, "Costs"]], *, with_batch: bool, json: bool) -> None:
+    for name, costs in rows:
+        if with_batch and costs.output_tokens_per_s is None:
+            _warn(f"note: {name} at {costs.context_tokens:,} tokens: {costs.concurrency} fit, not {costs.batch}")
+    if json:
+        left_out = () if with_batch else BATCH_COLUMNS
+        shown = [
+            {"schema_version": SCHEMA_VERSION, "policy": name}
+            | {key: value for key, value in asdict(costs).items() if key not in left_out}
+            for name, costs in rows
+        ]
+        typer.echo(jsonlib.dumps(shown, indent=2, allow_nan=False))
+        return
+    headings = ["context", "KV", "HBM", "DDR", "fit", "prefill", "decode/token", "switch"]
+    columns: Columns = {"policy": "left", **dict.fromkeys(headings, "right"), "bound by": "left"}
+    if with_batch:
+        columns = {**columns, "batch": "right", "tokens/s": "right"}
+    print_table(columns, ([name, *_cells(costs)][: len(columns)] for name, costs in rows))
+
+
+def _cells(costs: "Costs") -> list[str]:
+    rate = costs.output_tokens_per_s
+    return [
+        format_count(costs.context_tokens),
+        format_bytes(costs.kv_bytes),
+        format_bytes(costs.hbm_bytes),
+        format_bytes(costs.ddr_bytes),
+        f"{costs.concurrency:,}",
+        format_s(costs.prefill_s),
+        format_s(costs.decode_s_per_token),
+        format_s(costs.context_switch_s),
+        costs.bound_by,
+        f"{costs.batch:,}",
+        "does not fit" if rate is None else f"{rate:.4g}",
+    ]
+
+
+def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
+    """Print the plans of the chunk that completes a prompt and of a decode step, once for each run of equal layers."""
+    from itertools import groupby
+
+    from rich.console import Console
+
+    from kvsim.plan_tree import plan_tree
+    from policies import Step, parse_policy, plan_layer
+
+    policy = parse_policy(text)
+    console = Console()
+    steps = {
+        f"the whole prompt of {tokens:,} tokens": Step(prompt_tokens=tokens, past_tokens=0, new_tokens=tokens),
+        f"one decode step after {tokens:,} tokens": Step.decoding(tokens, 1),
+    }
+    for title, step in steps.items():
+        plans = [plan_layer(policy, model, step, layer) for layer in range(model.n_layers)]
+        for _, run in groupby(range(model.n_layers), key=lambda layer: plans[layer]):
+            layers = list(run)
+            span = f"layer {layers[0]}" if len(layers) == 1 else f"each of layers {layers[0]} to {layers[-1]}"
+            typer.echo(f"{model.name}, {title}, {span}:")
+            console.print(plan_tree(policy, model, step, layers[0]))
+
+
+def _refuse_others(ctx: typer.Context, mode: str, used: Sequence[str]) -> None:
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if name not in used and source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"{mode} has no use for --{name.replace('_', '-')}; leave it out")
+
+
+def _batch(text: str) -> int:
+    size = parse_tokens(text)
+    if size < 1:
+        raise ValueError(f"--batch {text} must be max or at least 1")
+    return size
+
+
+def _shares(text: str | None) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for item in text.split(",") if text else ():
+        name, _, value = item.partition("=")
+        try:
+            share = float(value)
+        except ValueError:
+            raise ValueError(f"--counts {item!r} must be a name and a share of its maximum, such as miss=0.4") from None
+        if not 0 <= share <= 1:
+            raise ValueError(f"--counts {item!r}: the share must be from 0 to 1")
+        if name in shares:
+            raise ValueError(f"--counts gives {name!r} twice")
+        shares[name] = share
+    return shares
+
+
+def _warn(text: str) -> None:
+    typer.echo(text, err=True)

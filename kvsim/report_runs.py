@@ -1,0 +1,77 @@
+"""The runs that a report compares, and what it reads from each one's summary beyond single figures."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kvsim.report_page import name_cell
+from kvsim.report_plots import Style, style
+from kvsim.results import Result, summarize
+
+
+class Run(NamedTuple):
+    """One result, its summary, and how the page names and draws it."""
+
+    label: str
+    style: Style
+    result: Result
+    summary: dict[str, Any]
+
+    @property
+    def name_cell(self) -> str:
+        """The run as the name of a table's row, in HTML."""
+        return name_cell(self.label, self.style.css_border)
+
+    def tier_bytes(self, tier: str, figure: str) -> float | None:
+        """Sum of `figure` (`peak_bytes`, `capacity_bytes`) over all memories of a tier; None where there is none."""
+        nodes = [node[figure] for name, node in self.summary["memory"].items() if _tier(name) == tier]
+        return sum(nodes) if nodes else None
+
+    def tiers(self) -> list[str]:
+        """The tiers of the memories, in their order."""
+        return list(dict.fromkeys(map(_tier, self.summary["memory"])))
+
+    def pcie_bytes(self) -> float:
+        """Bytes that crossed between an HBM and its host, both ways; each byte counts at its GPU's link only."""
+        moved: list[float] = [x["bytes"] for link, x in self.summary["links"].items() if _joins_gpu_and_host(link)]
+        return sum(moved)
+
+    def link_kinds(self) -> dict[str, list[str]]:
+        """The links that moved bytes, grouped by name without the numbers of GPUs and switches."""
+        kinds: dict[str, list[str]] = {}
+        for link, figures in self.summary["links"].items():
+            if figures["bytes"]:
+                kinds.setdefault(re.sub(r"\d+", "*", link), []).append(link)
+        return kinds
+
+    def cause_bytes(self, links: Iterable[str]) -> dict[str, int]:
+        """Bytes by cause, summed over links."""
+        total: dict[str, int] = {}
+        for link in links:
+            for cause, moved_bytes in self.summary["traffic"].get(link, {}).items():
+                total[cause] = total.get(cause, 0) + moved_bytes
+        return total
+
+
+def runs_of(results: Sequence[Result], slo: Mapping[str, float] | None, warmup_s: float) -> list[Run]:
+    """The results with their summaries, labelled by policy; equal policies are numbered."""
+    policies = [str(result.inputs["policy"]) for result in results]
+    labels = [
+        f"{policy} ({policies[: index + 1].count(policy)})" if policies.count(policy) > 1 else policy
+        for index, policy in enumerate(policies)
+    ]
+    return [
+        Run(label, style(index), result, summarize(result, slo, warmup_s))
+        for index, (label, result) in enumerate(zip(labels, results, strict=True))
+    ]
+
+
+def _tier(node: str) -> str:
+    """`hbm` of `gpu0.hbm`."""
+    return node.rpartition(".")[2]
+
+
+def _joins_gpu_and_host(link: str) -> bool:
+    src, dst = map(_tier, link.split("->"))
+    other = {"hbm": dst}.get(src, src)
+    return "hbm" in (src, dst) and (other in ("ddr", "nvme", "cpu", "root") or other.startswith("pcie"))
