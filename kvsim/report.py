@@ -119,10 +119,8 @@ def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float) -> st
         " with " + ", ".join(f"{name} ≤ {bound_s:g}" for name, bound_s in slo.items()) if slo else "; no SLO is set"
     )
     notes = [
-        (
-            "TTFT is the time from a request's arrival to its first token, TPOT its mean time per token after the first, "
-            "queue its time from arrival to admission."
-        ),
+        "TTFT is the time from a request's arrival to its first token, queue the time from arrival to admission.",
+        "TPOT is the mean time per output token after the first.",
         "Percentiles are nearest ranks over finished requests.",
         f"Goodput counts finished requests{bounds}.",
         "Memory and links show what the simulator charged; lines are thinned to what a screen shows, with their peaks.",

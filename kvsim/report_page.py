@@ -7,7 +7,7 @@ the two that are named by their hashes, so that not even a mistake in escaping c
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -50,12 +50,18 @@ def text_cell(text: str) -> str:
 
 def name_cell(text: str, css_border: str = "") -> str:
     """The name of a row as `<th>`, after a run's line where it has one."""
-    return f'<th scope="row">{swatch(css_border)}{escape(text)}</th>'
+    breakable = escape(text).replace(",", ",<wbr>").replace(":", ":<wbr>")  # between the parameters of a policy
+    return f'<th scope="row">{swatch(css_border)}{breakable}</th>'
 
 
-def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of HTML cells, which scrolls by itself when the screen is narrow."""
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
+def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]], texts: Collection[str] = ()) -> str:
+    """A table of HTML cells, which scrolls by itself when the screen is narrow.
+
+    The first column holds names, those headed by one of `texts` hold text, the others figures.
+    """
+    left = {headings[0], *texts}
+    kinds = [' class="text"' if heading in left else "" for heading in headings]
+    head = "".join(f'<th scope="col"{kind}>{escape(h)}</th>' for h, kind in zip(headings, kinds, strict=True))
     body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
     shown = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody>"
     return f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0"><table>{shown}</table></div>'
@@ -116,7 +122,7 @@ def _sha256(text: str) -> str:
 
 _DRAW = """
 JSON.parse(document.getElementById("figures").textContent).forEach((figure, i) =>
-  Plotly.newPlot("plot-" + i, figure.data, figure.layout, {responsive: true, displaylogo: false}));
+  Plotly.newPlot("plot-" + i, figure.data, figure.layout, {responsive: true, displayModeBar: false}));
 """
 
 _CSS = """
@@ -125,7 +131,7 @@ _CSS = """
   :root { --page: #12161c; --ink: #e7ebf0; --muted: #a3adb9; --line: #323b47; --band: #1a2029; }
 }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 78rem; margin: 0 auto; padding: 1.5rem 1.25rem 3rem; }
+main { max-width: 90rem; margin: 0 auto; padding: 1.5rem 1.25rem 3rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0.5rem 0 0.75rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.3rem; margin: 2.75rem 0 0.5rem; padding-top: 0.75rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 0 0 0.25rem; overflow-wrap: anywhere; }
@@ -137,18 +143,20 @@ p, li { max-width: 60rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--muted); padding-bottom: 0.4rem; }
-th, td { padding: 0.35rem 0.8rem; text-align: right; white-space: nowrap; }
-thead th { color: var(--muted); font-weight: 600; border-bottom: 2px solid var(--line); vertical-align: bottom; }
-thead th:first-child, th[scope=row], td.text { text-align: left; }
-th[scope=row], td.text { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; max-width: 32rem; }
-th[scope=row] { font-weight: 600; }
+th, td { padding: 0.35rem 0.5rem; text-align: right; white-space: nowrap; }
+thead th { color: var(--muted); white-space: normal; border-bottom: 2px solid var(--line); vertical-align: bottom; }
+th { font-weight: 600; }
+thead th.text { overflow-wrap: normal; }
+th[scope=row], .text { text-align: left; white-space: normal; overflow-wrap: anywhere; max-width: 32rem; }
+th[scope=row] { min-width: 11rem; }
+.text { min-width: 5rem; }
 tbody tr { border-bottom: 1px solid var(--line); }
 tbody tr:hover { background: var(--band); }
 .swatch { display: inline-block; width: 1.5em; margin-right: 0.6em; vertical-align: middle; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.5rem; padding: 0; margin: 0.75rem 0; list-style: none; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1.5rem 2rem; }
 figure { margin: 0.75rem 0 0; min-width: 0; }
-figcaption { color: var(--muted); font-size: 0.9rem; }
+figcaption { margin-top: 0.25rem; color: var(--muted); font-size: 0.9rem; }
 .plot .main-svg :is(.xtick, .ytick, .g-xtitle, .g-ytitle, .annotation) text { fill: var(--ink) !important; }
 @media print { .scroll { overflow: visible; } section { break-inside: avoid; } }
 """

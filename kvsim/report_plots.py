@@ -4,6 +4,7 @@ The page titles and captions them and sets the colours of text and grid, which d
 traces and policies is escaped here, because Plotly reads tags in labels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from kvsim.results import Array, Floats
-from kvsim.units import format_bytes
+from kvsim.units import format_bytes, format_s
 
 Figure: TypeAlias = dict[str, Any]
 
-# Okabe and Ito's palette for the colour-blind, without black and with a darker yellow, to be seen on light and dark.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#8a63d2", "#7f8790")
+# Okabe and Ito's palette for the colour-blind, without black and with its light colours darker: 3:1 on light and dark.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c5659a", "#b8860b", "#2f97d4", "#8a63d2", "#7f8790")
 _DASHES = {"solid": "solid", "dash": "dashed", "dot": "dotted"}  # Plotly's name and that of CSS
 
 _CDF_POINTS = 400
@@ -57,8 +58,9 @@ def cdf(samples: Mapping[str, Floats], quantity: str) -> Figure:
         x, y = np.r_[ordered[0], ordered[kept]], np.r_[0, (kept + 1) / len(ordered)]
         hover = "%{y:.1%} of requests within %{x:.3~s}s"
         lines.append(_line(label, style(index), x, y, hover) | {"line": _stroke(style(index), "hv")})
-    layout = _layout(f"{quantity} (s, log scale)", "share of requests")
-    layout["xaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1, "minor": {"dtick": "D1"}}
+    layout = _layout(f"{quantity} (log scale)", "share of requests")
+    ticks_s = _log_ticks(np.concatenate([np.empty(0), *samples.values()]))
+    layout["xaxis"] |= {"type": "log", "tickvals": ticks_s, "ticktext": [format_s(tick_s) for tick_s in ticks_s]}
     layout["yaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}
     return {"data": lines, "layout": layout}
 
@@ -151,6 +153,15 @@ def _line(label: str, look: Style, x: Floats, y: Floats, hover: str) -> dict[str
 
 def _stroke(look: Style, shape: str) -> dict[str, Any]:
     return {"color": look.colour, "dash": look.dash, "width": 2, "shape": shape}
+
+
+def _log_ticks(values: Floats) -> list[float]:
+    """Powers of ten around the values, with their doubles and fivefolds where that is not too many."""
+    positive = values[values > 0]
+    if not len(positive):
+        return []
+    decades = range(math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max())) + 1)
+    return [fold * 10.0**decade for decade in decades for fold in ((1, 2, 5) if len(decades) <= 4 else (1,))]
 
 
 def _layout(x_title: str, y_title: str) -> dict[str, Any]:

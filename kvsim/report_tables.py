@@ -30,7 +30,7 @@ def _share(value: float) -> str:
 
 COMPARED = (
     Column("output tokens/s", lambda run: run.summary["output_tokens_per_s"], _rate, max),
-    Column("goodput (requests/s)", lambda run: run.summary["goodput_rps"], _rate, max),
+    Column("goodput req/s", lambda run: run.summary["goodput_rps"], _rate, max),
     Column("TTFT p50", lambda run: run.summary["ttft_s"]["p50"], format_s, min),
     Column("TTFT p99", lambda run: run.summary["ttft_s"]["p99"], format_s, min),
     Column("TPOT p50", lambda run: run.summary["tpot_s"]["p50"], format_s, min),
@@ -53,7 +53,7 @@ def comparison(runs: Sequence[Run]) -> str:
     ]
     caption = "Memory peaks and PCIe bytes are sums over all GPUs and hosts"
     caption += "; the best of a column is bold." if len(runs) > 1 else "."
-    return table(caption, ["policy", *(column.heading for column in COMPARED), "bottleneck"], rows)
+    return table(caption, ["policy", *(column.heading for column in COMPARED), "bottleneck"], rows, ["bottleneck"])
 
 
 def busy(runs: Sequence[Run]) -> str:
@@ -98,7 +98,7 @@ def cache(runs: Sequence[Run]) -> str:
         if blocks["lookup_blocks"]
     ]
     caption = "Prefix cache: blocks looked up in each tier, and found there."
-    return table(caption, ["policy", "tier", "lookups", "hits", "hit ratio"], rows) if rows else ""
+    return table(caption, ["policy", "tier", "lookups", "hits", "hit ratio"], rows, ["tier"]) if rows else ""
 
 
 def links(runs: Sequence[Run]) -> str:
@@ -120,7 +120,7 @@ def links(runs: Sequence[Run]) -> str:
                 ]
             )
     caption = "Links that moved bytes, those of one kind together: * stands for the number of a GPU or switch."
-    return table(caption, ["policy", "link", "links", "bytes", "mean utilization", "highest"], rows)
+    return table(caption, ["policy", "link", "links", "bytes", "mean utilization", "highest"], rows, ["link"])
 
 
 def tenants(runs: Sequence[Run]) -> str:
@@ -144,9 +144,9 @@ def tenants(runs: Sequence[Run]) -> str:
     caption = (
         f"The {_TENANTS_SHOWN} tenants with most requests of {most:,}." if most > _TENANTS_SHOWN else "All tenants."
     )
-    headings = ["policy", "tenant", "submitted", "finished", "rejected", "output tokens/s", "goodput (requests/s)"]
+    headings = ["policy", "tenant", "submitted", "finished", "rejected", "output tokens/s", "goodput req/s"]
     headings += [f"{figure} {rank}" for figure in ("TTFT", "TPOT", "queue") for rank in ("p50", "p99")]
-    return table(caption, headings, rows)
+    return table(caption, headings, rows, ["tenant"])
 
 
 def inputs(runs: Sequence[Run]) -> str:
@@ -158,9 +158,10 @@ def inputs(runs: Sequence[Run]) -> str:
     differing = [
         [name_cell(key), *(text_cell(values.get(key, MISSING)) for values in given)] for key in keys if key not in same
     ]
-    tables = table("Inputs" + (" that all runs share." if differing else "."), ["input", "value"], shared)
+    tables = table("Inputs" + (" that all runs share." if differing else "."), ["input", "value"], shared, ["value"])
     if differing:
-        tables += table("Inputs that differ.", ["input", *(run.label for run in runs)], differing)
+        labels = [run.label for run in runs]
+        tables += table("Inputs that differ.", ["input", *labels], differing, labels)
     return tables
 
 

@@ -82,6 +82,8 @@ class ByHeads(Policy):
     parts: tuple[tuple[int, Policy], ...]
 
     def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("by-heads needs at least one part, such as (2, Full())")
         for heads, policy in self.parts:
             if heads < 1:
                 raise ValueError(f"heads={heads} of {policy.name} must be at least 1")

@@ -1,6 +1,7 @@
 """Policies as text: `shadowkv:budget_tokens=1024,rank=160`, `full@layers=0-1+shadowkv`."""
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -10,7 +11,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from policies.compose import ByContext, ByHeads, ByLayer
 from policies.policy import Policy
 
-SUFFIXES = {"k": 1000, "M": 1_000_000, "Ki": 1024, "Mi": 1024**2}
+SUFFIXES = {"": 1, "k": 1000, "M": 1_000_000, "Ki": 1024, "Mi": 1024**2}
+_WHOLE = re.compile(r"(-?\d{1,18})(|k|M|Ki|Mi)", re.ASCII)
 
 
 def parse(text: str, known: Mapping[str, type[Policy]]) -> Policy:
@@ -54,21 +56,24 @@ def describe(policy: Policy) -> str:
 
     Raises ValueError for a composition within a part of another, which text cannot say.
     """
-    if isinstance(policy, ByLayer):
-        named = [f"{_described_part(p)}@layers={first}-{last}" for first, last, p in policy.parts]
-        return "+".join([*named, describe(policy.otherwise)])
-    if isinstance(policy, ByContext):
-        return f"{_described_part(policy.short)}@below={policy.below_tokens}+{describe(policy.long)}"
     if isinstance(policy, ByHeads):
-        return "+".join(f"{_described_part(p)}@heads={heads}" for heads, p in policy.parts)
-    return _described_part(policy)
+        return "+".join(f"{_describe_part(p)}@heads={heads}" for heads, p in policy.parts)
+    texts, rest = [], policy
+    while isinstance(rest, ByLayer | ByContext):
+        if isinstance(rest, ByContext):
+            texts.append(f"{_describe_part(rest.short)}@below={rest.below_tokens}")
+            rest = rest.long
+        else:
+            texts += [f"{_describe_part(p)}@layers={first}-{last}" for first, last, p in rest.parts]
+            rest = rest.otherwise
+            if isinstance(rest, ByLayer):
+                break
+    return "+".join([*texts, _describe_part(rest)])
 
 
-def _described_part(policy: Policy) -> str:
+def _describe_part(policy: Policy) -> str:
     if isinstance(policy, ByLayer | ByContext | ByHeads):
-        raise ValueError(
-            f"no text describes {policy.name} within a part of another composition; nest it as the last part"
-        )
+        raise ValueError(f"no text describes {policy.name} within a part of another composition")
     cls = type(policy)
     name = policy.name if cls.__module__.startswith("policies.") else f"{cls.__module__}:{cls.__qualname__}"
     changed = [f"{f.name}={getattr(policy, f.name)}" for f in fields(policy) if getattr(policy, f.name) != f.default]
@@ -132,14 +137,10 @@ def _value(what: str, text: str, kind: Any) -> Any:
 
 
 def _int(what: str, text: str) -> int:
-    digits = text.rstrip("kMi")
-    suffix = text[len(digits) :]
-    try:
-        if suffix and suffix not in SUFFIXES:
-            raise ValueError
-        return int(digits) * SUFFIXES.get(suffix, 1)
-    except ValueError:
-        raise ValueError(f"{what}={text!r} is not a whole number such as 2048, 2k or 2Ki") from None
+    number = _WHOLE.fullmatch(text)
+    if number is None:
+        raise ValueError(f"{what}={text!r} is not a whole number such as 2048, 2k or 2Ki")
+    return int(number[1]) * SUFFIXES[number[2]]
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:

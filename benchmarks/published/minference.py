@@ -20,7 +20,7 @@ def section() -> Section:
     full = Priced("full", load_model("llama-3-8b-1m"), machine)
     rows = tuple(
         Comparison(
-            what=f"prefill, {tokens // 1000}K", unit="s", published=seconds, source="R", kvsim=full.prefill_s(tokens)
+            what=f"prefill, {tokens:,} tokens", unit="s", published=seconds, source="R", kvsim=full.prefill_s(tokens)
         )
         for tokens, seconds in PREFILL_S
     )

@@ -37,7 +37,9 @@ def section() -> Section:
         node_flops = 8 * load_gpu(gpu).rates.flops("bf16")
         found = model.kv_bytes(PROMPT_TOKENS) / prefill_flops * node_flops / 1e9
         rows.append(_row(f"break-even bandwidth, 8 x {name}", "GB/s", published, "R", found))
-        rows.append(_row(f"break-even bandwidth, 8 x {name}", "GB/s", recomputed, "C", found, "the paper's formula"))
+        rows.append(
+            _row(f"break-even bandwidth, 8 x {name}", "GB/s", recomputed, "C", found, "published: the paper's formula")
+        )
     rows += [
         _row("KV cache of one token", "B", 327_680, "R", model.kv_bytes(1)),
         _row("KV cache of 128K tokens", "GiB", 40.0, "C", model.kv_bytes(131_072) / 2**30),

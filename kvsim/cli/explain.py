@@ -43,7 +43,7 @@ def explain(
     tp: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share every layer.")] = 1,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file.")
-    ] = "ddr4-dual-xeon",
+    ] = "ddr5-dual-xeon",
     kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
     weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the weights.")] = None,
     gpu_memory_utilization: Annotated[
@@ -182,7 +182,7 @@ def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
             layers = list(run)
             span = f"layer {layers[0]}" if len(layers) == 1 else f"each of layers {layers[0]} to {layers[-1]}"
             typer.echo(f"{model.name}, {title}, {span}:")
-            console.print(plan_tree(policy, model, step, layers[0]))
+            console.print(plan_tree(policy, model, step, layers[0]), soft_wrap=True)
 
 
 def _refuse_others(ctx: typer.Context, mode: str, used: Sequence[str]) -> None:

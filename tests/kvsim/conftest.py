@@ -14,25 +14,25 @@ LINKS = ("gpu0.hbm->gpu0.sm", "gpu1.hbm->gpu1.sm", "host.ddr->gpu0.hbm", "gpu0.h
 
 
 def build_result(
-    *, policy: str = "full", requests: int = 200, tenants: tuple[str, ...] = ("default",), seed: int = 0, **changes: Any
+    *, policy: str = "full", count: int = 200, tenants: tuple[str, ...] = ("default",), seed: int = 0, **changes: Any
 ) -> Result:
     """A result of two GPUs and one host; every 17th request was rejected. `changes` replace fields of `Result`."""
     rng = np.random.default_rng(seed)
-    arrival_s = np.sort(rng.uniform(0, 600, requests))
-    output_tokens = rng.integers(1, 400, requests)
-    admitted_s = arrival_s + rng.exponential(0.5, requests)
-    first_token_s = admitted_s + rng.lognormal(0, 0.8, requests)
-    finish_s = first_token_s + (output_tokens - 1) * rng.lognormal(-4, 0.3, requests)
-    status = np.where(np.arange(requests) % 17 == 16, "rejected", "finished")
+    arrival_s = np.sort(rng.uniform(0, 600, count))
+    output_tokens = rng.integers(1, 400, count)
+    admitted_s = arrival_s + rng.exponential(0.5, count)
+    first_token_s = admitted_s + rng.lognormal(0, 0.8, count)
+    finish_s = first_token_s + (output_tokens - 1) * rng.lognormal(-4, 0.3, count)
+    status = np.where(np.arange(count) % 17 == 16, "rejected", "finished")
     for column in (admitted_s, first_token_s, finish_s):
         column[status == "rejected"] = np.nan
-    prompt_tokens = rng.integers(100, 100_000, requests)
+    prompt_tokens = rng.integers(100, 100_000, count)
     traffic = {link: {cause: int(rng.integers(0, 10**13)) for cause in CAUSES} for link in LINKS}
     memory = {"gpu0.hbm": 80 * GIB, "gpu1.hbm": 80 * GIB, "host.ddr": 1024 * GIB}
     rows = 1500
     fields: dict[str, Any] = {
         "inputs": {
-            "trace": {"name": "synthetic", "requests": requests},
+            "trace": {"name": "synthetic", "requests": count},
             "model": {"name": "llama-3.1-8b", "n_layers": 32},
             "gpu": {"name": "h100-sxm", "parameter_set": "achievable"},
             "host": {"name": "ddr5-dual-xeon"},
@@ -41,10 +41,10 @@ def build_result(
             "versions": {"kvsim": "0.1.0"},
         },
         "requests": {
-            "request": np.arange(requests),
-            "tenant": np.array(tenants)[np.arange(requests) % len(tenants)],
-            "session": np.arange(requests) // 2,
-            "replica": np.arange(requests) % 2,
+            "request": np.arange(count),
+            "tenant": np.array(tenants)[np.arange(count) % len(tenants)],
+            "session": np.arange(count) // 2,
+            "replica": np.arange(count) % 2,
             "arrival_s": arrival_s,
             "admitted_s": admitted_s,
             "first_token_s": first_token_s,
@@ -52,7 +52,7 @@ def build_result(
             "prompt_tokens": prompt_tokens,
             "cached_tokens": prompt_tokens // 3,
             "output_tokens": output_tokens,
-            "preemptions": rng.integers(0, 2, requests),
+            "preemptions": rng.integers(0, 2, count),
             "status": status,
         },
         "token_gaps": (rng.lognormal(-4, 0.3, 500), rng.integers(1, 50, 500)),
@@ -73,7 +73,10 @@ def build_result(
             for link, causes in traffic.items()
         },
         "traffic": traffic,
-        "cache": {"hbm": {"lookup_blocks": 5000, "hit_blocks": 1200}, "ddr": {"lookup_blocks": 3800, "hit_blocks": 950}},
+        "cache": {
+            "hbm": {"lookup_blocks": 5000, "hit_blocks": 1200},
+            "ddr": {"lookup_blocks": 3800, "hit_blocks": 950},
+        },
         "swaps": {"count": 12, "bytes": 7 * GIB},
         "busy": {"compute": 0.41, "hbm": 0.3 + 0.6 * rng.random(), "pcie": 0.22, "cpu": 0.0, "nvlink": 0.01},
         "makespan_s": 650.0,

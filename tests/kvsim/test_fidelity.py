@@ -1,0 +1,91 @@
+"""The two fidelities against each other, and the closed forms of the step fidelity against plain summation."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulated import GPU, HOST, MODEL, random_trace, setup, trace
+
+from kvsim.derive import PlanTable
+from kvsim.machine import Machine
+from kvsim.makespan import Clock, Load
+from kvsim.models import load_model
+from kvsim.runs import price_run
+from kvsim.simulate import simulate
+from policies import POLICIES, parse_policy
+
+LATENCIES = ("first_token_s", "finish_s")
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "squeezed-attention:tier=ddr,levels=2", "full@heads=2+sink-window@heads=6"])
+def test_alone_on_a_host_both_fidelities_agree(policy):
+    """One replica has nobody to compete with: event by event or in closed form, times agree to 1e-6."""
+    requests = random_trace(8, 6)
+    step = simulate(requests, setup(policy, max_num_batched_tokens=4096))
+    op = simulate(requests, setup(policy, max_num_batched_tokens=4096, fidelity="op"))
+    for name in LATENCIES:
+        assert step.requests[name] == pytest.approx(op.requests[name], rel=1e-6)
+    assert step.traffic == op.traffic
+
+
+@pytest.mark.parametrize("policy", ["offload-all", "retrieval-attention", "shadowkv"])
+def test_under_contention_the_step_fidelity_is_the_cautious_one(policy):
+    """Each GPU's fixed share is what it gets when all are busy: op is never slower, and equal when all do the same."""
+    options = {"gpus": 4, "max_num_batched_tokens": 1 << 16}
+    mixed = random_trace(9, 8)
+    step, op = (simulate(mixed, setup(policy, fidelity=f, **options)) for f in ("step", "op"))
+    assert op.makespan_s <= step.makespan_s * (1 + 1e-6)
+    assert step.traffic == op.traffic
+    alike = trace([0.0] * 4, 16000, 6)
+    step, op = (simulate(alike, setup(policy, fidelity=f, **options)) for f in ("step", "op"))
+    assert step.makespan_s == pytest.approx(op.makespan_s, rel=0.02)
+
+
+@given(
+    steps=st.integers(1, 400),
+    lines=st.lists(st.tuples(st.floats(0.001, 1), st.floats(0, 0.01)), min_size=1, max_size=5),
+    left=st.floats(0.01, 1),
+)
+def test_a_run_in_closed_form_is_the_sum_of_its_steps(steps, lines, left):
+    """Any maximum of lines is priced exactly, and time is inverted to the step under way."""
+    def seconds(i):
+        return max(a + b * i for a, b in lines)
+
+    run = price_run(lambda i: (seconds(i), np.array([seconds(i)])), steps)
+    each = [seconds(i) for i in range(steps)]
+    assert run.steps == steps
+    assert run.seconds == pytest.approx(sum(each), rel=1e-6)
+    assert run.busy()[0] == pytest.approx(sum(each), rel=1e-6)
+    target = left * run.seconds
+    done = run.steps_by(target)
+    assert run.head(done).seconds >= target * (1 - 1e-9)
+    assert done == 1 or run.head(done - 1).seconds < target * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("policy", ["full", "shadowkv", "quest", "infllm", "sink-window"])
+def test_decode_runs_equal_decode_steps(policy):
+    """A request served alone, charged run by run, ends when the sum of its single steps says."""
+    prompt, output = 5000, 300
+    machine = Machine(gpu=GPU, host=HOST)
+    table, clock = PlanTable(parse_policy(policy), MODEL, machine, {}), Clock(MODEL, machine)
+    total = 0.0
+    for g in range(1, output):
+        segment = table.decode(prompt, g)
+        total += clock.iteration([Load(segment.piece.structure, segment.start)], 1, 1)[0]
+    times = simulate(trace([0.0], prompt, output), setup(policy, max_num_batched_tokens=8192)).requests
+    assert times["finish_s"][0] - times["first_token_s"][0] == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("model", ["gemma-3-12b", "gpt-oss-20b", "mixtral-8x7b", "deepseek-v3", "jamba-1.5-mini"])
+def test_hybrid_and_expert_models_agree_too(model):
+    shape = load_model(model)
+    tp = 8 if model == "deepseek-v3" else 2
+    gpu = replace(GPU, memory_bytes=8 * GPU.memory_bytes)
+    requests = random_trace(10, 3, outputs=(2, 5))
+    step, op = (
+        simulate(requests, setup("full", model=shape, gpu=gpu, tp=tp, gpus=tp, fidelity=f)) for f in ("step", "op")
+    )
+    for name in LATENCIES:
+        assert step.requests[name] == pytest.approx(op.requests[name], rel=1e-6)
