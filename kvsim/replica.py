@@ -112,7 +112,7 @@ class Replica:
         budget = self.limits.max_num_batched_tokens - len(self.decoding)
         chunks: list[tuple[Sequence, int]] = []
         for sequence in self.prefilling:
-            if budget > 0 and sequence.ready_s <= self.env.now:
+            if budget > 0 and not sequence.loading:
                 chunks.append((sequence, min(budget, sequence.target_tokens - sequence.past_tokens)))
                 budget -= chunks[-1][1]
         while self.swapped and self._may_run() and self._swap_in(self.swapped[0]):
@@ -155,10 +155,15 @@ class Replica:
         if np.isnan(sequence.admitted_s):
             sequence.admitted_s = self.env.now
         if hit and hit.load_bytes:
-            sequence.ready_s = self.ledger.load_prefix(self.env.now, hit.load_bytes)
-            self.env.timeout(sequence.ready_s - self.env.now).callbacks.append(lambda _: self.wake())
+            ready_s = self.ledger.load_prefix(self.env.now, hit.load_bytes)
+            sequence.loading = True
+            self.env.timeout(ready_s - self.env.now).callbacks.append(lambda _: self._loaded(sequence))
             return 0
         return chunk
+
+    def _loaded(self, sequence: Sequence) -> None:
+        sequence.loading = False
+        self.wake()
 
     def _prefill_bytes(self, target: int, past: int, chunk: int) -> Vector:
         """The most that the prompt's prefill stores: whole in one step, or in chunks, the last of which builds state."""

@@ -18,7 +18,7 @@ from kvsim.units import format_bytes, format_s
 Figure: TypeAlias = dict[str, Any]
 
 # Okabe and Ito's palette for the colour-blind, without black and with its light colours darker: 3:1 on light and dark.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c5659a", "#b8860b", "#2f97d4", "#8a63d2", "#7f8790")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c5659a", "#b8860b", "#8a63d2", "#2f97d4", "#7f8790")
 _DASHES = {"solid": "solid", "dash": "dashed", "dot": "dotted"}  # Plotly's name and that of CSS
 
 _CDF_POINTS = 400

@@ -30,11 +30,11 @@ class Sequence:
         "index",
         "joined",
         "last_token_s",
+        "loading",
         "output_tokens",
         "past_tokens",
         "preemptions",
         "prompt_tokens",
-        "ready_s",
         "recomputed_tokens",
         "rejected",
         "slope",
@@ -49,8 +49,7 @@ class Sequence:
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
         self.past_tokens = self.cached_tokens = self.emitted_tokens = self.recomputed_tokens = self.preemptions = 0
         self.admitted_s = self.first_token_s = self.finish_s = self.last_token_s = math.nan
-        self.ready_s = 0.0
-        self.rejected = False
+        self.loading = self.rejected = False
         self.held: Vector = NOTHING
         self.structure: Structure | None = None
         self.start = self.slope = NOTHING

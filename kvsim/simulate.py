@@ -23,7 +23,8 @@ from kvsim.results import Result
 from kvsim.sequence import Sequence as Request
 from kvsim.units import format_bytes
 from kvsim.version import __version__
-from policies import ModelShape, Policy, Reuse, describe, reuse_of
+from policies import ModelShape, Policy, Reuse, Step, describe, plan_layer, reuse_of
+from policies.plan import stored_bytes
 from traces import Trace
 
 ROUTERS = ("round-robin", "least-loaded")
@@ -196,9 +197,7 @@ class _Cluster:
                 f"trace {self.trace.name!r} has no block ids, so no prefix can be cached; leave --prefix-cache-* out"
             )
         self.hbm_tiers.append(LruTier(setup.prefix_cache_hbm_bytes // setup.replicas_per_host))
-        # What a long prompt keeps per token, once its fixed parts are paid.
-        long, longer = (self.table.decode(n, 1).start[-len(TIERS) :] for n in (1 << 20, 1 << 21))
-        per_token = [-(-int(b - a) * setup.tp // (1 << 20)) for a, b in zip(long, longer, strict=True)]
+        per_token = [n * setup.tp for n in _token_bytes(setup)]
         return PrefixCache(
             reuse, self.trace.block_tokens, sum(per_token), per_token[0], self.hbm_tiers[-1], self.ddr_tiers[-1]
         )
@@ -316,6 +315,17 @@ class _Cluster:
                 "mean_bytes": sum(mean for _, mean in parts) + tier.used_bytes,
             }
         return memory
+
+
+def _token_bytes(setup: Setup) -> list[int]:
+    """Bytes per tier that one rank keeps for each token of a long prompt, once fixed parts are paid; staging is none."""
+    kept = []
+    for tokens in (1 << 20, 1 << 21):
+        step = Step.decoding(tokens, 1)
+        plans = [plan_layer(setup.policy, setup.rank, step, layer) for layer in range(setup.rank.n_layers)]
+        stored = stored_bytes([[b for b in plan.buffers if not b.ring] for plan in plans])
+        kept.append([stored[tier] for tier in TIERS])
+    return [-(-(longer - long) // (1 << 20)) for long, longer in zip(*kept, strict=True)]
 
 
 def _columns(trace: Trace, requests: Sequence[Request], placed: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:

@@ -130,6 +130,8 @@ class Symbol:
             return self._pin() // other
         if isinstance(other, Symbol):
             other = other._pin()
+        if other == 0:
+            raise ZeroDivisionError(f"a symbol of value {evaluate(self.polynomial, self.tape.values)} // 0")
         if other < 0:
             return (-self) // -other
         if all(k % other == 0 for k in self.polynomial.values()):
@@ -199,6 +201,8 @@ def polynomial_of(value: int | Symbol) -> Polynomial:
     """The polynomial of a symbol, or a plain number as a constant one."""
     if isinstance(value, Symbol):
         return value.polynomial
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r} is no whole number; token counts mix with int and float only")
     return {(): value} if value else {}
 
 

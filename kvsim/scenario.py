@@ -1,0 +1,166 @@
+"""A scenario: everything that a simulation is asked for, as flags and scenario files say it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+
+import traces
+from kvsim.documents import parse_yaml, validated
+from kvsim.hardware import load_gpu, load_host
+from kvsim.models import load_model
+from kvsim.names import unknown_name
+from kvsim.results import LATENCIES
+from kvsim.simulate import Setup
+from kvsim.units import parse_bytes, parse_duration_s, parse_tokens
+from policies import ModelShape, parse_policy
+
+T = TypeVar("T")
+
+# The host that a GPU is commonly sold in, by the start of its catalogue name.
+_HOSTS = {
+    "rtx-": "desktop-i9-10900x",
+    "gb200": "grace",
+    "a100": "ddr4-dual-xeon",
+    "a10g": "ddr4-dual-xeon",
+    "t4": "ddr4-dual-xeon",
+}
+_OTHER_HOST = "ddr5-dual-xeon"
+_BOUNDS = {name.removesuffix("_s"): name for name in LATENCIES}
+_SETUP = {field.name: field for field in fields(Setup)}
+
+
+def _default(name: str) -> Any:
+    """A field with the default that `Setup` gives it, so that it is stated once."""
+    field = _SETUP[name]
+    if field.default_factory is not MISSING:
+        return Field(default_factory=field.default_factory)
+    return Field(default=field.default)
+
+
+def _written(parse: Callable[[str], T]) -> BeforeValidator:
+    """Takes text with a unit beside plain numbers."""
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, str) else value)
+
+
+def _several(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+
+
+def _known_latencies(slo: dict[str, float]) -> dict[str, float]:
+    for name in slo:
+        if name not in _BOUNDS:
+            raise unknown_name("latency", name, _BOUNDS)
+    return slo
+
+
+def _refuse_nvme(_value: object) -> None:
+    raise ValueError("prefixes are not cached on NVMe yet; leave it out, and use prefix_cache_ddr")
+
+
+Number = Annotated[int, _written(parse_tokens)]
+Size = Annotated[int, _written(parse_bytes), Field(ge=0)]
+Seconds = Annotated[float, _written(parse_duration_s), Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Scenario(BaseModel):
+    """The options of `kvsim simulate` and `kvsim compare`; a scenario file has these keys, a flag the same with dashes.
+
+    Sizes, durations and counts may be text with a unit. `host` None is the one that the GPU is commonly sold in, and
+    the dtypes None are the model's own. Build it with `scenario`, which says what is wrong in one line.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    trace: str
+    model: str
+    gpu: str
+    policy: Annotated[tuple[str, ...], BeforeValidator(_several), Field(min_length=1)] = ("full",)  # one or more
+    limit: Number | None = None
+    rate_scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    seed: Annotated[Number, Field(ge=0)] = 0
+    skip_bad_rows: bool = False
+    gpus: Annotated[Number, Field(le=65_536)] = _default("gpus")  # more would outgrow this machine's memory
+    tp: Number = _default("tp")
+    host: str | None = None
+    fidelity: str = _default("fidelity")
+    scheduler: str = _default("scheduler")
+    router: str = _default("router")
+    preemption: str = _default("preemption")
+    max_num_seqs: Number = _default("max_num_seqs")
+    max_num_batched_tokens: Number = _default("max_num_batched_tokens")
+    gpu_memory_utilization: float = _default("gpu_memory_utilization")
+    host_memory_utilization: float = _default("host_memory_utilization")
+    prefix_cache_hbm: Size = _default("prefix_cache_hbm_bytes")
+    prefix_cache_ddr: Size = _default("prefix_cache_ddr_bytes")
+    prefix_cache_nvme: Annotated[None, BeforeValidator(_refuse_nvme)] = None
+    kv_dtype: str | None = None
+    weight_dtype: str | None = None
+    counts: dict[str, Share] = _default("counts")
+    slo: Annotated[dict[str, Seconds], AfterValidator(_known_latencies)] = Field(default_factory=dict)
+    warmup: Seconds = 0.0
+
+    @property
+    def slo_s(self) -> dict[str, float]:
+        """The SLO's bounds by the names of latencies in results."""
+        return {_BOUNDS[name]: bound_s for name, bound_s in self.slo.items()}
+
+    def load_trace(self) -> traces.Trace:
+        """The trace's first `limit` requests, arriving `rate_scale` times as fast; raises TraceError as loaders do."""
+        trace = traces.load(self.trace, limit=self.limit, seed=self.seed, skip_bad_rows=self.skip_bad_rows)
+        return trace if self.rate_scale == 1 else trace.scaled_rate(self.rate_scale)
+
+    def load_model(self) -> ModelShape:
+        """The model, stored in the dtypes that were asked for; `weight_dtype` holds for routed experts too."""
+        model = load_model(self.model)
+        if self.weight_dtype is not None:
+            model = replace(model, weight_dtype=self.weight_dtype, expert_dtype=None)
+        return model if self.kv_dtype is None else replace(model, kv_dtype=self.kv_dtype)
+
+    def setups(self) -> list[Setup]:
+        """What to simulate, for each policy in order.
+
+        Raises ValueError for unknown names, for numbers out of range, and when the model does not fit on the GPUs.
+        """
+        gpu, model = load_gpu(self.gpu), self.load_model()
+        host = load_host(self.host if self.host is not None else default_host(gpu.name))
+        options = {name: getattr(self, name.removesuffix("_bytes")) for name in _SETUP if name not in _LOADED}
+        policies = [parse_policy(text) for text in self.policy]
+        setups = [Setup(model=model, policy=policy, gpu=gpu, host=host, **options) for policy in policies]
+        for setup in setups:
+            setup.capacity()
+        return setups
+
+    def resolved(self) -> dict[str, Any]:
+        """What `Setup` does not know of, for the `inputs` of a result."""
+        return {
+            "trace": self.trace,
+            "limit": self.limit,
+            "rate_scale": self.rate_scale,
+            "seed": self.seed,
+            "skip_bad_rows": self.skip_bad_rows,
+            "slo": self.slo_s,
+            "warmup_s": self.warmup,
+        }
+
+
+_LOADED = ("model", "policy", "gpu", "host")  # these are objects in a Setup, and names in a Scenario
+_SCHEMA = TypeAdapter(Scenario)
+
+
+def scenario(options: Mapping[str, Any], file: Path | None = None) -> Scenario:
+    """The scenario that `options` describe, on top of what the YAML `file` says.
+
+    Raises ValueError that names every key that is unknown (with the nearest known one), missing, or has a bad value.
+    """
+    written = {} if file is None else parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    origin = " and ".join([*([str(file)] if file else []), *(["command line"] if options or not file else [])])
+    return validated(_SCHEMA, {**written, **options}, list(Scenario.model_fields), origin)
+
+
+def default_host(gpu: str) -> str:
+    """The catalogue host that a GPU of this name is commonly sold in: for one that is not known, a DDR5 server."""
+    return next((host for start, host in _HOSTS.items() if gpu.startswith(start)), _OTHER_HOST)

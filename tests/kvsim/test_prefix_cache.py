@@ -1,0 +1,126 @@
+"""Prefix caching: what hits, what it costs, what a larger tier changes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import traces
+from simulated import setup, trace
+
+from kvsim.prefix_cache import LruTier, PrefixCache
+from kvsim.results import summarize
+from kvsim.simulate import simulate
+from policies import Reuse
+from traces.stats import info
+
+GIB = 1 << 30
+TOKEN_BYTES = 131072  # Llama-3.1-8B, bf16
+BLOCK = 512
+
+
+def chain(*blocks_per_request, **kwargs):
+    """Requests whose prompts are whole blocks with these ids, far enough apart not to meet."""
+    lengths = [BLOCK * len(b) for b in blocks_per_request]
+    ids = [i for b in blocks_per_request for i in b]
+    counts = [len(b) for b in blocks_per_request]
+    arrivals = 100.0 * np.arange(len(lengths))
+    return trace(arrivals, lengths, 2, block_tokens=BLOCK, block_ids=ids, block_counts=counts, **kwargs)
+
+
+def hits(result, tier):
+    return result.cache[tier]["hit_blocks"], result.cache[tier]["lookup_blocks"]
+
+
+def test_lru_keeps_what_was_used_last():
+    tier = LruTier(3 * 10)
+    assert [tier.put(k, 10) for k in (1, 2, 3)] == [True] * 3
+    tier.touch(1)
+    assert tier.put(4, 10)
+    assert (1 in tier, 2 in tier, 3 in tier, 4 in tier) == (True, False, True, True)
+    assert not tier.put(1, 10) and not tier.put(9, 31)
+    assert tier.used_bytes == 30
+
+
+def test_a_chain_is_evicted_from_its_tail():
+    """Two blocks of room and a chain of three: the head stays, since a tail without its head is of no use."""
+    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, LruTier(2 * BLOCK), LruTier(0))
+    cache.store([7, 8, 9])
+    assert cache.match([7, 8, 9], 3 * BLOCK).hbm_blocks == 2
+    assert cache.match([8, 9], 2 * BLOCK).hbm_blocks == 1  # an id is a hit wherever it stands first
+    assert cache.match([9], BLOCK).tokens == 0
+
+
+def test_hits_save_prefill_and_are_counted_by_block():
+    requests = chain([0, 1, 2, 3], [0, 1, 4], [5, 1])
+    cold = simulate(requests, setup("full"))
+    warm = simulate(requests, setup("full", prefix_cache_hbm_bytes=40 * GIB))
+    assert hits(warm, "hbm") == (2, 9)  # the third prompt starts with block 5: its block 1 is no prefix
+    assert warm.requests["cached_tokens"].tolist() == [0, 2 * BLOCK, 0]
+    assert summarize(warm)["tokens"]["prompt_cached"] == 2 * BLOCK
+    saved = cold.requests["first_token_s"] - warm.requests["first_token_s"]
+    assert saved[0] == saved[2] == pytest.approx(0, abs=1e-9) and saved[1] > 0
+
+
+def test_a_wholly_cached_prompt_still_computes_one_token():
+    result = simulate(chain([0, 1], [0, 1]), setup("full", prefix_cache_hbm_bytes=40 * GIB))
+    assert result.requests["cached_tokens"].tolist() == [0, 2 * BLOCK - 1]
+    assert hits(result, "hbm") == (2, 4)
+
+
+def test_ddr_hits_cross_pcie_in_exact_bytes_and_time():
+    requests = chain([0, 1, 2], [0, 1, 3])
+    s = setup("full", prefix_cache_ddr_bytes=100 * GIB)
+    result = simulate(requests, s)
+    block_bytes = BLOCK * TOKEN_BYTES
+    assert result.traffic["ddr->hbm"]["prefix"] == 2 * block_bytes
+    assert result.traffic["hbm->ddr"]["prefix"] == (3 + 1) * block_bytes  # written through, each block once
+    assert hits(result, "ddr") == (2, 6) and hits(result, "hbm") == (0, 0)
+    load_s = s.gpu.rates.pcie_latency_s + 2 * block_bytes / min(s.gpu.rates.pcie_h2d_Bps, s.host.switch_Bps)
+    hot = simulate(requests, replace(s, prefix_cache_ddr_bytes=0, prefix_cache_hbm_bytes=40 * GIB))
+    slower = result.requests["first_token_s"][1] - hot.requests["first_token_s"][1]
+    assert slower == pytest.approx(load_s, rel=1e-6)
+
+
+def test_what_offload_all_caches_needs_no_way_up():
+    result = simulate(chain([0, 1], [0, 1, 2]), setup("offload-all", prefix_cache_ddr_bytes=100 * GIB))
+    assert hits(result, "ddr") == (2, 5)
+    assert result.traffic["ddr->hbm"]["prefix"] == 0
+
+
+def test_state_that_spans_a_prompt_hits_only_the_same_prompt():
+    requests = chain(list(range(12)), list(range(13)), list(range(12)))
+    result = simulate(requests, setup("shadowkv", prefix_cache_ddr_bytes=100 * GIB))
+    assert result.requests["cached_tokens"].tolist() == [0, 0, 12 * BLOCK - 1]
+
+
+def test_a_policy_that_forgets_caches_nothing():
+    result = simulate(chain([0, 1], [0, 1]), setup("snapkv", prefix_cache_hbm_bytes=GIB))
+    assert result.requests["cached_tokens"].sum() == 0
+
+
+def test_served_one_after_the_other_an_ample_cache_hits_what_an_infinite_one_does():
+    # Spread inside their ticks: two that arrive at once cannot hit each other.
+    requests = traces.load("mooncake-conversation:spread_s=3", limit=300).scaled_rate(1e-4)
+    ratio = info(requests)["infinite_cache_hit_ratio"]
+    host = replace(setup().host, ddr_bytes=64 << 40)
+    result = simulate(requests, setup("full", host=host, prefix_cache_ddr_bytes=32 << 40))
+    hit, lookups = hits(result, "ddr")
+    assert lookups == len(requests.block_ids)
+    assert hit / lookups == pytest.approx(ratio, abs=1e-12)
+
+
+def test_a_larger_tier_moves_the_hit_ratio_and_the_latency():
+    requests = traces.load("mooncake-conversation", limit=800)
+    ratios, ttfts = [], []
+    for size in (20 * GIB, 200 * GIB, 1500 * GIB):
+        result = simulate(requests, setup("full", gpus=2, prefix_cache_ddr_bytes=size))
+        hit, lookups = hits(result, "ddr")
+        ratios.append(hit / lookups)
+        ttfts.append(summarize(result)["ttft_s"]["mean"])
+    assert ratios[0] < ratios[1] < ratios[2]
+    assert ttfts[0] > ttfts[1] > ttfts[2]
+
+
+def test_a_cache_without_block_ids_is_refused():
+    with pytest.raises(ValueError, match=r"trace 'test' has no block ids.*--prefix-cache"):
+        simulate(trace([0.0], 100, 2), setup("full", prefix_cache_hbm_bytes=GIB))
