@@ -59,7 +59,7 @@ class Explainer:
             raise ValueError(f"gpu_memory_utilization={utilization} must be above 0 and at most 1")
         rank = model.shard(tp)
         self.tp = tp
-        self.machine = Machine(gpu=gpu, host=host, sharers=tp, switch_sharers=min(tp, host.gpus_per_switch), tp=tp)
+        self.machine = Machine(gpu=gpu, host=host, tp=tp)
         self.table = PlanTable(policy, rank, self.machine, shares or {})
         self.clock = Clock(rank, self.machine)
         hbm_bytes = int(gpu.memory_bytes * utilization) - rank.weight_bytes

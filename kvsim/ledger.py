@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvsim.derive import LINKS, Structure, Vector
+from kvsim.machine import Sharing
 from kvsim.makespan import BUSY, Clock, Floats, Load
 from kvsim.runs import Run
 
@@ -63,19 +64,19 @@ class Ledger:
             per_iteration = 2 * model.n_layers * machine.allreduce_bytes(model, tokens)
             self.other_bytes[PEER]["collectives"] += iterations * per_iteration
 
-    def swap(self, nbytes: int, *, to_hbm: bool) -> float:
+    def swap(self, nbytes: int, sharing: Sharing, *, to_hbm: bool) -> float:
         """Book a session's move between HBM and DDR and return its time."""
         link = UP if to_hbm else DOWN
-        seconds = self.clock.machine.transfer_s(nbytes, to_hbm)
+        seconds = self.clock.machine.transfer_s(nbytes, to_hbm=to_hbm, sharing=sharing)
         self.swaps += 1
         self.swapped_bytes += nbytes
         self.other_bytes[link]["swaps"] += nbytes
         self.background_s[link] += seconds
         return seconds
 
-    def load_prefix(self, now_s: float, nbytes: int) -> float:
+    def load_prefix(self, now_s: float, nbytes: int, sharing: Sharing) -> float:
         """Book a cached prefix's way up; loads of a replica queue. Returns when it is there."""
-        seconds = self.clock.machine.transfer_s(nbytes, to_hbm=True)
+        seconds = self.clock.machine.transfer_s(nbytes, to_hbm=True, sharing=sharing)
         self.other_bytes[UP]["prefix"] += nbytes
         self.background_s[UP] += seconds
         self._loader_free_s = max(now_s, self._loader_free_s) + seconds

@@ -13,7 +13,10 @@ SM, H2D, D2H, CPU, NVLINK = range(len(LANES))
 
 
 class Cost(NamedTuple):
-    """How an operation turns amounts into time: `fixed_s` + the larger of its work and its bytes, on one lane."""
+    """How an operation turns amounts into time: `fixed_s` + the larger of its work and its bytes, on one lane.
+
+    Rates are those of a GPU alone on its host.
+    """
 
     lane: int
     fixed_s: float
@@ -23,28 +26,42 @@ class Cost(NamedTuple):
     sm_share: float  # share of the SMs taken meanwhile
 
 
+class Sharing(NamedTuple):
+    """How many GPUs use the host, and the same PCIe switch, at a time; this one included."""
+
+    host: int
+    switch: int
+
+
+ALONE = Sharing(1, 1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """A GPU among `sharers` that divide its host evenly, and `switch_sharers` behind its PCIe switch.
-
-    The step fidelity assumes that all of them are busy; the op fidelity sets both to 1 and lets flows compete.
-    """
+    """A GPU, its host, and the number of tensor-parallel ranks that it works with."""
 
     gpu: Gpu
     host: Host
-    sharers: int = 1
-    switch_sharers: int = 1
     tp: int = 1
 
+    @property
+    def sharing(self) -> Sharing:
+        """What a replica's own ranks share when no other replica is busy."""
+        return Sharing(self.tp, min(self.tp, self.host.gpus_per_switch))
+
     def copy_Bps(self, op: Copy, src: Buffer, dst: Buffer) -> float:
-        """Rate of a copy between HBM and DDR: its engine, the switch's share or the DDR's, whichever is least."""
+        """Rate of a copy between HBM and DDR by its engine, alone on the host."""
         rates = self.gpu.rates
         link = rates.pcie_h2d_Bps if dst.tier is Tier.HBM else rates.pcie_d2h_Bps
         if op.engine is Engine.GATHER:
-            link = min(link, rates.gather_Bps(src.row_bytes))
-        elif op.engine is Engine.CPU:
-            link = 1 / (1 / link + self.sharers / self.host.random_Bps(src.row_bytes))
-        return min(link, self.host.switch_Bps / self.switch_sharers, self.host.ddr_Bps / self.sharers)
+            return min(link, rates.gather_Bps(src.row_bytes))
+        if op.engine is Engine.CPU:
+            return 1 / (1 / link + 1 / self.host.random_Bps(src.row_bytes))
+        return link
+
+    def copy_floor_s(self, sharing: Sharing) -> float:
+        """Seconds per byte below which no copy goes: the DDR's and the switch's fair share."""
+        return max(sharing.host / self.host.ddr_Bps, sharing.switch / self.host.switch_Bps)
 
     def cost(self, op: Op, buffers: Mapping[str, Buffer]) -> Cost:
         """What one operation costs on this machine.
@@ -69,12 +86,12 @@ class Machine:
             scattered = max(
                 (self._scattered_s(a, buffers) for a in (*op.reads, *op.writes) if a.scattered), default=0.0
             )
-            return Cost(CPU, 0.0, self.sharers / self.host.cpu_flops, self.sharers / self.host.ddr_Bps, scattered, 0.0)
+            return Cost(CPU, 0.0, 1 / self.host.cpu_flops, 1 / self.host.ddr_Bps, scattered, 0.0)
         byte_s = 1 / (rates.elementwise_Bps if op.work in (Work.ELEMENTWISE, Work.TOPK) else rates.hbm_Bps)
         return Cost(SM, op.launches * rates.launch_s, self._work_s(op.work), byte_s, byte_s, 0.0)
 
     def _scattered_s(self, access: Access, buffers: Mapping[str, Buffer]) -> float:
-        return self.sharers / self.host.random_Bps(buffers[access.buffer].row_bytes)
+        return 1 / self.host.random_Bps(buffers[access.buffer].row_bytes)
 
     def _work_s(self, work: Work) -> float:
         rates = self.gpu.rates
@@ -122,15 +139,14 @@ class Machine:
         rates = self.gpu.rates
         if rates.nvlink_Bps:
             return 2 * rates.nvlink_latency_s + self.allreduce_bytes(model, tokens) / rates.nvlink_Bps
-        pcie = min(rates.pcie_h2d_Bps, self.host.switch_Bps / self.switch_sharers)
+        pcie = min(rates.pcie_h2d_Bps, self.host.switch_Bps / self.sharing.switch)
         return 2 * rates.pcie_latency_s + self.allreduce_bytes(model, tokens) / pcie
 
-    def transfer_s(self, nbytes: int, to_hbm: bool) -> float:
+    def transfer_s(self, nbytes: int, *, to_hbm: bool, sharing: Sharing = ALONE) -> float:
         """Time to move one contiguous piece between HBM and DDR: a swap, or a cached prefix."""
         rates = self.gpu.rates
-        link = rates.pcie_h2d_Bps if to_hbm else rates.pcie_d2h_Bps
-        link = min(link, self.host.switch_Bps / self.switch_sharers, self.host.ddr_Bps / self.sharers)
-        return rates.pcie_latency_s + nbytes / link if nbytes else 0.0
+        link_s = 1 / (rates.pcie_h2d_Bps if to_hbm else rates.pcie_d2h_Bps)
+        return rates.pcie_latency_s + nbytes * max(link_s, self.copy_floor_s(sharing)) if nbytes else 0.0
 
 
 def access_bytes(accesses: tuple[Access, ...], buffers: Mapping[str, Buffer], totals: Mapping[str, int]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.derive import AMOUNTS, LINKS, TIERS, OpShape, Structure, Vector
-from kvsim.machine import LANES, NVLINK, SM, Machine
+from kvsim.machine import ALONE, CPU, D2H, H2D, LANES, NVLINK, SM, Machine, Sharing
 from policies.model import LayerShape, ModelShape
 
 Floats = NDArray[np.float64]
@@ -91,7 +91,7 @@ class Clock:
 
     def __init__(self, model: ModelShape, machine: Machine) -> None:
         self.model, self.machine = model, machine
-        self._programs: dict[tuple[int, ...], tuple[Program, Prices]] = {}
+        self._programs: dict[tuple[object, ...], tuple[Program, Prices]] = {}
         self._prices: dict[int, Prices] = {}
         self._kept: list[Structure] = []  # ids above stay valid while these live
         self._shapes: list[LayerShape] = list(dict.fromkeys(model.layers))
@@ -104,10 +104,13 @@ class Clock:
         """Bytes per link of LINKS that a load moves, over all layers."""
         return self.prices(load.structure).traffic @ load.amounts
 
-    def iteration(self, loads: Sequence[Load], tokens: int, logits: int) -> tuple[float, Floats]:
+    def iteration(
+        self, loads: Sequence[Load], tokens: int, logits: int, sharing: Sharing | None = None
+    ) -> tuple[float, Floats]:
         """Duration of one iteration and the seconds that it keeps each of BUSY occupied.
 
-        Every layer runs for `tokens` new tokens under `loads`, then the head for `logits` rows.
+        Every layer runs for `tokens` new tokens under `loads`, then the head for `logits` rows; `sharing` says who else
+        uses the host, by default only the replica's own ranks.
         """
         model_times, busy, _ = self._model(tokens)
         busy = busy.copy()
@@ -116,7 +119,7 @@ class Clock:
             busy[SM] += head_s
             busy[HBM] += self._head_s[0]
         times = model_times
-        program, prices = self._compiled([load.structure for load in loads])
+        program, prices = self._compiled([load.structure for load in loads], sharing or self.machine.sharing)
         if loads:
             columns = _columns(loads)
             amounts, work, seconds = prices.seconds(columns)
@@ -127,9 +130,9 @@ class Clock:
         return _run(program, times) + head_s, busy
 
     def work(self, loads: Sequence[Load], tokens: int) -> Iteration:
-        """The operations of an iteration, for whoever schedules them itself."""
+        """The operations of an iteration as if alone on the host, for whoever schedules and shares by itself."""
         model_times, _, _ = self._model(tokens)
-        program, prices = self._compiled([load.structure for load in loads])
+        program, prices = self._compiled([load.structure for load in loads], ALONE)
         columns = _columns(loads)
         before, nothing = [0.0] * len(model_times), [0] * len(model_times)
         return Iteration(
@@ -188,17 +191,33 @@ class Clock:
         """Bytes of weights that one iteration reads."""
         return self._model(tokens)[2] + (self._head_bytes if logits else 0)
 
-    def _compiled(self, structures: Sequence[Structure]) -> tuple[Program, Prices]:
-        key = tuple(id(s) for s in structures)
+    def _compiled(self, structures: Sequence[Structure], sharing: Sharing) -> tuple[Program, Prices]:
+        key = (sharing, *(id(s) for s in structures))
         found = self._programs.get(key)
         if found is None:
             self._kept += structures
             prices = [self.prices(s) for s in structures]
-            joined = (
-                Prices(*(np.concatenate(column, axis=-1) for column in zip(*prices, strict=True))) if prices else None
-            )
-            found = self._programs[key] = (self._compile(structures), joined or _NO_PRICES)
+            joined = Prices(*(np.concatenate(c, axis=-1) for c in zip(*prices, strict=True))) if prices else _NO_PRICES
+            found = self._programs[key] = (self._compile(structures), self._shared(joined, sharing))
         return found
+
+    def _shared(self, prices: Prices, sharing: Sharing) -> Prices:
+        """Prices when others use the host: copies go no faster than a fair share, the CPU is divided evenly."""
+        copies, cpu = prices.lanes[[H2D, D2H]].any(axis=0), prices.lanes[CPU] > 0
+        floor_s = self.machine.copy_floor_s(sharing)
+
+        def shared(seconds: Floats) -> Floats:
+            return np.where(copies, np.maximum(seconds, floor_s), np.where(cpu, sharing.host * seconds, seconds))
+
+        return prices._replace(
+            streamed_s=shared(prices.streamed_s),
+            scattered_s=shared(prices.scattered_s),
+            work_s=np.where(cpu, sharing.host * prices.work_s, prices.work_s),
+        )
+
+    def uses_host(self, structures: Sequence[Structure]) -> bool:
+        """Whether any operation of these structures runs on PCIe or on the CPU."""
+        return any(op.cost.lane in (H2D, D2H, CPU) for s in structures for op in s.ops)
 
     def _compile(self, structures: Sequence[Structure]) -> Program:
         slots: dict[tuple[int, str], int] = {}

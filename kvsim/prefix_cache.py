@@ -4,6 +4,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from policies import Reuse
 
 
@@ -57,11 +60,26 @@ class PrefixCache:
     """
 
     def __init__(
-        self, reuse: Reuse, block_tokens: int, token_bytes: int, token_hbm_bytes: int, hbm: LruTier, ddr: LruTier
+        self,
+        reuse: Reuse,
+        block_tokens: int,
+        token_bytes: int,
+        token_hbm_bytes: int,
+        hbm: LruTier,
+        ddr: LruTier,
+        ranks: int = 1,
+        replicas: int = 1,
     ) -> None:
         self.reuse, self.block_tokens = reuse, block_tokens
         self.block_bytes, self.block_hbm_bytes = block_tokens * token_bytes, block_tokens * token_hbm_bytes
         self.hbm, self.ddr = hbm, ddr
+        self._ranks, self._replicas = ranks, replicas
+
+    @property
+    def held_bytes(self) -> NDArray[np.int64]:
+        """Bytes per tier that the entries take, as one rank's share; the DDR tier is divided among its replicas."""
+        hbm, ddr = self.hbm.used_bytes // self._ranks, self.ddr.used_bytes // (self._ranks * self._replicas)
+        return np.array([hbm, ddr, 0], dtype=np.int64)
 
     def match(self, blocks: Sequence[int], prompt_tokens: int) -> Hit:
         """The longest cached head of a prompt, at most all of it but one token; changes nothing."""

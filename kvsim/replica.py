@@ -15,7 +15,9 @@ import simpy
 
 from kvsim.derive import TIERS, PlanTable, Structure, Vector
 from kvsim.ledger import Ledger
-from kvsim.makespan import Clock, Load
+from kvsim.machine import ALONE, Sharing
+from kvsim.makespan import Clock, Floats, Load
+from kvsim.neighbours import Neighbours
 from kvsim.prefix_cache import PrefixCache
 from kvsim.runs import Run, price_run
 from kvsim.sequence import NOTHING, Sequence
@@ -50,10 +52,12 @@ class Replica:
         limits: Limits,
         cache: PrefixCache | None,
         ledger: Ledger,
+        neighbours: Neighbours,
         execute: Execute | None = None,
     ) -> None:
         self.env, self.table, self.clock, self.limits = env, table, clock, limits
-        self.cache, self.ledger, self.execute = cache, ledger, execute
+        self.cache, self.ledger, self.neighbours, self.execute = cache, ledger, neighbours, execute
+        self.position = neighbours.join(self)
         self.capacity = np.array(limits.capacity, dtype=np.int64)
         self.waiting: deque[Sequence] = deque()
         self.swapped: deque[Sequence] = deque()
@@ -96,8 +100,19 @@ class Replica:
             elif self.decoding:
                 yield from self._decode_run()
             else:
+                self.neighbours.rest(self.position)
                 self._wake = self.env.event()
                 yield self._wake
+                self.neighbours.work(self.position)
+
+    @property
+    def _sharing(self) -> Sharing:
+        return ALONE if self.execute else self.neighbours.sharing(self.position)
+
+    def reprice(self) -> None:
+        """End a run of iterations early because the use of the host has changed, where its times depend on that."""
+        if self.execute is None and self.clock.uses_host([s for s, *_ in self._totals.values()]):
+            self.wake()
 
     def _leave(self, sequence: Sequence, *, finished: bool) -> None:
         if finished:
@@ -155,7 +170,7 @@ class Replica:
         if np.isnan(sequence.admitted_s):
             sequence.admitted_s = self.env.now
         if hit and hit.load_bytes:
-            ready_s = self.ledger.load_prefix(self.env.now, hit.load_bytes)
+            ready_s = self.ledger.load_prefix(self.env.now, hit.load_bytes, self._sharing)
             sequence.loading = True
             self.env.timeout(ready_s - self.env.now).callbacks.append(lambda _: self._loaded(sequence))
             return 0
@@ -207,7 +222,7 @@ class Replica:
                 victim.held = parked
                 self.held += parked
                 self.swapped.append(victim)
-                self._stall_s += self.ledger.swap(int(stored[HBM]), to_hbm=False)
+                self._stall_s += self.ledger.swap(int(stored[HBM]), self._sharing, to_hbm=False)
             else:
                 victim.recomputed_tokens = victim.emitted_tokens
                 victim.past_tokens = 0
@@ -224,7 +239,7 @@ class Replica:
         self.swapped.popleft()
         self.held -= sequence.held
         sequence.held = NOTHING
-        self._stall_s += self.ledger.swap(int(stored[HBM]), to_hbm=True)
+        self._stall_s += self.ledger.swap(int(stored[HBM]), self._sharing, to_hbm=True)
         self._join(sequence, sequence.generated_at_join)
         self._late.append(sequence)
         return True
@@ -297,11 +312,11 @@ class Replica:
         tokens, logits = decoding + sum(chunk for _, chunk in chunks), decoding + len(completed)
         self._wake = None
         began = self.env.now
-        self.ledger.note(began, self._used(), decoding + len(self.prefilling), len(self.waiting) + len(self.swapped))
+        self._note(self._used())
         if self._stall_s:
             stall, self._stall_s = self._stall_s, 0.0
             yield self.env.timeout(stall)
-        seconds, busy = self.clock.iteration(loads, tokens, logits)
+        seconds, busy = self.clock.iteration(loads, tokens, logits, self._sharing)
         if self.execute is None:
             yield self.env.timeout(seconds)
         else:
@@ -314,6 +329,11 @@ class Replica:
             sequence.past_tokens += chunk
         for sequence in completed:
             self._begin_decoding(sequence)
+
+    def _note(self, used: Vector) -> None:
+        held = used if self.cache is None else used + self.cache.held_bytes
+        running, waiting = len(self.decoding) + len(self.prefilling), len(self.waiting) + len(self.swapped)
+        self.ledger.note(self.env.now, held, running, waiting)
 
     def _emit(self, run: Run, decoding: int, began_s: float) -> None:
         """Record the gaps before the tokens that these iterations emitted."""
@@ -347,9 +367,14 @@ class Replica:
                 steps = min(steps, int((self.capacity[tier] - used[tier]) // growth[tier]) + 1)
         decoding = len(self.decoding)
         began = self.env.now
-        self.ledger.note(began, used, decoding, len(self.waiting) + len(self.swapped))
+        self._note(used)
         stall, self._stall_s = self._stall_s, 0.0
-        run = price_run(lambda i: self.clock.iteration(self._loads(i), decoding, decoding), max(1, steps), stall)
+        sharing = self._sharing
+
+        def price(step: int) -> tuple[float, Floats]:
+            return self.clock.iteration(self._loads(step), decoding, decoding, sharing)
+
+        run = price_run(price, max(1, steps), stall)
         self._wake = wake = self.env.event()
         yield self.env.timeout(run.seconds) | wake
         done = run.steps
@@ -362,4 +387,4 @@ class Replica:
         self.ledger.charge_run(list(self._totals.values()), decoding, run)
         self._emit(run, decoding, began)
         self._advance(done)
-        self.ledger.note(self.env.now, self._used(), len(self.decoding), len(self.waiting) + len(self.swapped))
+        self._note(self._used())

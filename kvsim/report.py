@@ -39,15 +39,12 @@ def report_html(results: Sequence[Result], *, slo: Mapping[str, float] | None = 
 
 
 def _named(runs: Sequence[Run], key: str) -> str:
-    """An input that is a name or has one, for all runs."""
-    given = [run.summary["inputs"].get(key, "not stated") for run in runs]
-    return ", ".join(dict.fromkeys(str(value["name"]) if isinstance(value, dict) else str(value) for value in given))
+    """An input of all runs; several where they differ."""
+    return ", ".join(dict.fromkeys(str(run.summary["inputs"].get(key, "not stated")) for run in runs))
 
 
 def _lead(runs: Sequence[Run]) -> str:
-    counts = runs[0].summary["requests"]
-    facts = {name: _named(runs, name.lower()) for name in ("Trace", "Model", "GPU", "Host")}
-    facts["Requests"] = f"{counts['submitted']:,}"
+    facts = {name: _named(runs, name.lower()) for name in ("Trace", "Requests", "Model", "GPU", "GPUs", "TP", "Host")}
     shown = "".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
     return f'<dl class="facts">{shown}</dl><p class="finding">{escape(_finding(runs))}</p>'
 
@@ -127,6 +124,7 @@ def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float) -> st
     ]
     if warmup_s:
         notes.append(f"Latencies leave out requests that arrived in the first {format_s(warmup_s)}.")
+    notes += dict.fromkeys(f"Trace: {note}" for run in runs for note in run.summary["inputs"].get("trace_notes", ()))
     for run in runs:
         submitted, done, rejected = (run.summary["requests"][name] for name in ("submitted", "finished", "rejected"))
         note = f"{run.label}: {done:,} of {submitted:,} requests finished, {rejected:,} were rejected; "

@@ -49,6 +49,13 @@ def _several(value: object) -> object:
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
 
 
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number such as 0.4") from None
+
+
 def _known_latencies(slo: dict[str, float]) -> dict[str, float]:
     for name in slo:
         if name not in _BOUNDS:
@@ -63,7 +70,8 @@ def _refuse_nvme(_value: object) -> None:
 Number = Annotated[int, _written(parse_tokens)]
 Size = Annotated[int, _written(parse_bytes), Field(ge=0)]
 Seconds = Annotated[float, _written(parse_duration_s), Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Bound = Annotated[float, _written(parse_duration_s), Field(gt=0)]
+Share = Annotated[float, _written(_number), Field(ge=0, le=1)]
 
 
 class Scenario(BaseModel):
@@ -100,7 +108,7 @@ class Scenario(BaseModel):
     kv_dtype: str | None = None
     weight_dtype: str | None = None
     counts: dict[str, Share] = _default("counts")
-    slo: Annotated[dict[str, Seconds], AfterValidator(_known_latencies)] = Field(default_factory=dict)
+    slo: Annotated[dict[str, Bound], AfterValidator(_known_latencies)] = Field(default_factory=dict)
     warmup: Seconds = 0.0
 
     @property

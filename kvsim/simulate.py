@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,11 @@ from kvsim.ledger import CAUSES, DOWN, PEER, UP, Ledger
 from kvsim.machine import CPU, D2H, H2D, NVLINK, Machine
 from kvsim.makespan import HBM, WORK, Clock
 from kvsim.names import unknown_name
+from kvsim.neighbours import Neighbours
 from kvsim.op_fidelity import Node
 from kvsim.prefix_cache import LruTier, PrefixCache
 from kvsim.replica import Limits, Replica
-from kvsim.results import Result
+from kvsim.results import Array, Result
 from kvsim.sequence import Sequence as Request
 from kvsim.units import format_bytes
 from kvsim.version import __version__
@@ -31,6 +31,7 @@ ROUTERS = ("round-robin", "least-loaded")
 SCHEDULERS = ("fcfs",)
 FIDELITIES = ("step", "op")
 PREEMPTIONS = ("swap", "recompute")
+HBM_BYTES, DDR_BYTES = 1, 2  # columns of a ledger's series
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +107,8 @@ class Setup:
         return self.max_num_batched_tokens * token_bytes + logits_bytes
 
     def machine(self) -> Machine:
-        """A rank's machine: its share of the host in the step fidelity, the whole host where flows compete."""
-        busy = 1 if self.fidelity == "op" else self.replicas_per_host * self.tp
-        behind = min(busy, self.host.gpus_per_switch)
-        return Machine(gpu=self.gpu, host=self.host, sharers=busy, switch_sharers=behind, tp=self.tp)
+        """One rank's place in its node."""
+        return Machine(gpu=self.gpu, host=self.host, tp=self.tp)
 
     def capacity(self) -> tuple[int, int, int]:
         """Bytes per tier of one rank for KV state, after weights, activations and prefix caches.
@@ -177,15 +176,17 @@ class _Cluster:
         self.hbm_tiers: list[LruTier] = []
         self.ledgers: list[Ledger] = []
         self.replicas: list[Replica] = []
-        node: Node | None = None
         for index in range(setup.replicas):
-            if index % setup.replicas_per_host == 0:
+            position = index % setup.replicas_per_host
+            if position == 0:
                 self.ddr_tiers.append(LruTier(setup.prefix_cache_ddr_bytes))
                 node = Node(env, setup.gpu, setup.host) if setup.fidelity == "op" else None
+                neighbours = Neighbours(machine)
             ledger = Ledger(self.clock, setup.rank.weight_bytes)
-            execute = node.attach(self.clock, index % setup.replicas_per_host) if node else None
+            execute = node.attach(self.clock, position) if node else None
             self.ledgers.append(ledger)
-            self.replicas.append(Replica(env, self.table, self.clock, limits, self._cache(), ledger, execute))
+            cache = self._cache()
+            self.replicas.append(Replica(env, self.table, self.clock, limits, cache, ledger, neighbours, execute))
 
     def _cache(self) -> PrefixCache | None:
         setup = self.setup
@@ -199,7 +200,14 @@ class _Cluster:
         self.hbm_tiers.append(LruTier(setup.prefix_cache_hbm_bytes // setup.replicas_per_host))
         per_token = [n * setup.tp for n in _token_bytes(setup)]
         return PrefixCache(
-            reuse, self.trace.block_tokens, sum(per_token), per_token[0], self.hbm_tiers[-1], self.ddr_tiers[-1]
+            reuse,
+            self.trace.block_tokens,
+            sum(per_token),
+            per_token[0],
+            self.hbm_tiers[-1],
+            self.ddr_tiers[-1],
+            ranks=setup.tp,
+            replicas=setup.replicas_per_host,
         )
 
     def arrivals(self) -> Generator[simpy.Event, Any, None]:
@@ -284,7 +292,7 @@ class _Cluster:
             }
         return links
 
-    def _series(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+    def _series(self) -> dict[str, Array]:
         rows = [(t, i, *rest) for i, ledger in enumerate(self.ledgers) for t, *rest in ledger.series]
         names = ("time_s", "replica", "hbm_bytes", "ddr_bytes", "running", "waiting")
         if not rows:
@@ -296,23 +304,22 @@ class _Cluster:
 
     def _memory(self, makespan_s: float) -> dict[str, dict[str, float]]:
         setup, memory = self.setup, {}
+        tp, per_host = setup.tp, setup.replicas_per_host
         for index, ledger in enumerate(self.ledgers):
-            cached = self.hbm_tiers[index].used_bytes // setup.tp if self.hbm_tiers else 0
-            peak, mean = _peak_and_mean([(row[0], row[1]) for row in ledger.series], makespan_s)
-            for gpu in range(index * setup.tp, (index + 1) * setup.tp):
+            peak, mean = _peak_and_mean([_curve(ledger, HBM_BYTES)], makespan_s)
+            for gpu in range(index * tp, (index + 1) * tp):
                 memory[f"gpu{gpu}.hbm"] = {
                     "capacity_bytes": setup.gpu.memory_bytes,
-                    "peak_bytes": peak + cached,
-                    "mean_bytes": mean + cached,
+                    "peak_bytes": peak,
+                    "mean_bytes": mean,
                 }
-        for index, tier in enumerate(self.ddr_tiers):
-            first = index * setup.replicas_per_host
-            own = self.ledgers[first : first + setup.replicas_per_host]
-            parts = [_peak_and_mean([(row[0], row[2] * setup.tp) for row in x.series], makespan_s) for x in own]
-            memory[f"host{index}.ddr"] = {
+        for host in range(len(self.ddr_tiers)):
+            curves = [_curve(ledger, DDR_BYTES) for ledger in self.ledgers[host * per_host : (host + 1) * per_host]]
+            peak, mean = _peak_and_mean(curves, makespan_s)
+            memory[f"host{host}.ddr"] = {
                 "capacity_bytes": setup.host.ddr_bytes,
-                "peak_bytes": sum(peak for peak, _ in parts) + tier.used_bytes,
-                "mean_bytes": sum(mean for _, mean in parts) + tier.used_bytes,
+                "peak_bytes": peak * tp,
+                "mean_bytes": mean * tp,
             }
         return memory
 
@@ -328,8 +335,8 @@ def _token_bytes(setup: Setup) -> list[int]:
     return [-(-(longer - long) // (1 << 20)) for long, longer in zip(*kept, strict=True)]
 
 
-def _columns(trace: Trace, requests: Sequence[Request], placed: np.ndarray[Any, np.dtype[Any]]) -> dict[str, Any]:
-    def of(name: str, dtype: type) -> np.ndarray[Any, np.dtype[Any]]:
+def _columns(trace: Trace, requests: Sequence[Request], placed: Array) -> dict[str, Any]:
+    def of(name: str, dtype: type) -> Array:
         return np.array([getattr(r, name) for r in requests], dtype=dtype)
 
     finish_s = of("finish_s", float)
@@ -351,13 +358,23 @@ def _columns(trace: Trace, requests: Sequence[Request], placed: np.ndarray[Any, 
     }
 
 
-def _peak_and_mean(points: Sequence[tuple[float, float]], makespan_s: float) -> tuple[int, float]:
-    """The largest value, and the mean over time of what is linear between points."""
-    if not points or not makespan_s:
+def _curve(ledger: Ledger, column: int) -> tuple[Array, Array]:
+    rows = ledger.series
+    return np.array([row[0] for row in rows]), np.array([row[column] for row in rows], dtype=np.float64)
+
+
+def _peak_and_mean(curves: Sequence[tuple[Array, Array]], makespan_s: float) -> tuple[int, float]:
+    """The largest value, and the mean over time, of the sum of curves that are linear between their points."""
+    times = np.unique(np.concatenate([times for times, _ in curves]))
+    if not len(times) or not makespan_s:
         return 0, 0.0
-    area = sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(points))
-    area += points[0][0] * points[0][1] + max(0.0, makespan_s - points[-1][0]) * points[-1][1]
-    return int(max(x for _, x in points)), area / makespan_s
+    total = np.zeros_like(times)
+    for at, values in curves:
+        if len(at):
+            total += np.interp(times, at, values)
+    ends = np.concatenate([times, [max(makespan_s, times[-1])]])
+    area = np.trapezoid(np.append(total, total[-1]), ends) + times[0] * total[0]
+    return int(total.max()), float(area / ends[-1])
 
 
 def _cache_counts(tiers: dict[str, list[LruTier]]) -> dict[str, dict[str, int]]:

@@ -40,9 +40,10 @@ def evaluate(polynomial: Polynomial, values: Sequence[int]) -> int:
     """The value of a polynomial when its variables have these values."""
     total = 0
     for monomial, coefficient in polynomial.items():
+        term = coefficient
         for index in monomial:
-            coefficient *= values[index]
-        total += coefficient
+            term *= values[index]
+        total += term
     return total
 
 
@@ -174,7 +175,7 @@ class Symbol:
         return not self == other
 
     def __bool__(self) -> bool:
-        return not self == 0
+        return self != 0
 
     def __hash__(self) -> int:
         return hash(self._pin())

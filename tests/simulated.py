@@ -1,7 +1,5 @@
 """Small clusters and traces that several test files simulate."""
 
-
-
 import numpy as np
 
 from kvsim.hardware import load_gpu, load_host

@@ -4,11 +4,15 @@ from typing import Annotated
 
 import typer
 
-from kvsim.cli import explain, hardware, model, trace
+from kvsim.cli import explain, hardware, model, simulate, trace
 from kvsim.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 app.command("explain")(explain.explain)
+app.command("simulate", help="Replay a trace of requests under one policy, on a simulated cluster.")(simulate.replay)
+app.command("compare", help="Replay a trace under several policies, and set their results side by side.")(
+    simulate.replay
+)
 app.add_typer(trace.app, name="trace", help="Request traces: bundled, generated and converted ones.")
 app.add_typer(hardware.app, name="hardware", help="The catalogue of GPUs and hosts.")
 app.add_typer(model.app, name="model", help="The catalogue of model shapes.")

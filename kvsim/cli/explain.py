@@ -162,13 +162,11 @@ def _cells(costs: "Costs") -> list[str]:
 
 
 def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
-    """Print the plans of the chunk that completes a prompt and of a decode step, once for each run of equal layers."""
-    from itertools import groupby
-
+    """Print the plans of the chunk that completes a prompt and of a decode step, once for all layers alike."""
     from rich.console import Console
 
     from kvsim.plan_tree import plan_tree
-    from policies import Step, parse_policy, plan_layer
+    from policies import LayerPlan, Step, parse_policy, plan_layer
 
     policy = parse_policy(text)
     console = Console()
@@ -177,11 +175,11 @@ def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
         f"one decode step after {tokens:,} tokens": Step.decoding(tokens, 1),
     }
     for title, step in steps.items():
-        plans = [plan_layer(policy, model, step, layer) for layer in range(model.n_layers)]
-        for _, run in groupby(range(model.n_layers), key=lambda layer: plans[layer]):
-            layers = list(run)
-            span = f"layer {layers[0]}" if len(layers) == 1 else f"each of layers {layers[0]} to {layers[-1]}"
-            typer.echo(f"{model.name}, {title}, {span}:")
+        alike: dict[LayerPlan, list[int]] = {}
+        for layer in range(model.n_layers):
+            alike.setdefault(plan_layer(policy, model, step, layer), []).append(layer)
+        for layers in alike.values():
+            typer.echo(f"{model.name}, {title}, {len(layers)} of {model.n_layers} layers, from layer {layers[0]}:")
             console.print(plan_tree(policy, model, step, layers[0]), soft_wrap=True)
 
 

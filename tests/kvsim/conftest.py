@@ -32,12 +32,16 @@ def build_result(
     rows = 1500
     fields: dict[str, Any] = {
         "inputs": {
-            "trace": {"name": "synthetic", "requests": count},
-            "model": {"name": "llama-3.1-8b", "n_layers": 32},
-            "gpu": {"name": "h100-sxm", "parameter_set": "achievable"},
-            "host": {"name": "ddr5-dual-xeon"},
+            "trace": "synthetic",
+            "trace_notes": ["its arrivals are uniform"],
+            "requests": count,
+            "model": "llama-3.1-8b",
+            "gpu": "h100-sxm",
+            "gpus": 2,
+            "tp": 1,
+            "host": "ddr5-dual-xeon",
             "policy": policy,
-            "options": {"gpus": 2, "tp": 1, "seed": seed, "limit": None},
+            "options": {"seed": seed, "limit": None},
             "versions": {"kvsim": "0.1.0"},
         },
         "requests": {

@@ -263,11 +263,11 @@ def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[3].startswith("shadowkv")
 
 
-def test_plan_prints_prefill_and_decode_once_for_equal_layers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_prefill_and_decode_once_for_all_layers_alike(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--plan", "quest", "--context", "32k"]) == 0
     out = capsys.readouterr().out
-    assert "one decode step after 32,000 tokens, each of layers 0 to 1:" in out  # dense
-    assert "one decode step after 32,000 tokens, each of layers 2 to 31:" in out
+    assert "one decode step after 32,000 tokens, 2 of 32 layers, from layer 0:" in out  # dense
+    assert "one decode step after 32,000 tokens, 30 of 32 layers, from layer 2:" in out
     assert "select" in out
 
 

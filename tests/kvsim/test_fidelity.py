@@ -12,6 +12,7 @@ from kvsim.derive import PlanTable
 from kvsim.machine import Machine
 from kvsim.makespan import Clock, Load
 from kvsim.models import load_model
+from kvsim.results import summarize
 from kvsim.runs import price_run
 from kvsim.simulate import simulate
 from policies import POLICIES, parse_policy
@@ -19,7 +20,9 @@ from policies import POLICIES, parse_policy
 LATENCIES = ("first_token_s", "finish_s")
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, "squeezed-attention:tier=ddr,levels=2", "full@heads=2+sink-window@heads=6"])
+@pytest.mark.parametrize(
+    "policy", [*POLICIES, "squeezed-attention:tier=ddr,levels=2", "full@heads=2+sink-window@heads=6"]
+)
 def test_alone_on_a_host_both_fidelities_agree(policy):
     """One replica has nobody to compete with: event by event or in closed form, times agree to 1e-6."""
     requests = random_trace(8, 6)
@@ -30,14 +33,20 @@ def test_alone_on_a_host_both_fidelities_agree(policy):
     assert step.traffic == op.traffic
 
 
-@pytest.mark.parametrize("policy", ["offload-all", "retrieval-attention", "shadowkv"])
-def test_under_contention_the_step_fidelity_is_the_cautious_one(policy):
-    """Each GPU's fixed share is what it gets when all are busy: op is never slower, and equal when all do the same."""
+@pytest.mark.parametrize("policy", ["offload-all", "retrieval-attention", "shadowkv", "infllm"])
+def test_under_contention_the_gap_stays_bounded(policy):
+    """Where GPUs compete, step divides the host by the replicas that are busy; op lets every flow compete.
+
+    The bounds hold here by a margin: makespan within 2 %, mean time in the system within 5 %, mean TPOT within 12 %.
+    """
     options = {"gpus": 4, "max_num_batched_tokens": 1 << 16}
-    mixed = random_trace(9, 8)
+    mixed = random_trace(9, 10, span_s=6.0)
     step, op = (simulate(mixed, setup(policy, fidelity=f, **options)) for f in ("step", "op"))
-    assert op.makespan_s <= step.makespan_s * (1 + 1e-6)
     assert step.traffic == op.traffic
+    assert step.makespan_s == pytest.approx(op.makespan_s, rel=0.02)
+    a, b = summarize(step), summarize(op)
+    assert a["e2e_s"]["mean"] == pytest.approx(b["e2e_s"]["mean"], rel=0.05)
+    assert a["tpot_s"]["mean"] == pytest.approx(b["tpot_s"]["mean"], rel=0.12)
     alike = trace([0.0] * 4, 16000, 6)
     step, op = (simulate(alike, setup(policy, fidelity=f, **options)) for f in ("step", "op"))
     assert step.makespan_s == pytest.approx(op.makespan_s, rel=0.02)
@@ -50,6 +59,7 @@ def test_under_contention_the_step_fidelity_is_the_cautious_one(policy):
 )
 def test_a_run_in_closed_form_is_the_sum_of_its_steps(steps, lines, left):
     """Any maximum of lines is priced exactly, and time is inverted to the step under way."""
+
     def seconds(i):
         return max(a + b * i for a, b in lines)
 

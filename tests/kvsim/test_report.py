@@ -161,12 +161,12 @@ def test_lines_are_shares_of_the_requests(make_result: Make) -> None:
 
 
 def test_text_from_inputs_stays_text(make_result: Make) -> None:
-    names = {name: {"name": EVIL, EVIL: EVIL} for name in ("trace", "model", "gpu", "host")}
+    names = dict.fromkeys(("trace", "requests", "model", "gpu", "gpus", "tp", "host"), EVIL)
     moved = {f"{EVIL}->gpu0.hbm": {EVIL: 5}}
     results = [
         make_result(
             tenants=(EVIL, "plain"),
-            inputs=names | {"policy": f"{policy}{EVIL}", "options": [EVIL], EVIL: EVIL},
+            inputs=names | {"policy": f"{policy}{EVIL}", "options": {EVIL: [EVIL]}, "trace_notes": [EVIL]},
             memory={f"{EVIL}.{EVIL}": {"capacity_bytes": 9.0, "peak_bytes": 8.0, "mean_bytes": 7.0}},
             links={link: {"bytes": 5.0, "busy_s": 1.0, "utilization": 0.5} for link in moved},
             traffic=moved,
@@ -243,7 +243,7 @@ def test_tenants_have_a_table_when_there_are_several(make_result: Make) -> None:
 def test_inputs_that_differ_stand_side_by_side(compared: list[Result]) -> None:
     page = report(compared)
     shared = {row["input"]: row["value"] for row in page.table("Inputs that all runs share.")}
-    assert shared["trace.name"] == "synthetic"
+    assert shared["trace"] == "synthetic"
     assert shared["options.limit"] == "null"
     differing = {row.pop("input"): list(row.values()) for row in page.table("Inputs that differ.")}
     assert differing == {"policy": POLICIES, "options.seed": ["0", "1", "2"]}
@@ -264,6 +264,7 @@ def test_nothing_finished_is_said_and_shown(make_result: Make) -> None:
     requests = full.requests | {"status": np.full(len(full.requests["status"]), "rejected")}
     page = report([make_result(requests=requests, series={name: x[:0] for name, x in full.series.items()})])
     assert "No request finished." in page.text
+    assert "Trace: its arrivals are uniform" in page.text
     assert "0 of 200 requests finished, 200 were rejected" in page.text
     (row,) = page.table("Memory peaks")
     assert row["TTFT p50"] == "-"
@@ -273,7 +274,7 @@ def test_nothing_finished_is_said_and_shown(make_result: Make) -> None:
 def test_a_result_without_memories_links_or_names_still_has_a_page(make_result: Make) -> None:
     bare = make_result(inputs={"policy": "full"}, memory={}, links={}, traffic={}, cache={}, busy={})
     page = report([bare])
-    assert page.text.count("not stated") >= 4
+    assert page.text.count("not stated") == 9  # seven facts, and the trace in the title and the heading
     assert "Prefix cache" not in page.text
 
 

@@ -31,14 +31,22 @@ def test_copied_bytes_are_those_of_the_plans(policy):
                 for (src, dst), nbytes in moved_bytes(plan.ops, plan.buffers, totals).items():
                     expected[f"{src}->{dst}"] += nbytes
     for link in ("ddr->hbm", "hbm->ddr"):
-        assert result.traffic[link] == {"plans": expected[link], "weights": 0, "swaps": 0, "prefix": 0, "collectives": 0}
+        assert result.traffic[link] == {
+            "plans": expected[link],
+            "weights": 0,
+            "swaps": 0,
+            "prefix": 0,
+            "collectives": 0,
+        }
 
 
 def test_hbm_reads_of_the_dense_cache_by_hand():
     """One request, three tokens out: each read of the cache, each append, each query and output row, and the weights."""
     prompt, kv_row, q_row = 1000, 2 * 8 * 128 * 2, 32 * 128 * 2
     result = simulate(trace([0.0], prompt, 3), setup("full"))
-    prefill = prompt * (2 * kv_row + 2 * q_row) + prompt * kv_row  # append reads and writes, q and out, one pass over KV
+    prefill = (
+        prompt * (2 * kv_row + 2 * q_row) + prompt * kv_row
+    )  # append reads and writes, q and out, one pass over KV
     decode = sum((2 * kv_row + 2 * q_row) + (prompt + g) * kv_row for g in (1, 2))
     assert result.traffic["hbm->sm"]["plans"] == MODEL.n_layers * (prefill + decode)
     layers = sum(x.qkv_params + x.out_params + x.mlp_params for x in MODEL.layers)
@@ -110,8 +118,10 @@ def test_tensor_parallel_ranks_hold_the_whole_cache_between_them():
     requests = trace([0.0], 20000, 2)
     one = simulate(requests, setup("full", max_num_batched_tokens=1 << 16))
     two = simulate(requests, setup("full", max_num_batched_tokens=1 << 16, tp=2, gpus=2))
-    held = [r.series["hbm_bytes"].max() - ranks * s.rank.weight_bytes for r, s, ranks in (
-        (one, setup("full"), 1), (two, setup("full", tp=2, gpus=2), 2))]
+    held = [
+        r.series["hbm_bytes"].max() - ranks * s.rank.weight_bytes
+        for r, s, ranks in ((one, setup("full"), 1), (two, setup("full", tp=2, gpus=2), 2))
+    ]
     assert held[0] == held[1] == 20001 * 131072
 
 

@@ -1,0 +1,206 @@
+"""`kvsim simulate` and `kvsim compare`: replay a trace under one policy, or under several beside each other."""
+
+# ruff: noqa: ARG001 - the options of a scenario are read from the context, those given alone
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvsim.cli.output import JsonFlag
+
+if TYPE_CHECKING:
+    from kvsim.scenario import Scenario
+    from kvsim.simulate import Setup
+    from traces import Trace
+
+INTERRUPTED = 130
+OF_THE_COMMAND = ("scenario", "out", "json")  # every other option belongs to the scenario
+
+
+def replay(
+    ctx: typer.Context,
+    trace: Annotated[str | None, typer.Option(metavar="TRACE", help="A bundled trace, or a file.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="A GPU of the catalogue or a YAML file.")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(metavar="POLICY", help="name or name:key=value,...; compare takes several.")
+    ] = None,
+    scenario: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with any of these options; what is given here wins.")
+    ] = None,
+    limit: Annotated[str | None, typer.Option(metavar="N", help="Replay the first N requests only.")] = None,
+    rate_scale: Annotated[float | None, typer.Option(metavar="X", help="Let requests arrive X times as fast.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Of traces that are drawn at random.")] = None,
+    skip_bad_rows: Annotated[
+        bool | None, typer.Option("--skip-bad-rows", help="Count malformed rows instead of refusing them.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", help="All GPUs; the replicas are gpus / tp.")] = None,
+    tp: Annotated[int | None, typer.Option(metavar="N", help="GPUs that share every layer of a replica.")] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file. Default: by the GPU.")
+    ] = None,
+    fidelity: Annotated[str | None, typer.Option(metavar="step|op", help="op: every operation, links shared.")] = None,
+    scheduler: Annotated[str | None, typer.Option(metavar="NAME", help="In which order requests are admitted.")] = None,
+    router: Annotated[str | None, typer.Option(metavar="NAME", help="Which replica takes a request.")] = None,
+    preemption: Annotated[str | None, typer.Option(metavar="swap|recompute", help="When memory runs out.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(metavar="N", help="Sequences that run at a time.")] = None,
+    max_num_batched_tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Tokens of an iteration, which bound the prefill chunk.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="What an engine may use of HBM.")
+    ] = None,
+    host_memory_utilization: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="What all engines of a host may use of DDR.")
+    ] = None,
+    prefix_cache_hbm: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="HBM of each host for cached prefixes. Default: none.")
+    ] = None,
+    prefix_cache_ddr: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="DDR of each host for cached prefixes. Default: none.")
+    ] = None,
+    prefix_cache_nvme: Annotated[str | None, typer.Option(metavar="SIZE", help="Not available yet.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
+    weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of all weights.")] = None,
+    counts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=SHARE,...", help="What data decide, as shares of its maximum: miss=0.4."),
+    ] = None,
+    slo: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=TIME,...", help="Bounds that goodput counts: ttft=10s,tpot=100ms.")
+    ] = None,
+    warmup: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Leave requests that arrive earlier out of the latencies.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write summary, tables and report.html into this folder.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Replay a trace of requests on a simulated cluster."""
+    from dataclasses import replace
+
+    from kvsim.cli.simulate_output import print_comparison, print_run, progress_bars
+    from kvsim.parallel import simulate_all
+    from kvsim.result_files import write
+    from policies import describe
+
+    several = ctx.info_name == "compare"
+    asked = _scenario(ctx, scenario, several)
+    setups = asked.setups()
+    requests = asked.load_trace()
+    _check_counts(asked, setups, requests)
+    _warn_of_positions(setups[0], requests)
+    labels = [describe(setup.policy) for setup in setups]
+    with _folder(out), progress_bars(labels, len(requests)) as show:
+        results, interrupted = simulate_all(requests, setups, show)
+    results = [replace(result, inputs={**result.inputs, **asked.resolved()}) for result in results]
+    if out is not None and results:
+        write(results, out, slo=asked.slo_s, warmup_s=asked.warmup)
+    if several:
+        print_comparison(results, asked.slo_s, asked.warmup, json=json)
+    else:
+        print_run(results[0], asked.slo_s, asked.warmup, json=json)
+    if interrupted:
+        typer.echo("interrupted: these are the results so far", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _scenario(ctx: typer.Context, file: Path | None, several: bool) -> "Scenario":
+    """What the command line asks for, on top of the scenario file."""
+    from kvsim.scenario import scenario
+
+    given = {
+        name: value for name, value in ctx.params.items() if name not in OF_THE_COMMAND and _on_command_line(ctx, name)
+    }
+    for name in ("counts", "slo"):
+        if name in given:
+            given[name] = _pairs(name, given[name])
+    asked = scenario(given, file)
+    if several and "policy" not in asked.model_fields_set:
+        raise ValueError(
+            "compare needs policies: name each with --policy, or under the key policy of a --scenario file"
+        )
+    if not several and len(asked.policy) > 1:
+        raise ValueError(f"simulate takes one policy, not {', '.join(asked.policy)}; use kvsim compare for several")
+    return asked
+
+
+def _on_command_line(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in ",".join(texts).split(","):
+        name, equals, value = item.partition("=")
+        if not equals:
+            instead = " (a file of recorded counts is not supported yet)" if option == "counts" else ""
+            raise ValueError(f"--{option} {item!r} must be written name=value{instead}")
+        if name in pairs:
+            raise ValueError(f"--{option} gives {name!r} twice")
+        pairs[name] = value
+    return pairs
+
+
+def _check_counts(asked: "Scenario", setups: Sequence["Setup"], trace: "Trace") -> None:
+    """Refuse counts that no policy draws, and warn of those that no prompt of this trace is long enough for."""
+    import numpy as np
+
+    from kvsim.derive import PlanTable
+    from kvsim.names import unknown_name
+
+    if not asked.counts:
+        return
+    lengths = np.unique(np.quantile(trace.prompt_tokens, np.linspace(0, 1, 9), method="nearest")).tolist()
+    met: set[str] = set()
+    known: set[str] = set()
+    for setup in setups:
+        table = PlanTable(setup.policy, setup.rank, setup.machine(), setup.counts)
+        table.warm(lengths, setup.max_num_batched_tokens)
+        met |= table.drawn
+        table.warm([setup.model.max_positions], setup.max_num_batched_tokens)
+        known |= table.drawn
+    for name in asked.counts:
+        if name not in known:
+            raise unknown_name("count", name, sorted(known))
+        if name not in met:
+            _warn(f"the count {name} has no effect: no prompt of this trace is long enough for the policy to draw it")
+
+
+def _warn_of_positions(setup: "Setup", trace: "Trace") -> None:
+    contexts = trace.prompt_tokens + trace.output_tokens
+    beyond = int((contexts > setup.model.max_positions).sum())
+    if beyond:
+        _warn(
+            f"{beyond:,} of {len(trace):,} requests, the longest of {int(contexts.max()):,} tokens, are beyond the "
+            f"{setup.model.max_positions:,} positions of {setup.model.name}"
+        )
+
+
+@contextmanager
+def _folder(out: Path | None) -> Iterator[None]:
+    """The folder `out` before a run, and without it again when bad input ends the run."""
+    from kvsim.result_files import prepare
+
+    if out is None:
+        yield
+        return
+    new = [path for path in (out, *out.parents) if not path.exists()]
+    prepare(out)
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            path.rmdir()
+        raise
+
+
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {text}", err=True)

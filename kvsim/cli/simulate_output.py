@@ -1,0 +1,151 @@
+"""What `kvsim simulate` and `kvsim compare` print: a report of one run, a table of several, progress."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+from kvsim.cli.output import Columns, print_facts, print_json, print_table
+from kvsim.units import format_bytes, format_count, format_s
+
+if TYPE_CHECKING:
+    from kvsim.parallel import Show
+    from kvsim.report_runs import Run
+    from kvsim.results import Result
+
+MISSING = "-"
+LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end to end", "queue_s": "queue"}
+STATISTICS = ("mean", "p50", "p90", "p99", "max")
+COMPARED = (
+    "finished",
+    "rejected",
+    "tokens/s",
+    "vs first",
+    "TTFT p50",
+    "TTFT p99",
+    "TPOT p50",
+    "TPOT p99",
+    "HBM peak",
+    "DDR peak",
+    "PCIe",
+    "cached",
+    "swaps",
+)
+
+
+def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, json: bool) -> None:
+    """Print one simulation: its summary as JSON, or its main figures."""
+    from kvsim.report_runs import runs_of
+
+    (run,) = runs_of([result], slo_s, warmup_s)
+    if json:
+        print_json(run.summary)
+        return
+    inputs = run.summary["inputs"]
+    gpus = f"{inputs['gpus']} x {inputs['gpu']} ({inputs['parameter_set']}, tp {inputs['tp']}, host {inputs['host']})"
+    print_facts(f"{run.label}: {inputs['model']} on {gpus}", _facts(run, slo_s))
+    typer.echo()
+    columns: Columns = {"latency": "left", **dict.fromkeys(STATISTICS, "right")}
+    rows = ([name, *(_time(run.summary[key][x]) for x in STATISTICS)] for key, name in LATENCIES.items())
+    print_table(columns, rows)
+    for note in inputs["trace_notes"]:
+        typer.echo(f"note: {note}")
+
+
+def print_comparison(results: Sequence["Result"], slo_s: Mapping[str, float], warmup_s: float, *, json: bool) -> None:
+    """Print simulations side by side: their summaries as JSON, or one row for each."""
+    from kvsim.report_runs import runs_of
+
+    runs = runs_of(results, slo_s, warmup_s)
+    if json:
+        print_json({"runs": [run.summary for run in runs]})
+        return
+    columns: Columns = {"policy": "left", **dict.fromkeys(COMPARED, "right"), "bottleneck": "left"}
+    print_table(columns, (_cells(run, runs[0]) for run in runs))
+
+
+def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:
+    summary = run.summary
+    requests, tokens = summary["requests"], summary["tokens"]
+    bounds = ", ".join(f"{name.removesuffix('_s')} <= {format_s(bound_s)}" for name, bound_s in slo_s.items())
+    facts = {
+        "trace": f"{summary['inputs']['trace']}, {requests['submitted']:,} requests",
+        "requests": f"{requests['finished']:,} finished, {requests['rejected']:,} rejected",
+        "tokens": f"{format_count(tokens['prompt'])} of prompts ({_cached(run)} cached), "
+        f"{format_count(tokens['output'])} of output",
+        "makespan": format_s(summary["makespan_s"]),
+        "throughput": f"{_rate(summary['output_tokens_per_s'])} output tokens/s",
+        "goodput": f"{_rate(summary['goodput_rps'])} requests/s" + (f" with {bounds}" if bounds else ""),
+    }
+    for tier in run.tiers():
+        peak, capacity = (run.tier_bytes(tier, figure) or 0.0 for figure in ("peak_bytes", "capacity_bytes"))
+        facts[f"{tier.upper()} peak"] = f"{format_bytes(peak)} of {format_bytes(capacity)}, all together"
+    for link, figures in summary["links"].items():
+        if figures["bytes"]:
+            facts[link] = f"{format_bytes(figures['bytes'])}, busy {figures['utilization']:.1%} of the time"
+    for tier, lookups in summary["cache"].items():
+        if lookups["lookup_blocks"]:
+            hits = lookups["hit_blocks"] / lookups["lookup_blocks"]
+            facts[f"{tier.upper()} cache"] = f"{hits:.1%} of {lookups['lookup_blocks']:,} blocks looked up were there"
+    if summary["swaps"]["count"]:
+        facts["swaps"] = f"{summary['swaps']['count']:,}, {format_bytes(summary['swaps']['bytes'])}"
+    facts["bottleneck"] = f"{summary['bottleneck']}, busy {summary['busy'][summary['bottleneck']]:.1%} of the time"
+    facts["simulated in"] = f"{format_s(summary['cpu_s'])} of CPU time, after {format_s(summary['setup_cpu_s'])}"
+    return facts
+
+
+def _cells(run: "Run", first: "Run") -> list[str]:
+    summary = run.summary
+    return [
+        run.label,
+        f"{summary['requests']['finished']:,}",
+        f"{summary['requests']['rejected']:,}",
+        _rate(summary["output_tokens_per_s"]),
+        _ratio(summary["output_tokens_per_s"], first.summary["output_tokens_per_s"]),
+        *(_time(summary[name][x]) for name in ("ttft_s", "tpot_s") for x in ("p50", "p99")),
+        *(format_bytes(run.tier_bytes(tier, "peak_bytes") or 0.0) for tier in ("hbm", "ddr")),
+        format_bytes(run.pcie_bytes()),
+        _cached(run),
+        f"{summary['swaps']['count']:,}",
+        summary["bottleneck"],
+    ]
+
+
+def _cached(run: "Run") -> str:
+    tokens = run.summary["tokens"]
+    return f"{tokens['prompt_cached'] / tokens['prompt']:.1%}" if tokens["prompt"] else MISSING
+
+
+def _time(duration_s: float | None) -> str:
+    return MISSING if duration_s is None else format_s(duration_s)
+
+
+def _rate(rate: float | None) -> str:
+    return MISSING if rate is None else f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _ratio(rate: float | None, first: float | None) -> str:
+    return f"{rate / first:.2f}x" if rate and first else MISSING
+
+
+@contextmanager
+def progress_bars(labels: Sequence[str], requests: int) -> Iterator["Show"]:
+    """A function that shows how many requests have left each run; it shows nothing unless stderr is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda _left: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*look, console=Console(stderr=True), transient=True) as bars:
+        tasks = [bars.add_task(escape(label), total=requests) for label in labels]
+
+        def show(left: Sequence[int]) -> None:
+            for task, gone in zip(tasks, left, strict=True):
+                bars.update(task, completed=gone)
+
+        yield show

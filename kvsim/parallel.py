@@ -1,0 +1,118 @@
+"""Simulations of several policies beside each other, one process for each, which Ctrl-C ends early but in order."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import c_bool
+from multiprocessing.connection import Connection, wait
+from multiprocessing.sharedctypes import RawArray, RawValue
+from typing import Any, NamedTuple
+
+from kvsim.results import Result
+from kvsim.simulate import Setup, simulate
+from policies import describe
+from traces import Trace
+
+_POLL_S = 0.1
+
+Show = Callable[[Sequence[int]], None]
+"""Is told, now and then, how many requests have left each simulation."""
+
+
+class Outcome(NamedTuple):
+    """The results in the order of the setups; after an interruption partial, and without those that never began."""
+
+    results: list[Result]
+    interrupted: bool
+
+
+def simulate_all(trace: Trace, setups: Sequence[Setup], show: Show) -> Outcome:
+    """Simulate each setup on `trace`, at most as many at a time as there are processors.
+
+    The first Ctrl-C ends the simulations at their next event boundary, a second one at once (KeyboardInterrupt).
+    Raises the ValueError of a simulation, with the name of its policy when there are several.
+    """
+    left, stop = RawArray("q", len(setups)), RawValue(c_bool)
+    with _stopping(stop):
+        if len(setups) == 1:
+            results = [_simulate(trace, setups[0], 0, left, stop, show)]
+        else:
+            results = _simulate_beside(trace, setups, left, stop, show)
+    return Outcome(results, bool(stop.value))
+
+
+@contextmanager
+def _stopping(stop: Any) -> Iterator[None]:
+    """Ctrl-C sets `stop`: an exception in the midst of an event would leave the simulation's books unbalanced."""
+
+    def handle(*_: object) -> None:
+        if stop.value:
+            raise KeyboardInterrupt
+        stop.value = True
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _simulate(trace: Trace, setup: Setup, index: int, left: Any, stop: Any, show: Show | None = None) -> Result:
+    def progress(gone: int) -> None:
+        left[index] = gone
+        if show:
+            show(left)
+        if stop.value:
+            raise KeyboardInterrupt  # between two events, where `simulate` takes it
+
+    return simulate(trace, setup, progress)
+
+
+def _simulate_beside(trace: Trace, setups: Sequence[Setup], left: Any, stop: Any, show: Show) -> list[Result]:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    waiting = list(enumerate(setups))
+    running: dict[Connection, int] = {}
+    results: dict[int, Result] = {}
+    while running or (waiting and not stop.value):
+        while waiting and len(running) < (os.cpu_count() or 1) and not stop.value:
+            index, setup = waiting.pop(0)
+            receiver, sender = context.Pipe(duplex=False)
+            # A daemon ends with this process, so that a failure of one simulation ends the others.
+            process = context.Process(target=_child, args=(sender, trace, setup, index, left, stop), daemon=True)
+            _start_deaf(process)
+            sender.close()
+            running[receiver] = index
+        ready = wait(list(running), _POLL_S)
+        for receiver in [receiver for receiver in running if receiver in ready]:
+            index = running.pop(receiver)
+            results[index] = _received(receiver, describe(setups[index].policy))
+        show(left)
+    return [results[index] for index in sorted(results)]
+
+
+def _start_deaf(process: Any) -> None:
+    """Start a process that Ctrl-C in the terminal does not reach; `stop` does."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _child(sender: Connection, trace: Trace, setup: Setup, index: int, left: Any, stop: Any) -> None:
+    try:
+        sender.send(_simulate(trace, setup, index, left, stop))
+    except ValueError as error:
+        sender.send(str(error))
+
+
+def _received(receiver: Connection, policy: str) -> Result:
+    try:
+        answer: Result | str = receiver.recv()
+    except EOFError:
+        raise OSError(f"policy {policy}: its process ended without a result; is there enough memory?") from None
+    if isinstance(answer, str):
+        raise ValueError(f"policy {policy}: {answer}")
+    return answer
