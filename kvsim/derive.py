@@ -75,13 +75,12 @@ class Piece:
         columns: list[Polynomial],
     ) -> None:
         self.structure, self.inputs, self.floors, self.conditions = structure, inputs, floors, conditions
+        self._before = len(conditions)
         rows = [condition.polynomial for condition in conditions] + columns
         self.monomials: list[Monomial] = sorted({monomial for row in rows for monomial in row})
         self._matrix = np.array([[row.get(m, 0) for m in self.monomials] for row in rows], dtype=np.int64)
         self._matrix = self._matrix.reshape(len(rows), -1)
-        self._equal = np.array([condition.equal for condition in conditions], dtype=np.bool_)
-        self._truth = np.array([condition.truth for condition in conditions], dtype=np.bool_)
-        self._all_less = not self._equal.any()
+        self._tests = [(condition.equal, condition.truth) for condition in conditions]
 
     def variables(self, inputs: tuple[int, ...]) -> list[int]:
         """Inputs and floors."""
@@ -105,13 +104,14 @@ class Piece:
 
     def holds(self, rows: Vector) -> bool:
         """Whether the plan with these rows is of this piece."""
-        values = rows[: len(self._truth)]
-        truth = values < 0 if self._all_less else np.where(self._equal, values == 0, values < 0)
-        return bool((truth == self._truth).all())
+        for value, (equal, truth) in zip(rows[: self._before].tolist(), self._tests, strict=True):
+            if (value == 0 if equal else value < 0) is not truth:
+                return False
+        return True
 
     def vector(self, rows: Vector) -> Vector:
         """The amounts among the rows."""
-        return rows[len(self._truth) :]
+        return rows[self._before :]
 
     def steps_until_change(self, now: list[int], rows: Vector, then: list[int], rates: Vector) -> int:
         """After how many more units of the last input a condition or a floor changes.
@@ -127,7 +127,7 @@ class Piece:
                 nearest = min(nearest, -(-(edge + floor.divisor - here) // rate))
             elif rate < 0:
                 nearest = min(nearest, (here - edge) // -rate + 1)
-        for i in np.flatnonzero(rates[: len(self._truth)]).tolist():
+        for i in np.flatnonzero(rates[: self._before]).tolist():
             here, rate = int(rows[i]), int(rates[i])
             _, equal, truth = self.conditions[i]
             if equal:

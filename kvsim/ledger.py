@@ -37,9 +37,9 @@ class Ledger:
         plans = dict(zip(LINKS, self.plan_bytes.tolist(), strict=True))
         return {link: {**causes, "plans": plans.get(link, 0)} for link, causes in self.other_bytes.items()}
 
-    def note(self, now_s: float, used: Vector, running: int, waiting: int) -> None:
+    def note(self, now_s: float, used: Sequence[int], running: int, waiting: int) -> None:
         """Record memory and queue lengths at an iteration boundary."""
-        self.series.append((now_s, self.baseline_hbm_bytes + int(used[0]), int(used[1]), running, waiting))
+        self.series.append((now_s, self.baseline_hbm_bytes + used[0], used[1], running, waiting))
 
     def charge(self, loads: Sequence[Load], tokens: int, logits: int, busy: Floats) -> None:
         """Book one iteration."""

@@ -8,8 +8,8 @@ from kvsim.hardware import Gpu, Host
 from policies.model import LayerShape, ModelShape
 from policies.plan import Access, Buffer, Compute, Copy, Engine, Op, Processor, Sync, Tier, Work
 
-LANES = ("sm", "h2d", "d2h", "cpu", "nvlink")
-SM, H2D, D2H, CPU, NVLINK = range(len(LANES))
+LANES = ("sm", "h2d", "d2h", "cpu", "nvlink", "host")  # the last: the host thread that waits and launches
+SM, H2D, D2H, CPU, NVLINK, HOST = range(len(LANES))
 
 
 class Cost(NamedTuple):
@@ -70,7 +70,7 @@ class Machine:
         """
         rates = self.gpu.rates
         if isinstance(op, Sync):
-            return Cost(SM, rates.sync_s, 0.0, 0.0, 0.0, 0.0)
+            return Cost(HOST, rates.sync_s, 0.0, 0.0, 0.0, 0.0)
         if isinstance(op, Copy):
             src, dst = buffers[op.src], buffers[op.dst]
             if {src.tier, dst.tier} != {Tier.HBM, Tier.DDR}:

@@ -45,6 +45,8 @@ class Program(NamedTuple):
     end: tuple[Slot, ...]
     slots: int
     depth: int  # how many layers back a wait may reach
+    layers: Floats  # how many layers run each operation, by `Slot.time`
+    elsewhere: tuple[int, ...]  # operations that are not on the SMs, by `Slot.time`
 
 
 class Prices(NamedTuple):
@@ -62,7 +64,7 @@ class Prices(NamedTuple):
         """For each operation, given (operations, AMOUNTS): time of its transfers, of its arithmetic, and in all."""
         transfers = columns[:, 1] * self.streamed_s + columns[:, 2] * self.scattered_s
         arithmetic = columns[:, 0] * self.work_s
-        active = self.always | columns.any(axis=1)
+        active = self.always | (arithmetic + transfers > 0)
         return transfers, arithmetic, self.fixed_s * active + np.maximum(arithmetic, transfers)
 
 
@@ -98,7 +100,7 @@ class Clock:
         self._head_bytes = model.head_bytes
         one, two = (machine.head_s(model, logits) for logits in (1, 2))
         self._head_s = (2 * one - two, two - one)  # once, and for each position
-        self._model_times: dict[int, tuple[list[float], Floats, int]] = {}
+        self._model_times: dict[int, tuple[Floats, Floats, int]] = {}
 
     def traffic(self, load: Load) -> Vector:
         """Bytes per link of LINKS that a load moves, over all layers."""
@@ -126,7 +128,7 @@ class Clock:
             busy[: len(LANES)] += prices.lanes @ seconds
             busy[WORK] += prices.lanes[SM] @ work
             busy[HBM] += prices.lanes[SM] @ amounts
-            times = model_times + seconds.tolist()
+            times = np.concatenate([model_times, seconds])
         return _run(program, times) + head_s, busy
 
     def work(self, loads: Sequence[Load], tokens: int) -> Iteration:
@@ -137,7 +139,7 @@ class Clock:
         before, nothing = [0.0] * len(model_times), [0] * len(model_times)
         return Iteration(
             program,
-            model_times + prices.seconds(columns)[2].tolist(),
+            [*model_times.tolist(), *prices.seconds(columns)[2].tolist()],
             before + prices.fixed_s.tolist(),
             nothing + (columns[:, 1] + columns[:, 2]).tolist(),
         )
@@ -146,7 +148,7 @@ class Clock:
         """Time of the output head for `logits` positions, at least one."""
         return self._head_s[0] + logits * self._head_s[1]
 
-    def _model(self, tokens: int) -> tuple[list[float], Floats, int]:
+    def _model(self, tokens: int) -> tuple[Floats, Floats, int]:
         found = self._model_times.get(tokens)
         if found is None:
             model, machine = self.model, self.machine
@@ -161,7 +163,7 @@ class Clock:
                 weights += n * model_bytes(model, shape, tokens)
             busy[HBM] = weights / machine.gpu.rates.hbm_Bps
             busy[WORK] = 2 * (model.active_params - model.head_params) * tokens / machine.gpu.rates.flops("bf16")
-            found = self._model_times[tokens] = (times, busy, weights)
+            found = self._model_times[tokens] = (np.array(times), busy, weights)
         return found
 
     def prices(self, structure: Structure) -> Prices:
@@ -253,7 +255,13 @@ class Clock:
             end += [
                 Slot(offset - len(structure.end) + i, op.cost.lane, 0.0, (), 0) for i, op in enumerate(structure.end)
             ]
-        return Program(tuple(runs), tuple(end), len(slots), depth)
+        counts = np.zeros(offset)
+        for n, program in (*runs, (1, tuple(end))):
+            for slot in program:
+                counts[slot.time] += n
+        everything = [slot for _, program in runs for slot in program] + end
+        elsewhere = tuple(sorted({slot.time for slot in everything if slot.lane != SM}))
+        return Program(tuple(runs), tuple(end), len(slots), depth, counts, elsewhere)
 
 
 class _Op(NamedTuple):
@@ -284,11 +292,10 @@ def _slots(ops: Sequence[_Op], slots: dict[tuple[int, str], int]) -> tuple[tuple
     return tuple(program), reach
 
 
-def _run(program: Program, times: Sequence[float]) -> float:
-    lanes = {slot.lane for _, slots in program.runs for slot in slots if times[slot.time]}
-    if len(lanes) <= 1:  # one queue: nothing overlaps
-        layers = sum(n * sum(times[slot.time] for slot in slots) for n, slots in program.runs)
-        return layers + sum(times[slot.time] for slot in program.end)
+def _run(program: Program, seconds: Floats) -> float:
+    times = seconds.tolist()
+    if not any(times[i] for i in program.elsewhere):  # one queue: nothing overlaps
+        return float(program.layers @ seconds)
     free = [0.0] * len(LANES)
     done = [[0.0] * program.slots for _ in range(program.depth + 1)]  # finish times, this layer first
     for repeat, slots in program.runs:

@@ -4,9 +4,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from policies import Reuse
 
 
@@ -76,10 +73,10 @@ class PrefixCache:
         self._ranks, self._replicas = ranks, replicas
 
     @property
-    def held_bytes(self) -> NDArray[np.int64]:
+    def held_bytes(self) -> list[int]:
         """Bytes per tier that the entries take, as one rank's share; the DDR tier is divided among its replicas."""
         hbm, ddr = self.hbm.used_bytes // self._ranks, self.ddr.used_bytes // (self._ranks * self._replicas)
-        return np.array([hbm, ddr, 0], dtype=np.int64)
+        return [hbm, ddr, 0]
 
     def match(self, blocks: Sequence[int], prompt_tokens: int) -> Hit:
         """The longest cached head of a prompt, at most all of it but one token; changes nothing."""

@@ -58,7 +58,6 @@ class Replica:
         self.env, self.table, self.clock, self.limits = env, table, clock, limits
         self.cache, self.ledger, self.neighbours, self.execute = cache, ledger, neighbours, execute
         self.position = neighbours.join(self)
-        self.capacity = np.array(limits.capacity, dtype=np.int64)
         self.waiting: deque[Sequence] = deque()
         self.swapped: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
@@ -157,9 +156,7 @@ class Replica:
             sequence.rejected = True
             self._leave(sequence, finished=False)
             return 0
-        margin = int(WATERMARK * self.capacity[HBM]) if self.decoding or self.prefilling else 0
-        used = self._used()
-        if used[HBM] + need[HBM] + margin > self.capacity[HBM] or used[DDR] + need[DDR] > self.capacity[DDR]:
+        if not self._fits(self._used(), need, self._margin()):
             return None
         if hit and self.cache:
             self.cache.accept(sequence.blocks, hit)
@@ -189,26 +186,37 @@ class Replica:
     def _never_fits(self, sequence: Sequence, need: Vector) -> bool:
         """Whether a request alone exceeds the capacity, in prefill or at its last token."""
         last = self.table.decode(sequence.target_tokens, max(1, sequence.last_generated_tokens))
-        return bool(np.any(np.maximum(need, last.start[-len(TIERS) :]) > self.capacity))
+        return not self._fits([0, 0, 0], np.maximum(need, last.start[-len(TIERS) :]))
 
-    def _used(self) -> Vector:
+    def _used(self) -> list[int]:
         """Bytes per tier that the next decode iteration holds."""
-        used = self.held.copy()
+        hbm, ddr, nvme = self.held.tolist()
         for _, amounts, _, _ in self._totals.values():
-            used += amounts[-len(TIERS) :]
-        return used
+            stored = amounts[-len(TIERS) :].tolist()
+            hbm, ddr, nvme = hbm + stored[0], ddr + stored[1], nvme + stored[2]
+        return [hbm, ddr, nvme]
 
-    def _growth(self) -> Vector:
+    def _fits(self, used: list[int], more: Vector = NOTHING, margin: int = 0) -> bool:
+        """Whether `more` bytes fit beside those used, with a margin of HBM."""
+        hbm, ddr, nvme = self.limits.capacity
+        extra = more.tolist()
+        return bool(used[0] + extra[0] + margin <= hbm and used[1] + extra[1] <= ddr and used[2] + extra[2] <= nvme)
+
+    def _growth(self) -> list[int]:
         growth = NOTHING.copy()
         for _, _, slopes, _ in self._totals.values():
             growth += slopes[-len(TIERS) :]
-        return growth
+        return growth.tolist()
+
+    def _margin(self) -> int:
+        """HBM kept free at admission, unless nothing else runs."""
+        return int(WATERMARK * self.limits.capacity[HBM]) if self.decoding or self.prefilling else 0
 
     # -- preemption ----------------------------------------------------------------------------------------------
 
     def _make_room(self) -> None:
         """Preempt the sequences that joined last until the next decode iteration fits."""
-        while self.decoding and np.any(self._used() > self.capacity):
+        while self.decoding and not self._fits(self._used()):
             victim = next(reversed(self.decoding.values()))
             self._remove(victim)
             victim.preemptions += 1
@@ -216,8 +224,7 @@ class Replica:
             victim.emitted_tokens = victim.recomputed_tokens + victim.generated_tokens(self.iteration)
             stored = victim.amounts(self.iteration)[-len(TIERS) :]
             parked = np.array([0, stored[HBM] + stored[DDR], 0], dtype=np.int64)
-            fits = self._used()[DDR] + parked[DDR] <= self.capacity[DDR]
-            if self.limits.preemption == "swap" and fits:
+            if self.limits.preemption == "swap" and self._fits(self._used(), parked):
                 victim.generated_at_join = victim.generated_tokens(self.iteration)
                 victim.held = parked
                 self.held += parked
@@ -231,10 +238,7 @@ class Replica:
     def _swap_in(self, sequence: Sequence) -> bool:
         segment = self.table.decode(sequence.target_tokens, sequence.generated_at_join)
         stored = segment.start[-len(TIERS) :]
-        used = self._used() - sequence.held
-        alone = not (self.decoding or self.prefilling)
-        margin = 0 if alone else int(WATERMARK * self.capacity[HBM])
-        if used[HBM] + stored[HBM] + margin > self.capacity[HBM] or used[DDR] + stored[DDR] > self.capacity[DDR]:
+        if not self._fits(self._used(), stored - sequence.held, self._margin()):
             return False
         self.swapped.popleft()
         self.held -= sequence.held
@@ -330,10 +334,11 @@ class Replica:
         for sequence in completed:
             self._begin_decoding(sequence)
 
-    def _note(self, used: Vector) -> None:
-        held = used if self.cache is None else used + self.cache.held_bytes
+    def _note(self, used: list[int]) -> None:
+        if self.cache:
+            used = [a + b for a, b in zip(used, self.cache.held_bytes, strict=True)]
         running, waiting = len(self.decoding) + len(self.prefilling), len(self.waiting) + len(self.swapped)
-        self.ledger.note(self.env.now, held, running, waiting)
+        self.ledger.note(self.env.now, used, running, waiting)
 
     def _emit(self, run: Run, decoding: int, began_s: float) -> None:
         """Record the gaps before the tokens that these iterations emitted."""
@@ -364,7 +369,7 @@ class Replica:
         used, growth = self._used(), self._growth()
         for tier in (HBM, DDR):
             if growth[tier] > 0:
-                steps = min(steps, int((self.capacity[tier] - used[tier]) // growth[tier]) + 1)
+                steps = min(steps, (self.limits.capacity[tier] - used[tier]) // growth[tier] + 1)
         decoding = len(self.decoding)
         began = self.env.now
         self._note(used)

@@ -18,6 +18,9 @@ Price = Callable[[int], tuple[float, Floats]]
 ON_CHORD = 1e-7  # relative distance from the chord that counts as none: settled layers are extrapolated to 1e-9
 
 
+NOTHING = np.zeros(0)
+
+
 class Part(NamedTuple):
     """`steps` iterations of `first_s`, `first_s` + `slope_s`, …; `busy` and `busy_slope` grow alike."""
 
@@ -42,8 +45,7 @@ class Run:
     @classmethod
     def single(cls, seconds: float) -> "Run":
         """One iteration."""
-        nothing = np.zeros(0)
-        return cls((Part(1, seconds, 0.0, nothing, nothing),))
+        return cls((Part(1, seconds, 0.0, NOTHING, NOTHING),))
 
     @property
     def steps(self) -> int:

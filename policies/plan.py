@@ -165,7 +165,8 @@ def part_of(rows: int, share: float) -> int:
 class Count:
     """A count that data decide: per sequence and, `heads` times, per KV head.
 
-    The default distribution is a Beta of mean `share` and standard deviation `spread`, both as shares of `maximum`;
+    Each head has between `minimum` and `maximum`. The default distribution is a Beta of mean `share` and standard
+    deviation `spread`, both as shares of `maximum`;
     `source` says where it comes from. A recording replaces it.
     """
 
@@ -175,10 +176,11 @@ class Count:
     share: float
     spread: float
     source: str
+    minimum: int = 0
 
     def expected(self, share: float | None = None) -> int:
         """The sum over heads at the mean, each head rounded to whole rows."""
-        return self.heads * part_of(self.maximum, self.share if share is None else share)
+        return self.heads * max(self.minimum, part_of(self.maximum, self.share if share is None else share))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

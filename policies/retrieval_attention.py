@@ -160,6 +160,7 @@ class RetrievalAttention(Policy):
             Count(
                 name="visited",
                 heads=shape.kv_heads,
+                minimum=shape.group * self.top_k,
                 maximum=shape.group * keys,
                 share=self.scanned,
                 spread=0.005,

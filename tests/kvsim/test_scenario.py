@@ -112,7 +112,7 @@ def test_every_gpu_has_a_host_that_exists() -> None:
         ({"gpus": 3, "tp": 2}, "gpus=3 is not a multiple of tp=2"),
         ({"seed": -1}, "command line: seed=-1: Input should be greater than or equal to 0"),
         ({"rate_scale": float("nan")}, "command line: rate_scale=nan: Input should be a finite number"),
-        ({"rate_scale": 0}, "command line: rate_scale=0: Input should be greater than or equal to 1e-06"),
+        ({"rate_scale": 0}, "command line: rate_scale=0: Input should be greater than or equal to 0.000001"),
         ({"limit": "5x"}, "command line: limit='5x': token count '5x' has the unknown unit 'x'"),
         ({"warmup": -1}, "command line: warmup=-1: Input should be greater than or equal to 0"),
         ({"gpu_memory_utilization": 1.1}, "gpu_memory_utilization=1.1 must be above 0 and at most 1"),

@@ -1,0 +1,350 @@
+"""`kvsim simulate` and `kvsim compare`: what they print and write, what they refuse, and how they end early."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import parquet
+
+import traces
+from kvsim.__main__ import main
+from kvsim.results import summarize
+from kvsim.scenario import scenario
+from kvsim.simulate import simulate
+
+ROOT = Path(__file__).parents[2]
+BASE = ("--trace", "mooncake-conversation", "--model", "llama-3.1-8b", "--gpu", "h100-sxm")
+SMALL = (*BASE, "--limit", "60", "--gpus", "2")
+TWO = ("--policy", "full", "--policy", "shadowkv:budget_tokens=1024")
+CLOCKS = ("wall_s", "cpu_s", "setup_cpu_s")  # the only figures that may differ between two runs
+
+
+def out_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Standard output of a command that must succeed and say nothing else."""
+    code = main(args)
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    return out
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line of a command that must fail for bad input, without its newline."""
+    code = main(args)
+    out, err = capsys.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    return err.removesuffix("\n")
+
+
+def without_clocks(summary: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in summary.items() if name not in CLOCKS}
+
+
+def test_simulate_prints_the_summary_of_the_scenario(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = json.loads(out_of(capsys, "simulate", *SMALL, "--slo", "ttft=2s,tpot=15ms", "--json"))
+    asked = scenario({"trace": BASE[1], "model": BASE[3], "gpu": BASE[5], "limit": 60, "gpus": 2})
+    (setup,) = asked.setups()
+    expected = summarize(simulate(asked.load_trace(), setup), {"ttft_s": 2.0, "tpot_s": 0.015})
+    assert printed["schema_version"] == 1
+    assert (printed["inputs"]["policy"], printed["inputs"]["slo"]) == ("full", {"ttft_s": 2.0, "tpot_s": 0.015})
+    for name in ("requests", "tokens", "ttft_s", "itl_s", "goodput_rps", "memory", "links", "makespan_s"):
+        assert printed[name] == expected[name], name
+    # Every token of the trace's head is served, and no request is lost.
+    head = traces.load("mooncake-conversation", limit=60)
+    assert printed["requests"] == {"submitted": 60, "finished": 60, "rejected": 0}
+    assert printed["tokens"]["prompt"] == head.prompt_tokens.sum()
+    assert printed["tokens"]["output"] == head.output_tokens.sum()
+
+
+def test_the_summary_has_every_name_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads(out_of(capsys, "simulate", *SMALL, "--prefix-cache-ddr", "10GiB", "--json"))
+    names = "inputs requests tokens makespan_s output_tokens_per_s goodput_rps ttft_s tpot_s itl_s e2e_s queue_s"
+    names += " tenants memory links cache swaps bottleneck wall_s cpu_s setup_cpu_s"
+    assert set(names.split()) <= set(summary)
+    for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s"):
+        assert set(summary[name]) == {"mean", "p50", "p90", "p99", "max"}
+    assert set(summary["requests"]) == {"submitted", "finished", "rejected"}
+    assert set(summary["tokens"]) == {"prompt", "output", "prompt_cached"}
+    assert all({"capacity_bytes", "peak_bytes", "mean_bytes"} <= set(node) for node in summary["memory"].values())
+    assert all({"bytes", "busy_s", "utilization"} <= set(link) for link in summary["links"].values())
+    assert set(summary["swaps"]) == {"count", "bytes"}
+    assert summary["cache"]["ddr"]["lookup_blocks"] > 0
+    for name in ("limit", "rate_scale", "seed", "host", "gpus", "tp", "kv_dtype", "weight_dtype", "fidelity", "slo"):
+        assert name in summary["inputs"], name
+
+
+def test_simulate_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    out = out_of(capsys, "simulate", *SMALL, "--slo", "ttft=2s")
+    assert "full: llama-3.1-8b on 2 x h100-sxm (achievable, tp 1, host ddr5-dual-xeon)" in out
+    assert "60 finished, 0 rejected" in out
+    assert "with ttft <= 2 s" in out
+    for row in ("TTFT", "TPOT", "ITL", "end to end", "queue", "HBM peak", "hbm->sm", "bottleneck"):
+        assert row in out, row
+
+
+def test_a_comparison_is_each_simulation_in_the_order_given(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = json.loads(out_of(capsys, "compare", *SMALL, *TWO[2:], *TWO[:2], "--json"))
+    assert runs["schema_version"] == 1
+    for run, policy in zip(runs["runs"], (TWO[3], TWO[1]), strict=True):
+        alone = json.loads(out_of(capsys, "simulate", *SMALL, "--policy", policy, "--json"))
+        assert alone["inputs"]["policy"] == policy
+        assert without_clocks(run) == without_clocks(alone)
+
+
+def test_compare_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = out_of(capsys, "compare", *SMALL, *TWO).splitlines()
+    assert lines[0].split()[:3] == ["policy", "finished", "rejected"]
+    rows = [line.split() for line in lines[2:]]
+    assert [row[:3] for row in rows] == [["full", "60", "0"], [TWO[3], "60", "0"]]
+    assert rows[0][4] == "1.00x"
+
+
+def test_two_runs_write_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        out_of(capsys, "compare", *SMALL, *TWO, "--out", str(tmp_path / name))
+    first, second = tmp_path / "a", tmp_path / "b"
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
+    assert {path.name for path in files} == {"summary.json", "requests.parquet", "series.parquet", "report.html"}
+    for path in files:
+        one, other = (first / path).read_bytes(), (second / path).read_bytes()
+        if path.suffix == ".parquet":
+            assert one == other, path
+        elif path.name == "summary.json":
+            runs = [json.loads(text).get("runs", [json.loads(text)]) for text in (one, other)]
+            assert [without_clocks(run) for run in runs[0]] == [without_clocks(run) for run in runs[1]]
+
+
+def test_the_files_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "folder"
+    printed = json.loads(out_of(capsys, "simulate", *SMALL, "--out", str(out), "--json"))
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8")) == printed
+    assert parquet.read_table(out / "requests.parquet").num_rows == 60
+    assert {path.name for path in out.iterdir()} == {
+        "summary.json",
+        "requests.parquet",
+        "series.parquet",
+        "report.html",
+    }
+
+
+def test_every_operation_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    small = (*BASE, "--limit", "5", "--policy", "offload-all", "--json")
+    op, step = (json.loads(out_of(capsys, "simulate", *small, "--fidelity", x)) for x in ("op", "step"))
+    assert op["requests"]["finished"] == 5
+    assert op["tokens"] == step["tokens"]
+    # One GPU has no rival for its links, so the two fidelities differ by what overlaps across layers alone.
+    assert op["makespan_s"] == pytest.approx(step["makespan_s"], rel=0.1)
+
+
+def test_rate_limit_and_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = ("--trace", "servegen-deepseek-r1", "--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--gpus", "8")
+
+    def run(*args: str) -> dict[str, Any]:
+        return without_clocks(json.loads(out_of(capsys, "simulate", *drawn, "--limit", "0.02k", "--json", *args)))
+
+    assert run("--seed", "1") == run("--seed", "1")
+    assert run("--seed", "1")["tokens"] != run("--seed", "2")["tokens"]
+    slow, fast = run("--rate-scale", "1e-3"), run("--rate-scale", "1000")
+    assert slow["tokens"] == fast["tokens"]
+    assert slow["queue_s"]["mean"] <= fast["queue_s"]["mean"]
+    assert slow["makespan_s"] > fast["makespan_s"]
+
+
+def test_flags_win_over_a_scenario_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scenario.yaml"
+    path.write_text(
+        "trace: mooncake-conversation\nmodel: llama-3.1-8b\ngpu: h100-sxm\ngpus: 4\nlimit: 500\n"
+        "policy: [full, quest]\nslo: {ttft: 9s}\n",
+        encoding="utf-8",
+    )
+    given = ("--scenario", str(path), "--limit", "20")
+    runs = json.loads(out_of(capsys, "compare", *given, "--gpus", "2", "--json"))["runs"]
+    assert [run["inputs"]["policy"] for run in runs] == ["full", "quest"]
+    assert {run["inputs"]["gpus"] for run in runs} == {2}
+    assert {run["requests"]["submitted"] for run in runs} == {20}
+    assert runs[0]["inputs"]["slo"] == {"ttft_s": 9.0}
+    assert "simulate takes one policy, not full, quest" in error_of(capsys, "simulate", *given)
+    one = json.loads(out_of(capsys, "simulate", *given, "--policy", "snapkv", "--json"))
+    assert (one["inputs"]["policy"], one["inputs"]["gpus"]) == ("snapkv", 4)
+
+
+def test_counts_change_what_is_moved(capsys: pytest.CaptureFixture[str]) -> None:
+    def moved(share: str) -> int:
+        args = ("simulate", *SMALL, "--policy", "shadowkv", "--counts", f"miss={share}", "--json")
+        return int(json.loads(out_of(capsys, *args))["links"]["ddr->hbm"]["bytes"])
+
+    none, some, all_of_it = moved("0"), moved("0.5"), moved("1")
+    assert none < some < all_of_it
+    # What is fetched per missed chunk is linear in their number.
+    assert some - none == pytest.approx(all_of_it - some, rel=0.01)
+
+
+def test_warnings_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    base = ("--trace", "mooncake-conversation", "--limit", "3", "--gpu", "h100-sxm", "--json")
+    assert main(["simulate", *base, "--model", "llama-3-8b"]) == 0
+    out, err = capsys.readouterr()
+    beyond = traces.load("mooncake-conversation", limit=3)
+    longest = int((beyond.prompt_tokens + beyond.output_tokens).max())
+    assert f"the longest of {longest:,} tokens, are beyond the 8,192 positions of llama-3-8b" in err
+    assert json.loads(out)["requests"]["rejected"] == 0
+
+
+def test_a_count_that_no_prompt_reaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "short.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,50,7\n", encoding="utf-8")
+    args = ("simulate", "--trace", str(path), *BASE[2:], "--policy", "shadowkv", "--counts", "miss=0.4")
+    assert main(args) == 0
+    assert "warning: the count miss has no effect: no prompt of this trace is long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["simulate", "compare"])
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--gpus", "0"], "error: gpus=0 must be at least 1"),
+        (["--gpus", "-3"], "error: gpus=-3 must be at least 1"),
+        (["--gpus", "two"], "error: Invalid value for '--gpus': "),
+        (["--gpus", "999999999999"], "error: command line: gpus=999999999999: Input should be less than or equal"),
+        (["--gpus", "4", "--tp", "3"], "error: gpus=4 is not a multiple of tp=3"),
+        (["--gpus", "16", "--tp", "16"], "error: tp=16 exceeds the 8 GPUs of host 'ddr5-dual-xeon'"),
+        (["--rate-scale", "nan"], "error: command line: rate_scale=nan: Input should be a finite number"),
+        (["--rate-scale", "-1"], "error: command line: rate_scale=-1.0: Input should be greater"),
+        (["--limit", "0"], "error: limit=0: must be at least 1 request"),
+        (["--limit", "-5"], "error: command line: limit='-5': token count '-5' is not a finite number"),
+        (["--seed", "-1"], "error: command line: seed=-1: "),
+        (["--max-num-seqs", "0"], "error: max_num_seqs=0 must be at least 1"),
+        (["--max-num-batched-tokens", "1e17"], "error: llama-3.1-8b does not fit: "),
+        (["--gpu-memory-utilization", "0.1"], "error: llama-3.1-8b does not fit: one of 1 x h100-sxm has 8 GiB"),
+        (["--gpu-memory-utilization", "inf"], "error: command line: gpu_memory_utilization=inf: "),
+        (["--model", "llama-3.1-405b"], "error: llama-3.1-405b does not fit: "),
+        (["--model", "llama-3.1-9b"], "error: unknown model 'llama-3.1-9b'; did you mean 'llama-3.1-8b'? known: "),
+        (["--gpu", "h100-smx"], "error: unknown GPU 'h100-smx'; did you mean 'h100-sxm'? known: "),
+        (["--gpu", "h100-sxm@mesured"], "error: unknown parameter set 'mesured'; did you mean 'measured'?"),
+        (["--host", "ddr5"], "error: unknown host 'ddr5'"),
+        (["--scheduler", "lifo"], "error: unknown scheduler 'lifo'"),
+        (["--router", "rnd"], "error: unknown router 'rnd'"),
+        (["--fidelity", "steps"], "error: unknown fidelity 'steps'; did you mean 'step'? known: step, op"),
+        (["--preemption", "swapp"], "error: unknown preemption 'swapp'; did you mean 'swap'?"),
+        (["--kv-dtype", "fp9"], "error: unknown dtype 'fp9'; known: "),
+        (["--policy", "shadowvk"], "error: unknown policy 'shadowvk'; did you mean 'shadowkv'?"),
+        (["--policy", "shadowkv:rnk=1"], "error: unknown parameter of shadowkv 'rnk'; did you mean 'rank'?"),
+        (["--policy", "quest:budget_tokens=7"], "error: quest: budget_tokens=7 is not a multiple of page_tokens=16"),
+        (["--policy", "no.such:Class"], "error: policy no.such:Class: cannot import 'no.such'"),
+        (["--policy", "full@heads=2+sink-window@heads=2"], "error: head groups of 4 KV heads do not fit"),
+        (["--counts", "miss"], "error: --counts 'miss' must be written name=value"),
+        (["--counts", "recorded.json"], "error: --counts 'recorded.json' must be written name=value (a file"),
+        (["--counts", "miss=2"], "error: command line: counts.miss='2': Input should be less than or equal to 1"),
+        (["--counts", "miss=nan"], "error: command line: counts.miss=nan: Input should be a finite number"),
+        (["--counts", "a=1,a=1"], "error: --counts gives 'a' twice"),
+        (["--counts", "mis=0.4", "--policy", "shadowkv"], "error: unknown count 'mis'; did you mean 'miss'? known: "),
+        (["--slo", "ttft=0s"], "error: command line: slo.ttft='0s': Input should be greater than 0"),
+        (["--slo", "p99=1s"], "error: command line: slo={'p99': '1s'}: unknown latency 'p99'"),
+        (["--warmup", "-1s"], "error: command line: warmup='-1s': duration '-1s' is not a finite number"),
+        (["--prefix-cache-hbm", "70GiB"], "error: llama-3.1-8b does not fit: "),
+        (["--prefix-cache-ddr", "1XB"], "error: command line: prefix_cache_ddr='1XB': size '1XB' has the unknown unit"),
+        (["--prefix-cache-nvme", "1TB"], "error: command line: prefix_cache_nvme='1TB': prefixes are not cached on"),
+        (["--trace", "mooncake"], "error: unknown trace 'mooncake'"),
+        (["--trace", "no/such.csv"], "error: no/such.csv: no such file"),
+        (["--trace", "azure-2023-code", "--prefix-cache-ddr", "1GiB"], "error: trace 'azure-2023-code' has no block"),
+        (["--scenario", "missing.yaml"], "error: missing.yaml: No such file or directory"),
+        (["--out", "occupied"], "error: occupied is a file; results need a folder"),
+        (["--out", "occupied/below"], "error: occupied is a file; results need a folder"),
+        (["--jsno"], "error: No such option: --jsno"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    command: str,
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "occupied").write_text("precious", encoding="utf-8")
+    policy = [] if "--policy" in args else ["--policy", "full"]
+    out = [] if "--out" in args else ["--out", "new/out"]
+    assert error_of(capsys, command, *BASE, "--limit", "2", *policy, *out, *args).startswith(message)
+    assert [path.name for path in tmp_path.iterdir()] == ["occupied"]
+    assert (tmp_path / "occupied").read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n", "empty trace"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n0,5,7\n1,5\n", "bad.csv"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\n0,-5,7\n", "num_prefill_tokens=-5"),
+        ("arrived_at,num_prefill_tokens,num_decode_tokens\nnan,5,7\n", "arrived_at=nan"),
+        ("when,what\n0,5\n", "missing column"),
+    ],
+)
+def test_a_bad_trace(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text, encoding="utf-8")
+    args = ("simulate", "--trace", str(path), *BASE[2:], "--out", str(tmp_path / "out"))
+    assert message in error_of(capsys, *args)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_names_the_policy_that_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    bad = "full@heads=2+sink-window@heads=2"  # of 8 KV heads
+    error = error_of(capsys, "compare", *SMALL, "--policy", "full", "--policy", bad, "--out", str(out))
+    assert error.startswith(f"error: policy {bad}: head groups of 4 KV heads do not fit")
+    assert not out.exists()
+
+
+def test_what_a_command_cannot_do_without(capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_of(capsys, "simulate") == "error: command line: trace is missing; model is missing; gpu is missing"
+    assert error_of(capsys, "compare", *SMALL).startswith("error: compare needs policies: name each with --policy")
+    assert error_of(capsys, "simulate", *SMALL, *TWO).startswith("error: simulate takes one policy, not full, shad")
+
+
+@pytest.mark.parametrize("command", ["simulate", "compare"])
+def test_an_interruption_leaves_whole_results(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @contextmanager
+    def interrupting(_labels: Sequence[str], _requests: int) -> Iterator[Any]:
+        pressed = []
+
+        def show(left: Sequence[int]) -> None:
+            if all(left) and not pressed:
+                pressed.append(True)
+                signal.raise_signal(signal.SIGINT)
+
+        yield show
+
+    monkeypatch.setattr("kvsim.cli.simulate_output.progress_bars", interrupting)
+    policies = TWO if command == "compare" else TWO[:2]
+    assert main([command, *BASE, "--gpus", "8", *policies, "--out", str(tmp_path), "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert err == "interrupted: these are the results so far\n"
+    printed = json.loads(out)
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == printed
+    for summary in printed.get("runs", [printed]):
+        assert 0 < summary["requests"]["finished"] < summary["requests"]["submitted"] == 12_031
+    status = parquet.read_table(next(tmp_path.rglob("requests.parquet")))["status"].to_pylist()
+    assert {"finished", "unfinished"} == set(status)
+
+
+def test_progress_is_shown_on_a_terminal_alone() -> None:
+    terminal, stderr = os.openpty()
+    command = [sys.executable, "-m", "kvsim", "simulate", *SMALL, "--json"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
+    os.close(stderr)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["requests"]["finished"] == 60
+    assert "full" in shown
+    assert "/60" in shown
