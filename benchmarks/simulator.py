@@ -1,7 +1,8 @@
 """Speed of the simulator: CPU seconds of its event loop on the workloads that peers were timed on.
 
-Llama-3-8B on A100-80G, chunks of 512 tokens, up to 512 sequences; W1 on one replica, W2 on eight. Each run is a process
-of its own; the median of `--runs` is reported, with a pure-Python loop timed beside it so that machines can be compared.
+Llama-3-8B on A100-80G, chunks of 512 tokens, up to 512 sequences; W1 on one replica, W2 on eight. Each run is a
+process of its own; the median of `--runs` is reported, with a pure-Python loop timed beside it so that machines can be
+compared.
 
     python benchmarks/simulator.py [--runs 5] [--out benchmarks/results/simulator.json]
 """

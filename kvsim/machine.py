@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kvsim.hardware import Gpu, Host
 from policies.model import LayerShape, ModelShape
-from policies.plan import Access, Buffer, Compute, Copy, Engine, Op, Processor, Sync, Tier, Work
+from policies.plan import Access, Buffer, Copy, Engine, Op, Processor, Sync, Tier, Work
 
 LANES = ("sm", "h2d", "d2h", "cpu", "nvlink", "host")  # the last: the host thread that waits and launches
 SM, H2D, D2H, CPU, NVLINK, HOST = range(len(LANES))

@@ -336,8 +336,7 @@ def _advance(slots: Sequence[Slot], times: Sequence[float], free: list[float], d
         start = free[lane]
         for back, other in waits:
             ready = done[back][other]
-            if ready > start:
-                start = ready
+            start = max(start, ready)
         seconds = times[time]
         finish = start + seconds
         if seconds:

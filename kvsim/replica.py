@@ -178,9 +178,10 @@ class Replica:
         self.wake()
 
     def _prefill_bytes(self, target: int, past: int, chunk: int) -> Vector:
-        """The most that the prompt's prefill stores: whole in one step, or in chunks, the last of which builds state."""
-        if past + chunk < target or past:
-            past, chunk = target - 1, 1
+        """The most that a prompt's prefill stores: at its end, which a whole step or the last of many chunks reaches."""
+        if past or chunk < target:
+            chunk = min(self.limits.max_num_batched_tokens, target - 1)
+            past = target - chunk
         return self.table.prefill(target, past, chunk)[1][-len(TIERS) :]
 
     def _never_fits(self, sequence: Sequence, need: Vector) -> bool:
@@ -283,7 +284,7 @@ class Replica:
         """All decoding sequences have done `steps` iterations: end those that are complete, refresh changed slopes."""
         self.iteration += steps
         for _, amounts, slopes, _ in self._totals.values():
-            amounts += steps * slopes
+            np.add(amounts, steps * slopes, out=amounts)
         while self._due and self._due[0][0] <= self.iteration:
             due, _, sequence = heapq.heappop(self._due)
             if sequence.index not in self.decoding or due <= sequence.joined:

@@ -124,7 +124,7 @@ class Setup:
             needs = " + ".join(f"{format_bytes(n)} {what}" for what, n in parts if n)
             raise ValueError(
                 f"{self.model.name} does not fit: one of {self.tp} x {self.gpu.name} has {format_bytes(usable)} usable "
-                f"(gpu_memory_utilization={self.gpu_memory_utilization}), needed: {needs}; raise --tp or the utilization"
+                f"(gpu_memory_utilization={self.gpu_memory_utilization}), needed: {needs}; raise --tp or that share"
             )
         ddr = (int(self.host.ddr_bytes * self.host_memory_utilization) - self.prefix_cache_ddr_bytes) // ranks
         if ddr < 0:
@@ -325,7 +325,7 @@ class _Cluster:
 
 
 def _token_bytes(setup: Setup) -> list[int]:
-    """Bytes per tier that one rank keeps for each token of a long prompt, once fixed parts are paid; staging is none."""
+    """Bytes per tier that one rank keeps for each further token of a long prompt, staging aside."""
     kept = []
     for tokens in (1 << 20, 1 << 21):
         step = Step.decoding(tokens, 1)

@@ -166,8 +166,7 @@ class Count:
     """A count that data decide: per sequence and, `heads` times, per KV head.
 
     Each head has between `minimum` and `maximum`. The default distribution is a Beta of mean `share` and standard
-    deviation `spread`, both as shares of `maximum`;
-    `source` says where it comes from. A recording replaces it.
+    deviation `spread`, both as shares of `maximum`; `source` says where they come from. A recording replaces them.
     """
 
     name: str

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import traces
 from simulated import setup, trace
 
+import traces
 from kvsim.prefix_cache import LruTier, PrefixCache
 from kvsim.results import summarize
 from kvsim.simulate import simulate
@@ -37,7 +37,8 @@ def test_lru_keeps_what_was_used_last():
     tier.touch(1)
     assert tier.put(4, 10)
     assert (1 in tier, 2 in tier, 3 in tier, 4 in tier) == (True, False, True, True)
-    assert not tier.put(1, 10) and not tier.put(9, 31)
+    assert not tier.put(1, 10)
+    assert not tier.put(9, 31)
     assert tier.used_bytes == 30
 
 
@@ -58,7 +59,8 @@ def test_hits_save_prefill_and_are_counted_by_block():
     assert warm.requests["cached_tokens"].tolist() == [0, 2 * BLOCK, 0]
     assert summarize(warm)["tokens"]["prompt_cached"] == 2 * BLOCK
     saved = cold.requests["first_token_s"] - warm.requests["first_token_s"]
-    assert saved[0] == saved[2] == pytest.approx(0, abs=1e-9) and saved[1] > 0
+    assert saved[0] == saved[2] == pytest.approx(0, abs=1e-9)
+    assert saved[1] > 0
 
 
 def test_a_wholly_cached_prompt_still_computes_one_token():
@@ -74,7 +76,8 @@ def test_ddr_hits_cross_pcie_in_exact_bytes_and_time():
     block_bytes = BLOCK * TOKEN_BYTES
     assert result.traffic["ddr->hbm"]["prefix"] == 2 * block_bytes
     assert result.traffic["hbm->ddr"]["prefix"] == (3 + 1) * block_bytes  # written through, each block once
-    assert hits(result, "ddr") == (2, 6) and hits(result, "hbm") == (0, 0)
+    assert hits(result, "ddr") == (2, 6)
+    assert hits(result, "hbm") == (0, 0)
     load_s = s.gpu.rates.pcie_latency_s + 2 * block_bytes / min(s.gpu.rates.pcie_h2d_Bps, s.host.switch_Bps)
     hot = simulate(requests, replace(s, prefix_cache_ddr_bytes=0, prefix_cache_hbm_bytes=40 * GIB))
     slower = result.requests["first_token_s"][1] - hot.requests["first_token_s"][1]
