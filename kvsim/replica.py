@@ -178,7 +178,7 @@ class Replica:
         self.wake()
 
     def _prefill_bytes(self, target: int, past: int, chunk: int) -> Vector:
-        """The most that a prompt's prefill stores: at its end, which a whole step or the last of many chunks reaches."""
+        """The most that a prompt's prefill stores: at its end, whether one whole step or the last chunk reaches it."""
         if past or chunk < target:
             chunk = min(self.limits.max_num_batched_tokens, target - 1)
             past = target - chunk
