@@ -154,11 +154,16 @@ class PlanTable:
         self._prefill: list[Piece] = []
         self._structures: dict[Structure, Structure] = {}
         self.drawn: set[str] = set()
+        self._asked: tuple[int, int, int] | None = None
+        self._answer: tuple[Structure, Vector]
 
     def prefill(self, prompt_tokens: int, past_tokens: int, new_tokens: int) -> tuple[Structure, Vector]:
         """The amounts of one chunk of a prompt."""
-        piece, _, rows = self._find(self._prefill, (prompt_tokens, past_tokens, new_tokens))
-        return piece.structure, piece.vector(rows)
+        inputs = (prompt_tokens, past_tokens, new_tokens)
+        if inputs != self._asked:  # admission looks at a chunk that is often charged next
+            piece, _, rows = self._find(self._prefill, inputs)
+            self._asked, self._answer = inputs, (piece.structure, piece.vector(rows))
+        return self._answer
 
     def decode(self, prompt_tokens: int, generated_tokens: int) -> Segment:
         """The decode steps from `generated_tokens` on for as long as their amounts grow evenly."""

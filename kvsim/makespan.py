@@ -53,19 +53,18 @@ class Prices(NamedTuple):
     """A structure's costs as arrays over its operations."""
 
     fixed_s: Floats
-    work_s: Floats
-    streamed_s: Floats
-    scattered_s: Floats
+    rates_s: Floats  # (AMOUNTS x operations): seconds per unit of each column
     always: NDArray[np.bool_]
     lanes: Floats  # (lanes, operations): layers that run the operation on the lane
-    traffic: Vector  # (links, columns): bytes per link of all layers
+    inside: Floats  # (2, columns): layers whose SMs spend the column's time on arithmetic, and on HBM
+    traffic: Vector  # (links, columns and tiers): bytes per link of all layers
 
-    def seconds(self, columns: Vector) -> tuple[Floats, Floats, Floats]:
-        """For each operation, given (operations, AMOUNTS): time of its transfers, of its arithmetic, and in all."""
-        transfers = columns[:, 1] * self.streamed_s + columns[:, 2] * self.scattered_s
-        arithmetic = columns[:, 0] * self.work_s
-        active = self.always | (arithmetic + transfers > 0)
-        return transfers, arithmetic, self.fixed_s * active + np.maximum(arithmetic, transfers)
+    def seconds(self, amounts: Vector) -> tuple[Floats, Floats]:
+        """For each operation the time that it takes, and for each column the time that it would take alone."""
+        alone = amounts * self.rates_s
+        arithmetic, transfers = alone[::AMOUNTS], alone[1::AMOUNTS] + alone[2::AMOUNTS]
+        longer = np.maximum(arithmetic, transfers)
+        return longer + self.fixed_s * (self.always | (longer > 0)), alone
 
 
 class Iteration(NamedTuple):
@@ -77,14 +76,19 @@ class Iteration(NamedTuple):
     nbytes: list[int]
 
 
-def _columns(loads: Sequence[Load]) -> Vector:
+def _amounts(loads: Sequence[Load]) -> Vector:
     if not loads:
-        return np.zeros((0, AMOUNTS), dtype=np.int64)
-    return np.concatenate([load.amounts[: -len(TIERS)] for load in loads]).reshape(-1, AMOUNTS)
+        return np.zeros(0, dtype=np.int64)
+    return np.concatenate([load.amounts[: -len(TIERS)] for load in loads])
 
 
 _NO_PRICES = Prices(
-    *(np.zeros(0),) * 4, np.zeros(0, np.bool_), np.zeros((len(LANES), 0)), np.zeros((len(LINKS), 0), np.int64)
+    fixed_s=np.zeros(0),
+    rates_s=np.zeros(0),
+    always=np.zeros(0, np.bool_),
+    lanes=np.zeros((len(LANES), 0)),
+    inside=np.zeros((2, 0)),
+    traffic=np.zeros((len(LINKS), 0), np.int64),
 )
 
 
@@ -93,7 +97,8 @@ class Clock:
 
     def __init__(self, model: ModelShape, machine: Machine) -> None:
         self.model, self.machine = model, machine
-        self._programs: dict[tuple[object, ...], tuple[Program, Prices]] = {}
+        self._programs: dict[tuple[int, ...], Program] = {}
+        self._compilations: dict[tuple[Sharing, tuple[int, ...]], tuple[Program, Prices]] = {}
         self._prices: dict[int, Prices] = {}
         self._kept: list[Structure] = []  # ids above stay valid while these live
         self._shapes: list[LayerShape] = list(dict.fromkeys(model.layers))
@@ -123,11 +128,9 @@ class Clock:
         times = model_times
         program, prices = self._compiled([load.structure for load in loads], sharing or self.machine.sharing)
         if loads:
-            columns = _columns(loads)
-            amounts, work, seconds = prices.seconds(columns)
+            seconds, alone = prices.seconds(_amounts(loads))
             busy[: len(LANES)] += prices.lanes @ seconds
-            busy[WORK] += prices.lanes[SM] @ work
-            busy[HBM] += prices.lanes[SM] @ amounts
+            busy[len(LANES) :] += prices.inside @ alone
             times = np.concatenate([model_times, seconds])
         return _run(program, times) + head_s, busy
 
@@ -135,13 +138,13 @@ class Clock:
         """The operations of an iteration as if alone on the host, for whoever schedules and shares by itself."""
         model_times, _, _ = self._model(tokens)
         program, prices = self._compiled([load.structure for load in loads], ALONE)
-        columns = _columns(loads)
+        amounts = _amounts(loads)
         before, nothing = [0.0] * len(model_times), [0] * len(model_times)
         return Iteration(
             program,
-            [*model_times.tolist(), *prices.seconds(columns)[2].tolist()],
+            [*model_times.tolist(), *prices.seconds(amounts)[0].tolist()],
             before + prices.fixed_s.tolist(),
-            nothing + (columns[:, 1] + columns[:, 2]).tolist(),
+            nothing + (amounts[1::AMOUNTS] + amounts[2::AMOUNTS]).tolist(),
         )
 
     def head_s(self, logits: int) -> float:
@@ -177,13 +180,15 @@ class Clock:
             for i, (op, n) in enumerate(zip(structure.ops, structure.multiplicity(), strict=True)):
                 lanes[op.cost.lane, i] = n
                 traffic[op.link, AMOUNTS * i + 1 : AMOUNTS * i + AMOUNTS] = n
+            rates_s = [seconds for c in costs for seconds in (c.work_s, c.streamed_s, c.scattered_s)]
+            inside = np.zeros((2, AMOUNTS * len(costs)))
+            inside[0, ::AMOUNTS] = inside[1, 1::AMOUNTS] = inside[1, 2::AMOUNTS] = lanes[SM]
             prices = Prices(
                 fixed_s=np.array([c.fixed_s for c in costs], dtype=np.float64),
-                work_s=np.array([c.work_s for c in costs], dtype=np.float64),
-                streamed_s=np.array([c.streamed_s for c in costs], dtype=np.float64),
-                scattered_s=np.array([c.scattered_s for c in costs], dtype=np.float64),
+                rates_s=np.array(rates_s, dtype=np.float64),
                 always=np.array([op.syncs for op in structure.ops], dtype=np.bool_),
                 lanes=lanes,
+                inside=inside,
                 traffic=traffic,
             )
             self._prices[id(structure)] = prices
@@ -194,13 +199,16 @@ class Clock:
         return self._model(tokens)[2] + (self._head_bytes if logits else 0)
 
     def _compiled(self, structures: Sequence[Structure], sharing: Sharing) -> tuple[Program, Prices]:
-        key = (sharing, *(id(s) for s in structures))
-        found = self._programs.get(key)
+        key = tuple(id(s) for s in structures)
+        found = self._compilations.get((sharing, key))
         if found is None:
             self._kept += structures
+            program = self._programs.get(key)
+            if program is None:
+                program = self._programs[key] = self._compile(structures)
             prices = [self.prices(s) for s in structures]
             joined = Prices(*(np.concatenate(c, axis=-1) for c in zip(*prices, strict=True))) if prices else _NO_PRICES
-            found = self._programs[key] = (self._compile(structures), self._shared(joined, sharing))
+            found = self._compilations[sharing, key] = (program, self._shared(joined, sharing))
         return found
 
     def _shared(self, prices: Prices, sharing: Sharing) -> Prices:
@@ -211,11 +219,10 @@ class Clock:
         def shared(seconds: Floats) -> Floats:
             return np.where(copies, np.maximum(seconds, floor_s), np.where(cpu, sharing.host * seconds, seconds))
 
-        return prices._replace(
-            streamed_s=shared(prices.streamed_s),
-            scattered_s=shared(prices.scattered_s),
-            work_s=np.where(cpu, sharing.host * prices.work_s, prices.work_s),
-        )
+        work_s, streamed_s, scattered_s = prices.rates_s.reshape(-1, AMOUNTS).T
+        work_s = np.where(cpu, sharing.host * work_s, work_s)
+        rates_s = np.stack([work_s, shared(streamed_s), shared(scattered_s)], axis=1)
+        return prices._replace(rates_s=rates_s.reshape(-1))
 
     def uses_host(self, structures: Sequence[Structure]) -> bool:
         """Whether any operation of these structures runs on PCIe or on the CPU."""
@@ -224,31 +231,17 @@ class Clock:
     def _compile(self, structures: Sequence[Structure]) -> Program:
         slots: dict[tuple[int, str], int] = {}
         depth = 1
+        known: dict[tuple[int, ...], tuple[Slot, ...]] = {}
         runs: list[tuple[int, tuple[Slot, ...]]] = []
         for index, layer in enumerate(self.model.layers):
-            base = 1 + 4 * self._shapes.index(layer)
-            ops = [_Op("qkv", base, SM, 0.0, (("mlp@-1", -1),), -1)]
-            offset = 1 + 4 * len(self._shapes)
-            for s, structure in enumerate(structures):
-                group = structure.group_of[index]
-                first = offset + sum(len(g) for g in structure.groups[:group])
-                ops += [_policy_op(op, first + i, s) for i, op in enumerate(structure.groups[group])]
-                offset += len(structure.ops)
-            attends = tuple(("attend", s) for s in range(len(structures)))
-            ops += [
-                _Op("out", base + 1, SM, 0.0, attends, -1),
-                _Op("reduce_out", base + 3, NVLINK, 0.0, (("out", -1),), -1),
-                _Op("mlp_local", base + 2, SM, 0.0, (("reduce_out", -1),), -1),
-                _Op("mlp", base + 3, NVLINK, 0.0, (("mlp_local", -1),), -1),
-            ]
-            if self.machine.tp == 1:  # nothing to reduce: the MLP follows the projection on the same lane
-                ops[-4:] = [ops[-4], _Op("mlp", base + 2, SM, 0.0, (("out", -1),), -1)]
-            layer_program, reach = _slots(ops, slots)
-            depth = max(depth, reach)
-            if runs and runs[-1][1] == layer_program:
-                runs[-1] = (runs[-1][0] + 1, layer_program)
+            kind = (self._shapes.index(layer), *(s.group_of[index] for s in structures))
+            if kind not in known:
+                known[kind], reach = _slots(self._layer_ops(structures, kind), slots)
+                depth = max(depth, reach)
+            if runs and runs[-1][1] is known[kind]:
+                runs[-1] = (runs[-1][0] + 1, known[kind])
             else:
-                runs.append((1, layer_program))
+                runs.append((1, known[kind]))
         end, offset = [], 1 + 4 * len(self._shapes)
         for structure in structures:
             offset += len(structure.ops)
@@ -262,6 +255,23 @@ class Clock:
         everything = [slot for _, program in runs for slot in program] + end
         elsewhere = tuple(sorted({slot.time for slot in everything if slot.lane != SM}))
         return Program(tuple(runs), tuple(end), len(slots), depth, counts, elsewhere)
+
+    def _layer_ops(self, structures: Sequence[Structure], kind: tuple[int, ...]) -> list["_Op"]:
+        base, offset = 1 + 4 * kind[0], 1 + 4 * len(self._shapes)
+        ops = [_Op("qkv", base, SM, 0.0, (("mlp@-1", -1),), -1)]
+        for s, (structure, group) in enumerate(zip(structures, kind[1:], strict=True)):
+            first = offset + sum(len(g) for g in structure.groups[:group])
+            ops += [_policy_op(op, first + i, s) for i, op in enumerate(structure.groups[group])]
+            offset += len(structure.ops)
+        ops.append(_Op("out", base + 1, SM, 0.0, tuple(("attend", s) for s in range(len(structures))), -1))
+        if self.machine.tp == 1:  # nothing to reduce: the MLP follows the projection on the same lane
+            return [*ops, _Op("mlp", base + 2, SM, 0.0, (("out", -1),), -1)]
+        return [
+            *ops,
+            _Op("reduce_out", base + 3, NVLINK, 0.0, (("out", -1),), -1),
+            _Op("mlp_local", base + 2, SM, 0.0, (("reduce_out", -1),), -1),
+            _Op("mlp", base + 3, NVLINK, 0.0, (("mlp_local", -1),), -1),
+        ]
 
 
 class _Op(NamedTuple):

@@ -22,7 +22,7 @@ Show = Callable[[Sequence[int]], None]
 
 
 class Outcome(NamedTuple):
-    """The results in the order of the setups; after an interruption partial, and without those that never began."""
+    """The results in the order of the setups; after an interruption partial, and without the last ones, which never began."""
 
     results: list[Result]
     interrupted: bool
@@ -71,7 +71,7 @@ def _simulate(trace: Trace, setup: Setup, index: int, left: Any, stop: Any, show
 
 
 def _simulate_beside(trace: Trace, setups: Sequence[Setup], left: Any, stop: Any, show: Show) -> list[Result]:
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    context = _processes()
     waiting = list(enumerate(setups))
     running: dict[Connection, int] = {}
     results: dict[int, Result] = {}
@@ -90,6 +90,15 @@ def _simulate_beside(trace: Trace, setups: Sequence[Setup], left: Any, stop: Any
             results[index] = _received(receiver, describe(setups[index].policy))
         show(left)
     return [results[index] for index in sorted(results)]
+
+
+def _processes() -> Any:
+    """How processes start: from one that has imported this module and has no threads, which a fork may not survive."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def _start_deaf(process: Any) -> None:

@@ -153,8 +153,7 @@ class Replica:
         chunk = min(budget, target - past)
         need = self._prefill_bytes(target, past, chunk)
         if self._never_fits(sequence, need):
-            sequence.rejected = True
-            self._leave(sequence, finished=False)
+            self._reject(sequence)
             return 0
         if not self._fits(self._used(), need, self._margin()):
             return None
@@ -185,9 +184,19 @@ class Replica:
         return self.table.prefill(target, past, chunk)[1][-len(TIERS) :]
 
     def _never_fits(self, sequence: Sequence, need: Vector) -> bool:
-        """Whether a request alone exceeds the capacity, in prefill or at its last token."""
+        """Whether a request alone exceeds the capacity, in prefill or at its last token.
+
+        What prefill needs is looked at first: where eight times as much would fit and the output is no longer than the
+        prompt, the last token is not examined. (One that outgrows the memory all the same is rejected then.)
+        """
+        if sequence.output_tokens <= sequence.target_tokens and self._fits([0, 0, 0], 8 * need):
+            return False
         last = self.table.decode(sequence.target_tokens, max(1, sequence.last_generated_tokens))
         return not self._fits([0, 0, 0], np.maximum(need, last.start[-len(TIERS) :]))
+
+    def _reject(self, sequence: Sequence) -> None:
+        sequence.rejected = True
+        self._leave(sequence, finished=False)
 
     def _used(self) -> list[int]:
         """Bytes per tier that the next decode iteration holds."""
@@ -219,11 +228,14 @@ class Replica:
         """Preempt the sequences that joined last until the next decode iteration fits."""
         while self.decoding and not self._fits(self._used()):
             victim = next(reversed(self.decoding.values()))
+            stored = victim.amounts(self.iteration)[-len(TIERS) :]
             self._remove(victim)
+            if not self._fits([0, 0, 0], stored):
+                self._reject(victim)
+                continue
             victim.preemptions += 1
             victim.last_token_s = self.env.now
             victim.emitted_tokens = victim.recomputed_tokens + victim.generated_tokens(self.iteration)
-            stored = victim.amounts(self.iteration)[-len(TIERS) :]
             parked = np.array([0, stored[HBM] + stored[DDR], 0], dtype=np.int64)
             if self.limits.preemption == "swap" and self._fits(self._used(), parked):
                 victim.generated_at_join = victim.generated_tokens(self.iteration)
@@ -300,7 +312,8 @@ class Replica:
     # -- iterations ----------------------------------------------------------------------------------------------
 
     def _loads(self, steps: int = 0) -> list[Load]:
-        return [Load(s, amounts + steps * slopes) for s, amounts, slopes, _ in self._totals.values()]
+        totals = self._totals.values()
+        return [Load(s, amounts + steps * slopes if steps else amounts) for s, amounts, slopes, _ in totals]
 
     def _iterate(self, chunks: list[tuple[Sequence, int]]) -> Generator[simpy.Event, Any, None]:
         """One iteration with these chunks of prompts beside all decoding sequences."""

@@ -96,6 +96,7 @@ def replay(
     requests = asked.load_trace()
     _check_counts(asked, setups, requests)
     _warn_of_positions(setups[0], requests)
+    _warn_of_unused_caches(setups)
     labels = [describe(setup.policy) for setup in setups]
     with _folder(out), progress_bars(labels, len(requests)) as show:
         results, interrupted = simulate_all(requests, setups, show)
@@ -107,7 +108,9 @@ def replay(
     else:
         print_run(results[0], asked.slo_s, asked.warmup, json=json)
     if interrupted:
-        typer.echo("interrupted: these are the results so far", err=True)
+        never_began = labels[len(results) :]
+        without = f", without {', '.join(never_began)}" if never_began else ""
+        typer.echo(f"interrupted: these are the results so far{without}", err=True)
         raise typer.Exit(INTERRUPTED)
 
 
@@ -182,6 +185,15 @@ def _warn_of_positions(setup: "Setup", trace: "Trace") -> None:
             f"{beyond:,} of {len(trace):,} requests, the longest of {int(contexts.max()):,} tokens, are beyond the "
             f"{setup.model.max_positions:,} positions of {setup.model.name}"
         )
+
+
+def _warn_of_unused_caches(setups: Sequence["Setup"]) -> None:
+    from policies import Reuse, describe, reuse_of
+
+    for setup in setups:
+        cached_bytes = setup.prefix_cache_hbm_bytes + setup.prefix_cache_ddr_bytes
+        if cached_bytes and reuse_of(setup.policy) is Reuse.NOTHING:
+            _warn(f"the prefix cache has no effect on {describe(setup.policy)}, whose state no other request can use")
 
 
 @contextmanager

@@ -1,12 +1,10 @@
 """`kvsim simulate` and `kvsim compare`: what they print and write, what they refuse, and how they end early."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from kvsim.results import summarize
 from kvsim.scenario import scenario
 from kvsim.simulate import simulate
 
-ROOT = Path(__file__).parents[2]
 LONG = "mooncake-synthetic"  # prompts of up to 123,192 tokens, with block ids
 BASE = ("--trace", "azure-2023-code", "--model", "llama-3.1-8b", "--gpu", "h100-sxm")
 SMALL = (*BASE, "--limit", "60", "--gpus", "2")
@@ -199,6 +196,13 @@ def test_warnings_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> No
     assert json.loads(out)["requests"]["rejected"] == 0
 
 
+def test_a_cache_that_a_policy_cannot_use(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("simulate", *SMALL, "--trace", LONG, "--limit", "5", "--prefix-cache-ddr", "1GiB", "--json")
+    assert main([*args, "--policy", "sink-window"]) == 0
+    assert "warning: the prefix cache has no effect on sink-window" in capsys.readouterr().err
+    out_of(capsys, *args, "--policy", "full")
+
+
 def test_a_count_that_no_prompt_reaches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "short.csv"
     path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0,50,7\n", encoding="utf-8")
@@ -357,14 +361,19 @@ def test_an_interruption_leaves_whole_results(
     assert {"finished", "unfinished"} == set(status)
 
 
-def test_progress_is_shown_on_a_terminal_alone() -> None:
-    terminal, stderr = os.openpty()
-    command = [sys.executable, "-m", "kvsim", "simulate", *SMALL, "--json"]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
-    os.close(stderr)
-    shown = os.read(terminal, 100_000).decode()
-    os.close(terminal)
-    assert done.returncode == 0
-    assert json.loads(done.stdout)["requests"]["finished"] == 60
-    assert "full" in shown
-    assert "/60" in shown
+class Terminal(StringIO):
+    """A stream that takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal(), True), (StringIO(), False)])
+def test_progress_is_shown_on_a_terminal_alone(
+    stream: StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr", stream)
+    assert main(["simulate", *SMALL, "--policy", "quest:budget_tokens=512", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["requests"]["finished"] == 60
+    assert ("quest:budget_tokens=512" in stream.getvalue()) is shown
+    assert ("60/60" in stream.getvalue()) is shown

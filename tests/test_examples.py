@@ -1,0 +1,72 @@
+"""The examples run, and show what they say."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvsim.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+def run(*command: str) -> str:
+    """What the interpreter prints on standard output when it must succeed and say nothing else."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(EXAMPLES)))}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_replay_trace() -> None:
+    out = run("examples/replay_trace.py", "20")
+    assert "20 of 20 requests finished" in out
+    assert {"gpu0.hbm", "gpu3.hbm", "host0.ddr"} <= {line.split(":")[0] for line in out.splitlines()}
+
+
+def test_compare_policies() -> None:
+    header, *rows = run("examples/compare_policies.py", "20").splitlines()
+    assert header.count("rate x") == 3
+    assert [row.split()[0].split(":")[0] for row in rows] == [
+        "full",
+        "sink-window",
+        "shadowkv",
+        "full@below=8k+shadowkv",
+    ]
+    assert all(len(row.split()) == 4 for row in rows)
+
+
+def test_new_policy_stores_less_the_fewer_its_bits() -> None:
+    peaks = [float(gib) for gib in re.findall(r"([\d.]+) GiB", run("examples/new_policy.py", "20"))]
+    weights = 8_030_261_248 * 2 / 2**30
+    kv_full, kv_int8, kv_int4 = (peak - weights for peak in peaks)
+    # A row of 128 elements: 256 bytes in bf16; in int8 128 and a 2-byte scale; in int4 64 and 4 bytes for each group of
+    # 64 elements. Less frees memory sooner, so that batches are not of the same size.
+    assert kv_int8 / kv_full == pytest.approx(130 / 256, rel=0.15)
+    assert kv_int4 / kv_full == pytest.approx(72 / 256, rel=0.15)
+
+
+def test_new_policy_is_known_to_the_command_line_by_its_module() -> None:
+    names = [f"new_policy:QuantizedCache:dtype={dtype}" for dtype in ("int8", "fp8")]
+    where = ("--trace", "azure-2023-code", "--limit", "20", "--model", "llama-3.1-8b", "--gpu", "l40s")
+    command = ("-m", "kvsim", "compare", *where, "--policy", names[0], "--policy", names[1], "--json")
+    runs = json.loads(run(*command))["runs"]
+    assert [run["inputs"]["policy"] for run in runs] == names
+    assert [run["requests"]["finished"] for run in runs] == [20, 20]
+
+
+def test_the_scenario_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--scenario", str(EXAMPLES / "scenario.yaml"), "--limit", "20", "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["inputs"]["policy"].partition(":")[0] for run in runs] == [
+        "full",
+        "shadowkv",
+        "full@below=8000+sink-window",
+    ]
+    assert {run["inputs"]["counts"]["miss"] for run in runs} == {0.3}
+    assert runs[0]["inputs"]["slo"] == {"ttft_s": 10.0, "tpot_s": 0.05}
