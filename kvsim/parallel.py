@@ -22,7 +22,7 @@ Show = Callable[[Sequence[int]], None]
 
 
 class Outcome(NamedTuple):
-    """The results in the order of the setups; after an interruption partial, and without the last ones, which never began."""
+    """Results in the order of the setups; after an interruption partial ones, without the last, which never began."""
 
     results: list[Result]
     interrupted: bool
@@ -73,22 +73,25 @@ def _simulate(trace: Trace, setup: Setup, index: int, left: Any, stop: Any, show
 def _simulate_beside(trace: Trace, setups: Sequence[Setup], left: Any, stop: Any, show: Show) -> list[Result]:
     context = _processes()
     waiting = list(enumerate(setups))
-    running: dict[Connection, int] = {}
+    running: dict[Connection, tuple[int, Any]] = {}
     results: dict[int, Result] = {}
-    while running or (waiting and not stop.value):
-        while waiting and len(running) < (os.cpu_count() or 1) and not stop.value:
-            index, setup = waiting.pop(0)
-            receiver, sender = context.Pipe(duplex=False)
-            # A daemon ends with this process, so that a failure of one simulation ends the others.
-            process = context.Process(target=_child, args=(sender, trace, setup, index, left, stop), daemon=True)
-            _start_deaf(process)
-            sender.close()
-            running[receiver] = index
-        ready = wait(list(running), _POLL_S)
-        for receiver in [receiver for receiver in running if receiver in ready]:
-            index = running.pop(receiver)
-            results[index] = _received(receiver, describe(setups[index].policy))
-        show(left)
+    try:
+        while running or (waiting and not stop.value):
+            while waiting and len(running) < (os.cpu_count() or 1) and not stop.value:
+                index, setup = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(sender, trace, setup, index, left, stop), daemon=True)
+                _start_deaf(process)
+                sender.close()
+                running[receiver] = index, process
+            ready = wait(list(running), _POLL_S)
+            for receiver in [receiver for receiver in running if receiver in ready]:
+                index, process = running.pop(receiver)
+                results[index] = _received(receiver, process, describe(setups[index].policy))
+            show(left)
+    finally:
+        for _, process in running.values():  # a failure of one ends the others
+            process.terminate()
     return [results[index] for index in sorted(results)]
 
 
@@ -117,11 +120,14 @@ def _child(sender: Connection, trace: Trace, setup: Setup, index: int, left: Any
         sender.send(str(error))
 
 
-def _received(receiver: Connection, policy: str) -> Result:
+def _received(receiver: Connection, process: Any, policy: str) -> Result:
     try:
         answer: Result | str = receiver.recv()
     except EOFError:
-        raise OSError(f"policy {policy}: its process ended without a result; is there enough memory?") from None
+        process.join()
+        if process.exitcode < 0:
+            raise OSError(f"policy {policy}: its process was killed; is there enough memory?") from None
+        raise RuntimeError(f"policy {policy}: its process failed, as said above") from None  # a bug, not bad input
     if isinstance(answer, str):
         raise ValueError(f"policy {policy}: {answer}")
     return answer
