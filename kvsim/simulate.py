@@ -244,7 +244,7 @@ class _Cluster:
         setup, trace = self.setup, self.trace
         columns = _columns(trace, self.requests, self.placed)
         ends = [t for name in ("finish_s", "first_token_s") for t in columns[name][~np.isnan(columns[name])]]
-        makespan_s = float(max(ends, default=0.0))
+        makespan_s = float(max(ends) - trace.arrival_s[0]) if ends else 0.0
         gaps = [ledger.token_gaps() for ledger in self.ledgers]
         traffic = {
             link: {cause: setup.tp * sum(ledger.traffic[link][cause] for ledger in self.ledgers) for cause in CAUSES}
@@ -372,9 +372,8 @@ def _peak_and_mean(curves: Sequence[tuple[Array, Array]], makespan_s: float) -> 
     for at, values in curves:
         if len(at):
             total += np.interp(times, at, values)
-    ends = np.concatenate([times, [max(makespan_s, times[-1])]])
-    area = np.trapezoid(np.append(total, total[-1]), ends) + times[0] * total[0]
-    return int(total.max()), float(area / ends[-1])
+    span_s = times[-1] - times[0]
+    return int(total.max()), float(np.trapezoid(total, times) / span_s if span_s else total[-1])
 
 
 def _cache_counts(tiers: dict[str, list[LruTier]]) -> dict[str, dict[str, int]]:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.schema import Codes, Floats, Ints, TraceError
+from traces.schema import MAX_TOKENS, Codes, Floats, Ints, TraceError
 from traces.table import Table
 
-_MAX_WHOLE = 2**53  # whole numbers up to here are exact in a float64
 _INT32_MAX = 2**31 - 1
 
 
@@ -71,13 +70,11 @@ class Rows:
         return values
 
     def whole(self, field: str, *, minimum: int) -> Ints:
-        """Whole numbers from `minimum` on."""
+        """Whole numbers of tokens from `minimum` to MAX_TOKENS."""
         values = self.numbers(field)
         with np.errstate(invalid="ignore"):
-            good = (values >= minimum) & (values <= _MAX_WHOLE) & (np.floor(values) == values)
-        self.reject(
-            field, ~good, f"must be a whole number of at least {minimum} (and at most 2**53); correct or skip the row"
-        )
+            good = (values >= minimum) & (values <= MAX_TOKENS) & (np.floor(values) == values)
+        self.reject(field, ~good, f"must be a whole number from {minimum} to {MAX_TOKENS:,}; correct or skip the row")
         return np.where(good, values, minimum).astype(np.int64)
 
     def labels(self, field: str) -> tuple[Codes, tuple[str, ...]]:

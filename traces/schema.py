@@ -15,6 +15,10 @@ Ints = NDArray[np.int64]
 Codes = NDArray[np.int32]
 
 
+MAX_TOKENS = 10_000_000
+"""The longest prompt or output that is taken for real: the longest context that a model is offered with (Llama 4)."""
+
+
 class TraceError(ValueError):
     """A trace, or a text that names one, breaks a rule; the message says where, which value, which rule and the fix."""
 
@@ -148,8 +152,9 @@ class Trace:
         arrival, think = self.arrival_s, self.think_s
         self._require("arrival_s", np.isfinite(arrival) & (arrival >= 0), "must be finite and not negative")
         self._require("arrival_s", np.diff(arrival, prepend=0.0) >= 0, "must not decrease; sort the requests")
-        self._require("prompt_tokens", self.prompt_tokens >= 1, "must be at least 1")
-        self._require("output_tokens", self.output_tokens >= 1, "must be at least 1")
+        for field, tokens in (("prompt_tokens", self.prompt_tokens), ("output_tokens", self.output_tokens)):
+            good = (tokens >= 1) & (tokens <= MAX_TOKENS)
+            self._require(field, good, f"must be a whole number from 1 to {MAX_TOKENS:,}")
         self._require("think_s", np.isnan(think) | (np.isfinite(think) & (think >= 0)), "must be >= 0, or NaN: unknown")
         self._require("session", self.session >= -1, "must be a session number, or -1: none")
         known = (self.tenant >= 0) & (self.tenant < len(self.tenants))

@@ -54,8 +54,8 @@ def test_rate_scaling_refuses_what_is_no_rate(factor):
     [
         ({"arrival_s": [0, 1, np.inf]}, r"small:2: arrival_s=inf: must be finite"),
         ({"arrival_s": [-1, 1, 2]}, r"small:0: arrival_s=-1.0: must be finite and not negative"),
-        ({"prompt_tokens": [10, 0, 9]}, r"small:1: prompt_tokens=0: must be at least 1"),
-        ({"output_tokens": [1, 2, 0]}, r"small:2: output_tokens=0: must be at least 1"),
+        ({"prompt_tokens": [10, 0, 9]}, r"small:1: prompt_tokens=0: must be a whole number from 1 to 10,000,000"),
+        ({"output_tokens": [1, 2, 0]}, r"small:2: output_tokens=0: must be a whole number from 1 to 10,000,000"),
         ({"output_tokens": [1, 2]}, r"output_tokens has 2 entries; arrival_s has 3"),
         ({"tenant": [0, 2, 0]}, r"small:1: tenant=2: must index the 2 tenants"),
         ({"tenants": ("a", "a")}, r"names must differ"),
