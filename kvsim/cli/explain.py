@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_table
+from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_rich, print_table
 from kvsim.names import unknown_name
 from kvsim.units import format_bytes, format_count, format_s, parse_tokens
 
@@ -163,13 +163,10 @@ def _cells(costs: "Costs") -> list[str]:
 
 def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
     """Print the plans of the chunk that completes a prompt and of a decode step, once for all layers alike."""
-    from rich.console import Console
-
     from kvsim.plan_tree import plan_tree
     from policies import LayerPlan, Step, parse_policy, plan_layer
 
     policy = parse_policy(text)
-    console = Console()
     steps = {
         f"the whole prompt of {tokens:,} tokens": Step(prompt_tokens=tokens, past_tokens=0, new_tokens=tokens),
         f"one decode step after {tokens:,} tokens": Step.decoding(tokens, 1),
@@ -180,7 +177,7 @@ def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
             alike.setdefault(plan_layer(policy, model, step, layer), []).append(layer)
         for layers in alike.values():
             typer.echo(f"{model.name}, {title}, {len(layers)} of {model.n_layers} layers, from layer {layers[0]}:")
-            console.print(plan_tree(policy, model, step, layers[0]), soft_wrap=True)
+            print_rich(plan_tree(policy, model, step, layers[0]))
 
 
 def _refuse_others(ctx: typer.Context, mode: str, used: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,9 @@ Columns = Mapping[str, Literal["left", "right"]]
 """How each column is aligned, by its heading."""
 
 SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 _WIDTH_IN_A_PIPE = 1000  # no terminal is there to wrap lines for
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
@@ -25,7 +28,6 @@ def print_json(document: Mapping[str, Any]) -> None:
 def print_table(columns: Columns, rows: Iterable[Sequence[str]]) -> None:
     """Print `rows` under the headings of `columns`."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -35,7 +37,14 @@ def print_table(columns: Columns, rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         # Text, because a plain string would have its [brackets] read as markup.
         table.add_row(*(Text(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else _WIDTH_IN_A_PIPE).print(table)
+    print_rich(table)
+
+
+def print_rich(shown: "RenderableType") -> None:
+    """Print a table or a tree of rich; lines wrap at a terminal's width, and nowhere in a pipe."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else _WIDTH_IN_A_PIPE).print(shown)
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
