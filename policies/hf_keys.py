@@ -6,6 +6,9 @@ from typing import Any
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
+_ALIASES = {"num_experts": "num_local_experts"}  # what Transformers 5 writes for a key of the published files
+
+
 class Keys:
     """The text model's part of a config; a key set to null counts as missing.
 
@@ -25,7 +28,7 @@ class Keys:
 
     def number(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number of at least `least`; ValueError when it is missing and has no default."""
-        value = self._values.get(key, default)
+        value = self._values.get(key, self._values.get(_ALIASES.get(key, ""), default))
         if value is None:
             raise ValueError(f"config of {self._name!r} has no key {key!r}")
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -45,10 +45,27 @@ def test_lru_keeps_what_was_used_last():
 def test_a_chain_is_evicted_from_its_tail():
     """Two blocks of room and a chain of three: the head stays, since a tail without its head is of no use."""
     cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, LruTier(2 * BLOCK), LruTier(0))
-    cache.store([7, 8, 9])
+    cache.store([7, 8, 9], 3 * BLOCK)
     assert cache.match([7, 8, 9], 3 * BLOCK).hbm_blocks == 2
     assert cache.match([8, 9], 2 * BLOCK).hbm_blocks == 1  # an id is a hit wherever it stands first
     assert cache.match([9], BLOCK).tokens == 0
+
+
+def test_a_chain_longer_than_the_tier_is_written_once():
+    """What stands in DDR already is not written again, though the chain's tail finds no room."""
+    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, LruTier(0), LruTier(3 * BLOCK))
+    assert cache.store([1, 2, 3, 4, 5], 5 * BLOCK) == 3 * BLOCK
+    assert cache.store([1, 2, 3, 4, 5], 5 * BLOCK) == 0
+    assert cache.match([1, 2, 3, 4, 5], 5 * BLOCK).ddr_blocks == 3
+
+
+def test_a_tail_without_an_id_may_be_another_prompt():
+    """Equal ids of the full blocks say nothing about the rest: state that spans a prompt is not reused then."""
+    cache = PrefixCache(Reuse.PREFIX, BLOCK, 1, 1, LruTier(100 * BLOCK), LruTier(0))
+    cache.store([1, 2], 2 * BLOCK + 5)
+    assert cache.match([1, 2], 2 * BLOCK + 9).tokens == 0
+    cache.store([1, 2, 3], 2 * BLOCK + 5)  # as Mooncake does: the tail has an id of its own
+    assert cache.match([1, 2, 3], 2 * BLOCK + 5).tokens == 2 * BLOCK + 4
 
 
 def test_hits_save_prefill_and_are_counted_by_block():

@@ -31,43 +31,51 @@ POLICIES = (
 
 
 @st.composite
-def scenarios(draw, policies=POLICIES, caches=True, n=8):
+def requests(draw, n, squeezed):
+    """Columns of a trace; when squeezed, one burst of prompts so short that outputs outgrow the memory."""
+    n = draw(st.sampled_from(range(1, n + 1)))
+    lengths = (40, 200) if squeezed else (1, 1200)
+    columns = (
+        st.integers(*lengths) | st.sampled_from([1, BLOCK, 10 * BLOCK]),
+        st.integers(1, 250) | st.just(1),
+        st.just(0.0) if squeezed else st.floats(0, 0.2) | st.just(0.0),
+    )
+    return [draw(st.lists(column, min_size=n, max_size=n)) for column in columns]
+
+
+@st.composite
+def scenarios(draw, caches=True, n=8):
     """A trace of a few short requests, and a cluster that may be too small for some of them."""
-    n = draw(st.integers(1, n))
-    prompts = draw(st.lists(st.integers(1, 1200) | st.sampled_from([1, 64, 640]), min_size=n, max_size=n))
-    outputs = draw(st.lists(st.integers(1, 60) | st.just(1), min_size=n, max_size=n))
-    gaps = draw(st.lists(st.floats(0, 0.2) | st.just(0.0), min_size=n, max_size=n))
-    policy = draw(st.sampled_from(policies))
-    base = setup(
-        policy,
+    squeezed = draw(st.booleans())
+    prompts, outputs, gaps = draw(requests(n, squeezed))
+    s = setup(
+        draw(st.sampled_from(POLICIES)),
         model=SMALL,
-        fidelity=draw(st.sampled_from(["step", "step", "op"])),
-        tp=draw(st.sampled_from([1, 1, 2])),
-        gpus=2 * draw(st.sampled_from([1, 1, 2])),
+        fidelity=draw(st.sampled_from(["step", "op"])),
+        tp=draw(st.sampled_from([1, 2])),
+        gpus=2 if squeezed else draw(st.sampled_from([2, 4])),
         router=draw(st.sampled_from(["round-robin", "least-loaded"])),
         preemption=draw(st.sampled_from(["swap", "recompute"])),
-        max_num_seqs=draw(st.integers(1, 8)),
+        max_num_seqs=draw(st.sampled_from([8, 1, 2, 4])),
         max_num_batched_tokens=draw(st.sampled_from([16, 100, 512, 8192])),
-    )
-    room, room_ddr = (draw(st.sampled_from([300, 900, 1500, 3000, 10**6])) * TOKEN_BYTES for _ in range(2))
-    hbm_cache, ddr_cache = (draw(st.sampled_from([0, 0, 3, 10, 1000])) * BLOCK * TOKEN_BYTES for _ in range(2))
-    columns = {}
-    if caches:
-        shared = draw(st.lists(st.integers(0, n - 1), min_size=n, max_size=n))  # whose chain a prompt follows
-        counts = [p // BLOCK for p in prompts]
-        ids = [1000 * owner + i for owner, count in zip(shared, counts, strict=True) for i in range(count)]
-        columns = {"block_tokens": BLOCK, "block_ids": ids, "block_counts": counts}
-        base = replace(base, prefix_cache_hbm_bytes=hbm_cache, prefix_cache_ddr_bytes=ddr_cache)
-    hbm = base.rank.weight_bytes + base.activation_bytes + -(-hbm_cache // base.replicas_per_host // base.tp)
-    ranks = base.replicas_per_host * base.tp
-    tight = replace(
-        base,
-        gpu=replace(GPU, memory_bytes=hbm + room // base.tp),
-        host=replace(HOST, ddr_bytes=ddr_cache + room_ddr // base.tp * ranks),
         gpu_memory_utilization=1.0,
         host_memory_utilization=1.0,
     )
-    return trace(np.cumsum(gaps), prompts, outputs, **columns), tight
+    columns = {}
+    if caches:
+        chains = draw(st.lists(st.integers(0, 2), min_size=len(prompts), max_size=len(prompts)))
+        counts = [prompt // BLOCK for prompt in prompts]
+        ids = [1000 * chain + i for chain, count in zip(chains, counts, strict=True) for i in range(count)]
+        columns = {"block_tokens": BLOCK, "block_ids": ids, "block_counts": counts}
+        hbm_cache, ddr_cache = (draw(st.sampled_from([0, 3, 10, 1000])) * BLOCK * TOKEN_BYTES for _ in range(2))
+        s = replace(s, prefix_cache_hbm_bytes=hbm_cache, prefix_cache_ddr_bytes=ddr_cache)
+    largest = max(prompt + output for prompt, output in zip(prompts, outputs, strict=True))
+    shares = st.sampled_from([1.0, 1.02, 1.3, 1.6, 2.0, 2.5, 100.0, 0.7])
+    hbm, ddr = (int(1 + draw(shares) * largest) * TOKEN_BYTES // s.tp for _ in range(2))
+    ranks = s.replicas_per_host * s.tp
+    hbm += s.rank.weight_bytes + s.activation_bytes + s.prefix_cache_hbm_bytes // ranks
+    gpu, host = replace(GPU, memory_bytes=hbm), replace(HOST, ddr_bytes=s.prefix_cache_ddr_bytes + ddr * ranks)
+    return trace(np.cumsum(gaps), prompts, outputs, **columns), replace(s, gpu=gpu, host=host)
 
 
 def bounded(requests, s):
@@ -103,13 +111,15 @@ def test_any_scenario(scenario):
     started = rejected & ~np.isnan(r["first_token_s"])
     if not started.any():
         assert tokens.sum() == (r["output_tokens"] - 1)[done].sum()
-        assert np.dot(gaps, tokens) == pytest.approx((r["finish_s"] - r["first_token_s"])[done].sum(), rel=1e-6, abs=1e-12)
+        assert np.dot(gaps, tokens) == pytest.approx(
+            (r["finish_s"] - r["first_token_s"])[done].sum(), rel=1e-6, abs=1e-12
+        )
     assert gaps[tokens > 0].min(initial=1.0) > 0
     # memory
     weights = s.rank.weight_bytes
     hbm, ddr, _ = s.capacity()
     series = result.series
-    assert series["hbm_bytes"].max() <= s.tp * s.gpu.memory_bytes - s.tp*s.activation_bytes
+    assert series["hbm_bytes"].max() <= s.tp * s.gpu.memory_bytes - s.tp * s.activation_bytes
     assert series["ddr_bytes"].max() <= s.host.ddr_bytes
     for replica in range(s.replicas):
         own = series["replica"] == replica
@@ -124,7 +134,7 @@ def test_any_scenario(scenario):
     # links
     for link, causes in result.traffic.items():
         assert result.links[link]["bytes"] == sum(causes.values())
-        assert 0 <= result.links[link]["utilization"] 
+        assert 0 <= result.links[link]["utilization"]
     assert result.swaps["bytes"] == result.traffic["hbm->ddr"]["swaps"] + result.traffic["ddr->hbm"]["swaps"]
 
 
@@ -136,6 +146,6 @@ def test_nothing_is_faster_than_alone(scenario):
     result = bounded(requests, s)
     r = result.requests
     for i in np.flatnonzero(r["status"] == "finished"):
-        alone = simulate(trace([0.0], requests.prompt_tokens[i:i+1], requests.output_tokens[i:i+1]), s).requests
+        alone = simulate(trace([0.0], requests.prompt_tokens[i : i + 1], requests.output_tokens[i : i + 1]), s).requests
         for name in ("first_token_s", "finish_s"):
             assert r[name][i] - r["arrival_s"][i] >= alone[name][0] * (1 - 1e-9) - 1e-12, (name, i)

@@ -139,7 +139,10 @@ BAD_CSV = {
     "fraction": ("1,10.5,1", r"bad\.csv:3: num_prefill_tokens=10\.5: must be a whole number from 1 to 10,000,000"),
     "zero prompt": ("1,0,1", r"bad\.csv:3: num_prefill_tokens=0: must be a whole number from 1 to 10,000,000"),
     "zero output": ("1,10,0", r"bad\.csv:3: num_decode_tokens=0: must be a whole number from 1 to 10,000,000"),
-    "absurd prompt": ("1,1000000000000000,1", r"bad\.csv:3: num_prefill_tokens=1000000000000000: must be a whole number from 1"),
+    "absurd prompt": (
+        "1,1000000000000000,1",
+        r"bad\.csv:3: num_prefill_tokens=1000000000000000: must be a whole number from 1",
+    ),
     "beyond float": ("1,99999999999999999999,1", r"bad\.csv:3: num_prefill_tokens=9{20}: must be a whole"),
     "too few cells": ("1,10", r"bad\.csv:3: cells=2: must have the header's 3 cells"),
     "too many cells": ("1,10,1,1", r"bad\.csv:3: cells=4: must have the header's 3 cells"),

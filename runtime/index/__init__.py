@@ -1,0 +1,8 @@
+"""Nearest-key indexes in host memory: which keys have the largest inner product with a query."""
+
+from runtime.index.base import Found, Index
+from runtime.index.flat import Flat
+from runtime.index.graph import Graph
+from runtime.index.ivf import Ivf
+
+__all__ = ["Flat", "Found", "Graph", "Index", "Ivf"]

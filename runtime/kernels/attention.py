@@ -1,0 +1,172 @@
+"""Partial attention over one segment of the KV cache, and the exact merge of such parts.
+
+Every part is normalised over its own keys and comes with its log-sum-exp, so that segments in different memories can
+be attended apart and joined afterwards (FlashDecoding). CUDA tensors go to the
+Triton kernels of `attention_triton`, all others to the eager reference below.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_KERNEL_HEAD_DIM = 256  # beyond it (MLA latents) a tile does not fit in shared memory
+
+
+def partial_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of `q` over `k`, `v` alone: `(out, lse)`, both fp32.
+
+    q `(batch, heads, new_tokens, head_dim)`, any strides; k, v `(batch, kv_heads, tokens, head_dim)`. `mask` is bool,
+    True = attend, and broadcasts to `(batch, heads or kv_heads, new_tokens, tokens)`. `causal`: the new tokens are
+    the last ones of k. Out `(batch, heads, new_tokens, head_dim)`, lse `(batch, heads, new_tokens)`; a query that may
+    attend to nothing gets out 0 and lse -inf. Rows that no query may attend to can hold anything, even NaN.
+    Raises ValueError for shapes that do not fit together.
+    """
+    _check_inputs(q, k, v, softcap)
+    batch, heads, new_tokens, _ = q.shape
+    kv_heads, tokens = k.shape[1:3]
+    if causal and new_tokens > tokens:
+        raise ValueError(f"{new_tokens} causal new tokens need to be among the keys, but there are only {tokens}")
+    grouped = None if mask is None else _grouped_mask(mask, (batch, kv_heads, heads // kv_heads, new_tokens, tokens))
+    if _runs_on_triton(q, v):
+        from runtime.kernels.attention_triton import attend
+
+        return attend(q, k, v, scale=scale, mask=grouped, causal=causal, softcap=softcap)
+    if causal:
+        earlier = causal_mask(new_tokens, tokens, q.device)
+        grouped = earlier.expand(batch, kv_heads, 1, -1, -1) if grouped is None else grouped & earlier
+    return _attend_eager(q, k, v, scale, grouped, softcap)
+
+
+def partial_attention_at(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, *, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`partial_attention` over the rows `ids` of k and v only; no other row is read.
+
+    ids `(batch, kv_heads, n)`, int32 or int64, -1 = none; a row that is named twice counts twice. The other shapes,
+    the results and the errors are those of `partial_attention`.
+    """
+    _check_inputs(q, k, v, softcap)
+    if ids.dim() != 3 or ids.shape[:2] != k.shape[:2]:
+        raise ValueError(f"ids {tuple(ids.shape)} must be (batch, kv_heads, n) with the k of shape {tuple(k.shape)}")
+    if _runs_on_triton(q, v):
+        from runtime.kernels.attention_triton import attend
+
+        return attend(q, k, v, scale=scale, ids=ids, softcap=softcap)
+    rows = ids.clamp(min=0).long()[..., None]
+    chosen_k = k.gather(2, rows.expand(-1, -1, -1, k.shape[3]))
+    chosen_v = v.gather(2, rows.expand(-1, -1, -1, v.shape[3]))
+    return _attend_eager(q, chosen_k, chosen_v, scale, (ids >= 0)[:, :, None, None, :], softcap)
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]], sink_logits: Tensor | None = None) -> Tensor:
+    """Join the `(out, lse)` of disjoint segments into what one softmax over all their keys gives, fp32.
+
+    out `(batch, heads, new_tokens, head_dim)`, lse `(batch, heads, new_tokens)`; a part of lse -inf weighs nothing,
+    and where every part does the result is 0. `sink_logits` `(heads,)` enter the softmax without a value (attention
+    sinks, gpt-oss). Raises ValueError without parts or when their shapes differ.
+    """
+    if not parts:
+        raise ValueError("merge needs at least one (out, lse) part, but got none")
+    shapes = {(tuple(out.shape), tuple(lse.shape)) for out, lse in parts}
+    if len(shapes) > 1 or parts[0][0].shape[:-1] != parts[0][1].shape:
+        raise ValueError(f"the parts of a merge must have one shape, lse without head_dim; got {sorted(shapes)}")
+    heads = parts[0][1].shape[1]
+    if sink_logits is not None and tuple(sink_logits.shape) != (heads,):
+        raise ValueError(f"sink_logits {tuple(sink_logits.shape)} must be (heads,) = ({heads},)")
+    if len(parts) == 1 and sink_logits is None:
+        return parts[0][0]
+    outs = torch.stack([out for out, _ in parts])
+    lses = torch.stack([lse for _, lse in parts])
+    if outs.is_cuda:
+        from runtime.kernels.attention_triton import merge_stacked
+
+        return merge_stacked(outs, lses, sink_logits)[0]
+    return _merge_eager(outs, lses, sink_logits)
+
+
+def causal_mask(new_tokens: int, tokens: int, device: torch.device | str | None = None) -> Tensor:
+    """Bool `(new_tokens, tokens)`: each of the last `new_tokens` tokens attends to itself and what comes before."""
+    everything = torch.ones(new_tokens, tokens, dtype=torch.bool, device=device)
+    return everything.tril(tokens - new_tokens)
+
+
+def _attend_eager(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`mask` broadcasts to (batch, kv_heads, group, new_tokens, tokens)."""
+    batch, heads, new_tokens, head_dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    # A group's heads are rows of one product, so K and V are never expanded.
+    rows = q.reshape(batch, kv_heads, group * new_tokens, head_dim).float()
+    scores = (rows @ k.float().mT).unflatten(2, (group, new_tokens)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+        attended = mask.any(dim=3).any(dim=2)  # a weight of 0 does not hide NaN in a value
+        v = v.masked_fill(~attended[..., None], 0)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    out = weights.flatten(2, 3) @ v.float()
+    return out.reshape(batch, heads, new_tokens, v.shape[3]), lse.reshape(batch, heads, new_tokens)
+
+
+def _merge_eager(outs: Tensor, lses: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """outs (parts, batch, heads, new_tokens, head_dim), lses (parts, batch, heads, new_tokens)."""
+    largest = lses.amax(dim=0)
+    if sink_logits is not None:
+        sinks = sink_logits.float()[None, :, None]
+        largest = torch.maximum(largest, sinks)
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    weights = torch.exp(lses - largest)
+    total = weights.sum(dim=0)
+    if sink_logits is not None:
+        total = total + torch.exp(sinks - largest)
+    weighted = (weights[..., None] * outs).sum(dim=0)
+    return weighted / total.masked_fill(total == 0, 1)[..., None]
+
+
+def _runs_on_triton(q: Tensor, v: Tensor) -> bool:
+    return q.is_cuda and max(q.shape[-1], v.shape[-1]) <= MAX_KERNEL_HEAD_DIM
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> None:
+    if q.dim() != 4 or k.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"q {tuple(q.shape)} must be (batch, heads, new_tokens, head_dim), and k {tuple(k.shape)} and "
+            f"v {tuple(v.shape)} (batch, kv_heads, tokens, head_dim) of the same batch"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"q has head_dim {q.shape[3]} and k has {k.shape[3]}; they must be equal")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} KV heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, but are {q.dtype}, {k.dtype} and {v.dtype}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap} must be positive; leave it out for none")
+
+
+def _grouped_mask(mask: Tensor, shape: tuple[int, int, int, int, int]) -> Tensor:
+    """`mask` as a view of (batch, kv_heads, group, new_tokens, tokens)."""
+    batch, kv_heads, group, new_tokens, tokens = shape
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}; pass bool, True = attend")
+    full = mask[(None,) * (4 - mask.dim())]
+    try:
+        if full.shape[1] == kv_heads * group and group > 1:
+            return full.unflatten(1, (kv_heads, group)).expand(shape)
+        return full.unsqueeze(2).expand(shape)
+    except RuntimeError:
+        rule = f"({batch}, {kv_heads * group} or {kv_heads}, {new_tokens}, {tokens})"
+        raise ValueError(f"mask {tuple(mask.shape)} does not broadcast to {rule}") from None

@@ -1,0 +1,45 @@
+"""What stands for a chunk of keys: its mean, its bounds, and which chunks their mean describes worst."""
+
+import torch
+from torch import Tensor
+
+from runtime.kernels.select import top_ids
+
+
+def chunk_means(keys: Tensor, chunk_tokens: int) -> Tensor:
+    """Mean key of each chunk, in the dtype of `keys`: `(..., tokens, head_dim)` -> `(..., chunks, head_dim)`.
+
+    Raises ValueError unless tokens is a multiple of `chunk_tokens`.
+    """
+    return _chunked(keys, chunk_tokens).mean(dim=-2, dtype=torch.float32).to(keys.dtype)
+
+
+def chunk_bounds(keys: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
+    """Elementwise `(minimum, maximum)` of the keys of each page, each `(..., pages, head_dim)`.
+
+    The last page may be partial.
+    """
+    missing = -keys.shape[-2] % page_tokens
+    full = torch.nn.functional.pad(keys, (0, 0, 0, missing), value=torch.inf)
+    low = _chunked(full, page_tokens).amin(dim=-2)
+    full = torch.nn.functional.pad(keys, (0, 0, 0, missing), value=-torch.inf)
+    return low, _chunked(full, page_tokens).amax(dim=-2)
+
+
+def outlier_chunks(keys: Tensor, means: Tensor, n: int) -> Tensor:
+    """Ids of the n chunks that their mean describes worst, ascending int64: `(batch, kv_heads, n)`.
+
+    keys `(batch, kv_heads, chunks * chunk_tokens, head_dim)`, means `(batch, kv_heads, chunks, head_dim)`. A chunk is
+    described as well as its least similar key: the minimum over its keys of the cosine to the mean (ShadowKV, Sun et
+    al. 2024). Raises ValueError unless 1 <= n <= chunks.
+    """
+    chunks = _chunked(keys, keys.shape[-2] // means.shape[-2]).float()
+    cosine = torch.nn.functional.cosine_similarity(chunks, means[..., None, :].float(), dim=-1)
+    return top_ids(-cosine.amin(dim=-1), n)
+
+
+def _chunked(keys: Tensor, chunk_tokens: int) -> Tensor:
+    """(..., tokens, head_dim) -> (..., chunks, chunk_tokens, head_dim)."""
+    if keys.shape[-2] % chunk_tokens:
+        raise ValueError(f"{keys.shape[-2]} tokens are no multiple of chunk_tokens={chunk_tokens}; leave the tail out")
+    return keys.unflatten(-2, (-1, chunk_tokens))

@@ -1,0 +1,71 @@
+"""Scores of chunks against the queries: landmark attention mass and upper bounds of the logits."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reduce = Literal["max", "sum", "mean"]
+
+
+def landmark_scores(
+    q: Tensor, landmarks: Tensor, *, scale: float, reduce: Reduce = "max", valid: Tensor | None = None
+) -> Tensor:
+    """Attention mass of each chunk's landmark, reduced over a group's query heads: fp32 `(batch, kv_heads, chunks)`.
+
+    q `(batch, heads, new_tokens, head_dim)`, landmarks `(batch, kv_heads, chunks, head_dim)`. Per query head
+    softmax(q . landmark * scale), summed over the new tokens, then `reduce` over the group (ShadowKV, Sun et al. 2024:
+    the maximum). Chunks that bool `valid`, broadcastable to the result, leaves out score -inf.
+    Raises ValueError for shapes that do not fit together and for an unknown `reduce`.
+    """
+    logits = _grouped_logits(q, landmarks) * scale
+    if valid is None:
+        return _reduced(torch.softmax(logits, dim=-1).sum(dim=3), reduce)
+    kept = valid.expand(landmarks.shape[:3])
+    mass = torch.softmax(logits.masked_fill(~kept[:, :, None, None, :], -torch.inf), dim=-1).sum(dim=3)
+    return _reduced(mass, reduce).masked_fill(~kept, -torch.inf)
+
+
+def bound_scores(
+    q: Tensor, low: Tensor, high: Tensor, *, reduce: Reduce = "max", valid: Tensor | None = None
+) -> Tensor:
+    """Upper bound of q . k over each page, reduced over a group's query heads: fp32 `(batch, kv_heads, pages)`.
+
+    q `(batch, heads, new_tokens, head_dim)`; low, high `(batch, kv_heads, pages, head_dim)` are a page's elementwise
+    minimum and maximum. Per query head sum_i max(q_i low_i, q_i high_i), the largest over the new tokens, then
+    `reduce` over the group (Quest, Tang et al. 2024). `valid` and errors as in `landmark_scores`.
+    """
+    # Which of the two products is larger depends on the sign of q_i alone.
+    bounds = _grouped_logits(q.clamp(min=0), high) + _grouped_logits(q.clamp(max=0), low)
+    scores = _reduced(bounds.amax(dim=3), reduce)
+    return scores if valid is None else scores.masked_fill(~valid.expand(scores.shape), -torch.inf)
+
+
+def _grouped_logits(q: Tensor, rows: Tensor) -> Tensor:
+    """Products in fp32, (batch, kv_heads, group, new_tokens, rows)."""
+    batch, heads, new_tokens, head_dim = q.shape
+    kv_heads = rows.shape[1]
+    if rows.dim() != 4 or rows.shape[0] != batch or rows.shape[3] != head_dim or heads % kv_heads:
+        raise ValueError(
+            f"q {tuple(q.shape)} must be (batch, heads, new_tokens, head_dim) and the rows scored "
+            f"{tuple(rows.shape)} (batch, kv_heads, chunks, head_dim), heads a multiple of kv_heads"
+        )
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads * new_tokens, head_dim)
+    if q.is_cuda:
+        from runtime.kernels.scores_triton import products
+
+        flat = products(grouped, rows)
+    else:
+        flat = grouped.float() @ rows.float().mT
+    return flat.unflatten(2, (heads // kv_heads, new_tokens))
+
+
+def _reduced(per_head: Tensor, reduce: Reduce) -> Tensor:
+    """(batch, kv_heads, group, chunks) -> (batch, kv_heads, chunks)."""
+    if reduce == "max":
+        return per_head.amax(dim=2)
+    if reduce == "sum":
+        return per_head.sum(dim=2)
+    if reduce == "mean":
+        return per_head.mean(dim=2)
+    raise ValueError(f"reduce={reduce!r} is unknown; known are 'max', 'sum' and 'mean'")

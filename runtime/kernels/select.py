@@ -1,0 +1,84 @@
+"""Selection on the device: the best ids of each row, and which slots of a cache they take.
+
+Nothing here waits for the GPU: counts stay tensors, lists are padded with -1, so shapes never depend on data.
+"""
+
+import torch
+from torch import Tensor
+
+NONE = -1  # the id of no row
+
+
+def top_ids(scores: Tensor, k: int) -> Tensor:
+    """The k highest of each row, as int64 ids in ascending order: `(..., n)` -> `(..., k)`.
+
+    Ties go to the lowest index, so that a run can be repeated. A score of -inf is never chosen; where fewer than k
+    are left, the row ends in -1. Scores must not be NaN. Raises ValueError unless 1 <= k <= n.
+    """
+    n = scores.shape[-1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k={k} must lie between 1 and the {n} scores of a row")
+    if scores.is_cuda:
+        from runtime.kernels.select_triton import MAX_SCORES, select_top
+
+        if n <= MAX_SCORES:
+            return select_top(scores.float().contiguous(), k)
+    # The k-th value is well defined even if torch.topk's choice among equals is not.
+    least = torch.topk(scores, k, dim=-1).values[..., -1:]
+    above, equal = scores > least, scores == least
+    spare = k - above.sum(dim=-1, keepdim=True)
+    chosen = (above | (equal & (equal.cumsum(dim=-1) <= spare))) & (scores > -torch.inf)
+    return _compact(torch.arange(n, device=scores.device).expand(scores.shape), chosen, k)
+
+
+def replace_in_place(resident_ids: Tensor, new_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the slots hold `new_ids`: `(fetch_ids, slots, n_missed)`, and `resident_ids` is updated.
+
+    resident_ids `(batch, kv_heads, slots)`, int64, says which id each slot holds, -1 = empty; new_ids `(batch,
+    kv_heads, n)`, int64, are wanted, each once, -1 = none. A hit keeps its slot. Missed ids, in the order of
+    `new_ids`, take the freed slots, lowest first: `fetch_ids` and `slots`, `(batch, kv_heads, n)`, list them and are
+    padded with -1; `n_missed` is `(batch, kv_heads)`. Slots freed but not taken become empty.
+    Raises ValueError if n exceeds the slots.
+    """
+    if new_ids.dim() != 3 or new_ids.shape[:2] != resident_ids.shape[:2] or new_ids.shape[2] > resident_ids.shape[2]:
+        raise ValueError(
+            f"new_ids {tuple(new_ids.shape)} must be (batch, kv_heads, n) with n at most the slots of "
+            f"resident_ids {tuple(resident_ids.shape)}"
+        )
+    if resident_ids.is_cuda:
+        from runtime.kernels.select_triton import MAX_SLOTS, replace
+
+        if resident_ids.shape[2] <= MAX_SLOTS:
+            return replace(resident_ids, new_ids.contiguous())
+    n, slots = new_ids.shape[2], resident_ids.shape[2]
+    missed = (new_ids >= 0) & ~_is_in(new_ids, resident_ids)
+    freed = (resident_ids < 0) | ~_is_in(resident_ids, new_ids)
+    fetch_ids = _compact(new_ids, missed, n)
+    free_slots = _compact(torch.arange(slots, device=new_ids.device).expand(resident_ids.shape), freed, slots)
+    taken = torch.where(fetch_ids >= 0, free_slots[..., :n], NONE)
+    # The r-th freed slot gets the r-th missed id, or the padding behind the last.
+    padded = torch.nn.functional.pad(fetch_ids, (0, 1), value=NONE)
+    rank = (freed.cumsum(dim=-1) - 1).clamp(0, n)
+    resident_ids.copy_(torch.where(freed, padded.gather(-1, rank), resident_ids))
+    return fetch_ids, taken, missed.sum(dim=-1)
+
+
+def token_ids(chunk_ids: Tensor, chunk_tokens: int) -> Tensor:
+    """Ids of all tokens of the chunks, in order, -1 for those of chunk -1: `(..., n)` -> `(..., n * chunk_tokens)`."""
+    within = torch.arange(chunk_tokens, device=chunk_ids.device)
+    tokens = chunk_ids[..., None] * chunk_tokens + within
+    return torch.where(chunk_ids[..., None] < 0, NONE, tokens).flatten(-2)
+
+
+def _compact(values: Tensor, keep: Tensor, size: int) -> Tensor:
+    """The kept values of each row in their order, padded with -1 to `size`."""
+    position = torch.where(keep, keep.cumsum(dim=-1) - 1, size)  # what is dropped lands in one column too many
+    out = torch.full((*values.shape[:-1], size + 1), NONE, dtype=torch.int64, device=values.device)
+    return out.scatter_(-1, position, values)[..., :size]
+
+
+def _is_in(values: Tensor, of: Tensor) -> Tensor:
+    """Whether each value is among the same row's `of`."""
+    ordered = of.sort(dim=-1).values
+    place = torch.searchsorted(ordered, values.contiguous()).clamp(max=of.shape[-1] - 1)
+    return ordered.gather(-1, place) == values

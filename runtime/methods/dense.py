@@ -1,0 +1,37 @@
+"""Exact attention over a contiguous cache: what several methods share."""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from runtime.executor import Call
+from runtime.kernels.attention import merge, partial_attention
+
+
+def split(kv: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, each (batch, kv_heads, tokens, head_dim), of a buffer (batch, rows, 2, kv_heads, head_dim)."""
+    keys, values = kv[:, :tokens].unbind(2)
+    return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def write(kv: torch.Tensor, call: Call, first: int) -> None:
+    """Put the call's new tokens into a buffer (batch, rows, 2, kv_heads, head_dim) from row `first` on."""
+    rows = kv[:, first : first + call.step.new_tokens]
+    rows[:, :, 0].copy_(call.new_k.transpose(1, 2))
+    rows[:, :, 1].copy_(call.new_v.transpose(1, 2))
+
+
+def attend(call: Call, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Attention of the call's queries to keys and values (batch, kv_heads, tokens, head_dim).
+
+    `mask` is (batch, 1, new_tokens or 1, tokens) or None: every query sees all but the new tokens after its own.
+    """
+    new, tokens = call.step.new_tokens, keys.shape[2]
+    if mask is None and new > 1:
+        reach = torch.arange(tokens, device=keys.device)
+        mask = (reach[None, :] <= reach[tokens - new :, None])[None, None]
+    if call.softcap is None and call.sinks is None:
+        return scaled_dot_product_attention(
+            call.q, keys, values, attn_mask=mask, scale=call.scale, enable_gqa=call.shape.group > 1
+        )
+    part = partial_attention(call.q, keys, values, scale=call.scale, mask=mask, softcap=call.softcap)
+    return merge([part], sink_logits=call.sinks).to(call.q.dtype)

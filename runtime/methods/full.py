@@ -1,0 +1,19 @@
+"""The dense cache."""
+
+from policies import Policy
+from runtime.executor import Call, Method
+from runtime.methods.dense import attend, split, write
+
+
+def method(policy: Policy) -> Method:
+    """Append in place, then attend to everything."""
+    return Method(kernels={"append": _append, "attend": _attend})
+
+
+def _append(call: Call) -> None:
+    write(call.state["kv"], call, call.step.past_tokens)
+
+
+def _attend(call: Call) -> None:
+    keys, values = split(call.state["kv"], call.step.tokens)
+    call.out = attend(call, keys, values, call.mask)

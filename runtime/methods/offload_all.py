@@ -1,0 +1,32 @@
+"""Everything in host memory, staged through HBM layer by layer."""
+
+from policies import Policy
+from runtime.executor import Call, Method
+from runtime.methods.dense import attend, split, write
+from runtime.mover import Piece
+
+
+def method(policy: Policy) -> Method:
+    """Fetch what came before, append, attend, send back what the policy says."""
+    everything = getattr(policy, "write_back", "new") == "all"
+
+    def store(call: Call) -> list[Piece]:
+        first = 0 if everything else call.step.past_tokens
+        rows = slice(first, call.step.tokens)
+        return [(call.state["kv_host"][:, rows], call.state["kv"][:, rows])]
+
+    return Method(kernels={"append": _append, "attend": _attend}, routes={"fetch": _fetch, "store": store})
+
+
+def _fetch(call: Call) -> list[Piece]:
+    rows = slice(0, call.step.past_tokens)
+    return [(call.state["kv"][:, rows], call.state["kv_host"][:, rows])]
+
+
+def _append(call: Call) -> None:
+    write(call.state["kv"], call, call.step.past_tokens)
+
+
+def _attend(call: Call) -> None:
+    keys, values = split(call.state["kv"], call.step.tokens)
+    call.out = attend(call, keys, values, call.mask)

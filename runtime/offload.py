@@ -1,0 +1,176 @@
+"""`with offload(model, policy) as kv:` plugs a policy into an unmodified Hugging Face model."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from policies import ModelShape, Policy, Step, plan_layer
+from policies.plan import Tier
+from runtime.arena import DTYPES
+from runtime.cache import HANDLE, TieredCache
+from runtime.methods import method_of
+from runtime.mover import Mover
+
+NAME = "kvsim_tiers"  # of the attention function; without the words that Transformers treats specially
+
+
+class Offload:
+    """One model under one policy: makes caches, and counts what they move."""
+
+    def __init__(self, model: Any, policy: Policy, max_new_tokens: int) -> None:
+        self._model = model
+        self.policy, self.max_new_tokens = policy, max_new_tokens
+        self.shape = shape_of(model)
+        self.mover = Mover()
+        self._caches: list[weakref.ref[TieredCache]] = []
+
+    def cache(self) -> TieredCache:
+        """A new, empty cache for one `generate`: pass it as `past_key_values`."""
+        config = self._model.config.get_text_config()
+        cache = TieredCache(config, self.shape, self.policy, self._model.device, self.max_new_tokens, self.mover)
+        self._caches.append(weakref.ref(cache))
+        return cache
+
+    @property
+    def moved_bytes(self) -> Counter[tuple[Tier, Tier]]:
+        """Bytes that all caches have moved per (source, destination)."""
+        return self.mover.moved_bytes
+
+    @property
+    def footprint_bytes(self) -> Counter[Tier]:
+        """Bytes that all living caches hold per tier."""
+        total: Counter[Tier] = Counter()
+        for reference in self._caches:
+            if (cache := reference()) is not None:
+                total.update(cache.arena.allocated_bytes)
+        return total
+
+
+@contextmanager
+def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterator[Offload]:
+    """Let `model` keep its KV cache as `policy` says, inside this context; afterwards it is as before.
+
+    Caches are allocated for the prompt and `max_new_tokens`. Raises ValueError for an architecture or a policy that the
+    runtime does not execute, before anything is changed.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    kv = Offload(model, policy, max_new_tokens)
+    _bind(kv)
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield kv
+    finally:
+        model.set_attn_implementation(before)
+        for reference in kv._caches:
+            if (cache := reference()) is not None:
+                cache.release()
+
+
+def shape_of(model: Any) -> ModelShape:
+    """The shape of a loaded model, in the dtype that it computes in.
+
+    Raises ValueError for a dtype that the runtime cannot store.
+    """
+    config = model.config.get_text_config().to_dict()
+    shape = ModelShape.from_hf_config(config, config.get("model_type", "model"))
+    dtype = next((name for name, known in DTYPES.items() if known == model.dtype), None)
+    if dtype is None or not model.dtype.is_floating_point:
+        raise ValueError(f"the runtime cannot store a cache of {model.dtype}; load the model in bf16, fp16 or fp32")
+    return replace(shape, dtype=dtype, kv_dtype=dtype)
+
+
+def _bind(kv: Offload) -> None:
+    """Check that the method of each layer's policy has a kernel or a route for every operation of its plans."""
+    prompt = 1 << 16
+    for layer in range(kv.shape.n_layers):
+        if kv.shape.layers[layer].kind == "mla":
+            raise ValueError(
+                f"{kv.shape.name}: layer {layer} caches an MLA latent, which is expanded after the cache; "
+                "the runtime has no method for it yet"
+            )
+        for step in (Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt), Step.decoding(prompt, 1)):
+            plan = plan_layer(kv.policy, kv.shape, step, layer)
+            if missing := method_of(plan.policy).missing(plan):
+                raise ValueError(f"the runtime's {plan.policy.name} has no kernel for {', '.join(missing)}")
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Hugging Face's attention function; the output is (batch, new_tokens, heads, head_dim)."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    handle = getattr(key, HANDLE, None)
+    layer = handle() if handle is not None else None
+    if layer is None:  # a layer of Hugging Face's own cache, or none
+        return _stock(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
+    out = layer.attend(query, attention_mask, scale, softcap, s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _stock(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    from runtime.kernels.attention import merge, partial_attention
+
+    new, tokens = query.shape[2], key.shape[2]
+    if mask is None and new > 1:
+        reach = torch.arange(tokens, device=key.device)
+        mask = (reach[None, :] <= reach[tokens - new :, None])[None, None]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    part = partial_attention(query, key, value, scale=scale, mask=mask, softcap=softcap)
+    out = merge([part], sink_logits=s_aux).to(query.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Decode needs only the padding; everything else is the boolean mask of scaled dot product attention."""
+    if q_length == 1 and local_size is None:
+        return None if attention_mask is None else attention_mask[:, None, None, :kv_length].bool()
+    mask: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        **kwargs,
+    )
+    return mask

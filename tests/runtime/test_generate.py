@@ -1,0 +1,189 @@
+"""Policies inside Hugging Face `generate`: exact where they must be, byte for byte what their plans say."""
+
+from collections import Counter
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from policies import Step, parse_policy, plan_layer  # noqa: E402
+from policies.plan import Tier, moved_bytes, stored_bytes  # noqa: E402
+from runtime import offload  # noqa: E402
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+MODELS = {
+    "llama": ("LlamaConfig", {}),
+    "mha": ("LlamaConfig", {"num_key_value_heads": 8}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 16}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral-sliding": ("MistralConfig", {"sliding_window": 8}),
+    "phi3": ("Phi3Config", {}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 8, "attn_implementation": "eager"}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8}),
+    "gpt-oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+}
+EXACT = ["full", "offload-all", "offload-all:write_back=all", "sink-window:positions=original", "full@layers=0-1+offload-all"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    name, options = MODELS[request.param]
+    options = dict(options)
+    implementation = options.pop("attn_implementation", "sdpa" if request.param != "gpt-oss" else "eager")
+    config = getattr(transformers, name)(**{**SIZES, **options})
+    torch.manual_seed(1)
+    built = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    return built.eval().float()
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    """What the model generates by itself, for each batch size."""
+    return {batch: generate(model, prompts(batch)) for batch in (1, 3)}
+
+
+def prompts(batch: int, tokens: int = 37):
+    """Ids and mask of `batch` prompts, left-padded by 0, 5 and 19 tokens."""
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 101, (batch, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, pad in zip(range(batch), (0, 5, 19), strict=False):
+        ids[row, :pad], mask[row, :pad] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs, new=20, **options):
+    with torch.no_grad():
+        return model.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("policy", EXACT)
+def test_tokens_equal_stock_generate(model, stock, policy, batch):
+    inputs = prompts(batch)
+    with offload(model, parse_policy(policy), max_new_tokens=32) as kv:
+        got = generate(model, inputs, past_key_values=kv.cache())
+    assert torch.equal(got, stock[batch])
+
+
+@pytest.mark.parametrize("policy", ["full", "offload-all", "offload-all:write_back=all"])
+def test_bytes_are_those_of_the_plans(policy):
+    """What the mover counted and what the arena allocated, against the plans of the very same steps."""
+    config = transformers.LlamaConfig(**SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    batch, prompt, new, room = 3, 37, 11, 40
+    with offload(model, parse_policy(policy), max_new_tokens=room) as kv:
+        cache = kv.cache()
+        generate(model, prompts(batch), new, past_key_values=cache)
+        steps = [Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt)]
+        steps += [Step.decoding(prompt, g) for g in range(1, new)]
+        expected: Counter[tuple[Tier, Tier]] = Counter()
+        for step in steps:
+            for layer in range(4):
+                plan = plan_layer(kv.policy, kv.shape, step, layer)
+                for link, nbytes in moved_bytes(plan.ops, plan.buffers, {}).items():
+                    expected[link] += batch * nbytes
+        assert kv.moved_bytes == expected
+        last = Step.decoding(prompt, room)
+        stored = stored_bytes([plan_layer(kv.policy, kv.shape, last, layer).buffers for layer in range(4)])
+        assert kv.footprint_bytes == {tier: batch * nbytes for tier, nbytes in stored.items()}
+    assert sum(kv.footprint_bytes.values()) == 0
+
+
+def test_a_window_that_forgets_differs_and_one_that_covers_does_not():
+    config = transformers.LlamaConfig(**SIZES)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    inputs = prompts(1)
+    expected = generate(model, inputs)
+
+    def under(policy):
+        with offload(model, parse_policy(policy)) as kv:
+            return generate(model, inputs, past_key_values=kv.cache())
+
+    assert torch.equal(under("sink-window:positions=original,sink_tokens=2,window_tokens=55"), expected)
+    assert not torch.equal(under("sink-window:positions=original,sink_tokens=2,window_tokens=4"), expected)
+
+
+@pytest.mark.parametrize("sinks, window", [(0, 5), (2, 7), (4, 16)])
+def test_a_window_sees_what_a_banded_mask_sees(sinks, window):
+    """Logits of each step under a window against one stock forward under the band that the policy defines."""
+    config = transformers.LlamaConfig(**SIZES)
+    torch.manual_seed(4)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    ids = prompts(1, 41)["input_ids"]
+    i = torch.arange(41)
+    band = (i[None] <= i[:, None]) & ((i[None] < sinks) | (i[None] > i[:, None] - window))
+    additive = torch.where(band, 0.0, float("-inf"))[None, None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=additive, use_cache=False).logits
+        policy = parse_policy(f"sink-window:positions=original,sink_tokens={sinks},window_tokens={window}")
+        with offload(model, policy, max_new_tokens=16) as kv:
+            cache = kv.cache()
+            got = [model(input_ids=ids[:, :30], past_key_values=cache).logits]
+            for t in range(30, 41):
+                got.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits)
+    assert torch.allclose(torch.cat(got, dim=1), expected, atol=2e-5)
+
+
+def test_the_model_is_as_before():
+    config = transformers.LlamaConfig(**SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    inputs = prompts(3)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with offload(model, parse_policy("offload-all")) as kv:
+            generate(model, inputs, past_key_values=kv.cache())
+        assert model.config._attn_implementation == "sdpa"
+        assert torch.equal(model(**inputs).logits, before)
+
+
+def test_one_sequence_never_reads_what_another_left():
+    """Host memory that a cache gives back is zero."""
+    config = transformers.LlamaConfig(**SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    with offload(model, parse_policy("offload-all")) as kv:
+        cache = kv.cache()
+        generate(model, prompts(1), past_key_values=cache)
+        host = cache.arena.tensors(0)["kv_host"]
+        assert host.abs().sum() > 0
+        cache.reset()
+        assert host.abs().sum() == 0
+
+
+def test_what_cannot_be_done_says_so():
+    llama = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval().float()
+    with pytest.raises(ValueError, match="does not execute policy 'quest'"), offload(llama, parse_policy("quest")):
+        pass
+    with pytest.raises(ValueError, match="positions=original"), offload(llama, parse_policy("sink-window")):
+        pass
+    with (
+        offload(llama, parse_policy("full"), max_new_tokens=4) as kv,
+        pytest.raises(ValueError, match=r"token 42 has come; give offload\(\.\.\., max_new_tokens"),
+    ):
+        generate(llama, prompts(1), past_key_values=kv.cache())
+    mla = transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 8}, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+    )
+    deepseek = transformers.AutoModelForCausalLM.from_config(mla).eval().float()
+    with pytest.raises(ValueError, match="MLA latent"), offload(deepseek, parse_policy("full")):
+        pass
