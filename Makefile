@@ -22,14 +22,17 @@ define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"kvsim needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; run: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$(1)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(1)
 endef
+comma := ,
 
 # The stamps tell what is installed, so that a second call starts at once.
 $(VENV)/.base: pyproject.toml constraints.txt
-	$(call install,.)
+	$(call install,--editable .)
 	@touch $@
 
+# torch first, by its pin: what asks for it loosely would bring another build.
 $(VENV)/.dev: pyproject.toml constraints.txt
-	$(call install,.[dev])
+	$(call install,torch)
+	$(call install,--editable ".[dev$(comma)runtime]")
 	@touch $(VENV)/.base $@

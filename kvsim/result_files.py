@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kvsim.perfetto import perfetto_trace
 from kvsim.report import report_html
 from kvsim.results import SCHEMA_VERSION, Array, Result, latencies, summarize
 
@@ -34,9 +35,10 @@ def prepare(out: Path) -> None:
 def write(results: Sequence[Result], out: Path, *, slo: Mapping[str, float] | None = None, warmup_s: float = 0) -> None:
     """Write the results, with the statistics of `summarize`, into the folder `out`, which is made when missing.
 
-    One result gives `summary.json`, `requests.parquet`, `series.parquet` and `report.html`. Several give one
-    `report.html`, a `summary.json` whose `runs` are their summaries, and the first three in a folder for each run,
-    named by its policy. Each file appears whole or not at all. Raises ValueError as `prepare` and `summarize` do.
+    One result gives `summary.json`, `requests.parquet`, `series.parquet`, `trace.perfetto.json` and `report.html`.
+    Several give one `report.html`, a `summary.json` whose `runs` are their summaries, and the others in a folder for
+    each run, named by its policy. Each file appears whole or not at all. Raises ValueError as `prepare` and `summarize`
+    do.
     """
     if not results:
         raise ValueError("there are 0 results to write; a report needs at least 1")
@@ -58,6 +60,8 @@ def _write_run(result: Result, summary: Mapping[str, Any], folder: Path) -> None
     _write_parquet({**result.requests, **latencies(result)}, folder / "requests.parquet")
     _write_parquet(result.series, folder / "series.parquet")
     _write_json(summary, folder / "summary.json")
+    with _replacing(folder / "trace.perfetto.json") as temporary:
+        temporary.write_text(json.dumps(perfetto_trace(result), allow_nan=False), encoding="utf-8")
 
 
 def _write_json(document: Mapping[str, Any], path: Path) -> None:

@@ -83,7 +83,7 @@ class Executor:
                 if isinstance(op, Copy):
                     src, dst = buffers[op.src], buffers[op.dst]
                     moved = self.mover.copy(method.routes[op.name](call), src.tier, dst.tier)
-                    planned = op.rows.at({k: v for k, v in call.counts.items()})
+                    planned = op.rows.at(call.counts)
                     planned = planned * src.row_bytes * (1 if op.rows.counts else batch)
                     if moved != planned:
                         raise RuntimeError(f"{op.name} moved {moved} bytes where its plan says {planned}")

@@ -15,6 +15,7 @@ from policies import ModelShape, Policy, Step, plan_layer
 from policies.plan import Tier
 from runtime.arena import DTYPES
 from runtime.cache import HANDLE, TieredCache
+from runtime.kernels.attention import merge, partial_attention
 from runtime.methods import method_of
 from runtime.mover import Mover
 
@@ -52,6 +53,12 @@ class Offload:
                 total.update(cache.arena.allocated_bytes)
         return total
 
+    def release(self) -> None:
+        """Give back the memory of all caches."""
+        for reference in self._caches:
+            if (cache := reference()) is not None:
+                cache.release()
+
 
 @contextmanager
 def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterator[Offload]:
@@ -67,15 +74,13 @@ def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterat
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     config = model.config.get_text_config()
-    before = config._attn_implementation
+    before = config._attn_implementation  # noqa: SLF001 - Transformers has no public way to read it
     model.set_attn_implementation(NAME)
     try:
         yield kv
     finally:
         model.set_attn_implementation(before)
-        for reference in kv._caches:
-            if (cache := reference()) is not None:
-                cache.release()
+        kv.release()
 
 
 def shape_of(model: Any) -> ModelShape:
@@ -107,7 +112,7 @@ def _bind(kv: Offload) -> None:
 
 
 def _attention(
-    module: torch.nn.Module,
+    _module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -115,36 +120,32 @@ def _attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **kwargs: Any,
+    **_others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Hugging Face's attention function; the output is (batch, new_tokens, heads, head_dim)."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     handle = getattr(key, HANDLE, None)
     layer = handle() if handle is not None else None
     if layer is None:  # a layer of Hugging Face's own cache, or none
-        return _stock(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
+        return _stock(query, key, value, attention_mask, scale, softcap, s_aux)
     out = layer.attend(query, attention_mask, scale, softcap, s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _stock(
-    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None,
+    scale: float,
     softcap: float | None,
     s_aux: torch.Tensor | None,
-    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    from runtime.kernels.attention import merge, partial_attention
-
+    """Dense attention for layers that the policy leaves alone: keys and values as Hugging Face's cache gave them."""
     new, tokens = query.shape[2], key.shape[2]
     if mask is None and new > 1:
         reach = torch.arange(tokens, device=key.device)
         mask = (reach[None, :] <= reach[tokens - new :, None])[None, None]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     part = partial_attention(query, key, value, scale=scale, mask=mask, softcap=softcap)
     out = merge([part], sink_logits=s_aux).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None

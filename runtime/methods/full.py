@@ -5,7 +5,7 @@ from runtime.executor import Call, Method
 from runtime.methods.dense import attend, split, write
 
 
-def method(policy: Policy) -> Method:
+def method(_policy: Policy) -> Method:
     """Append in place, then attend to everything."""
     return Method(kernels={"append": _append, "attend": _attend})
 

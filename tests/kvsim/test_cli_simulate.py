@@ -109,10 +109,11 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFix
     first, second = tmp_path / "a", tmp_path / "b"
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
-    assert {path.name for path in files} == {"summary.json", "requests.parquet", "series.parquet", "report.html"}
+    tables = {"requests.parquet", "series.parquet", "trace.perfetto.json"}
+    assert {path.name for path in files} == {"summary.json", "report.html", *tables}
     for path in files:
         one, other = (first / path).read_bytes(), (second / path).read_bytes()
-        if path.suffix == ".parquet":
+        if path.name in tables:
             assert one == other, path
         elif path.name == "summary.json":
             runs = [json.loads(text).get("runs", [json.loads(text)]) for text in (one, other)]
@@ -128,6 +129,7 @@ def test_the_files_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "summary.json",
         "requests.parquet",
         "series.parquet",
+        "trace.perfetto.json",
         "report.html",
     }
 

@@ -13,7 +13,7 @@ from kvsim.result_files import prepare, write
 from kvsim.results import Result, summarize
 
 Make = Callable[..., Result]
-FILES = {"summary.json", "requests.parquet", "series.parquet", "report.html"}
+FILES = {"summary.json", "requests.parquet", "series.parquet", "trace.perfetto.json", "report.html"}
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_one_result_gives_four_files_in_a_new_folder(make_result: Make, tmp_path: Path) -> None:
+def test_one_result_gives_its_files_in_a_new_folder(make_result: Make, tmp_path: Path) -> None:
     result, out = make_result(), tmp_path / "deep" / "out"
     write([result], out, slo={"ttft_s": 2.0}, warmup_s=30.0)
     assert names(out) == FILES

@@ -33,14 +33,23 @@ MODELS = {
     "phi3": ("Phi3Config", {}),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "sliding_window": 8, "attn_implementation": "eager"}),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 16, "sliding_window": 8}),
-    "gpt-oss": ("GptOssConfig", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "qwen3-moe": (
         "Qwen3MoeConfig",
         {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
 }
-EXACT = ["full", "offload-all", "offload-all:write_back=all", "sink-window:positions=original", "full@layers=0-1+offload-all"]
+EXACT = [
+    "full",
+    "offload-all",
+    "offload-all:write_back=all",
+    "sink-window:positions=original",
+    "full@layers=0-1+offload-all",
+]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -181,8 +190,17 @@ def test_what_cannot_be_done_says_so():
     ):
         generate(llama, prompts(1), past_key_values=kv.cache())
     mla = transformers.DeepseekV3Config(
-        **{**SIZES, "num_key_value_heads": 8}, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
-        v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+        **{**SIZES, "num_key_value_heads": 8},
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
     )
     deepseek = transformers.AutoModelForCausalLM.from_config(mla).eval().float()
     with pytest.raises(ValueError, match="MLA latent"), offload(deepseek, parse_policy("full")):
