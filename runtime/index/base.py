@@ -22,7 +22,7 @@ class Index(Protocol):
 
 
 def check_build(keys: torch.Tensor, queries: torch.Tensor) -> None:
-    """`ValueError` unless keys are (kv_heads, n, head_dim) and queries (heads, n_queries, head_dim), heads a multiple."""
+    """`ValueError` unless `keys` are (kv_heads, n, head_dim) and `queries` (heads, n_queries, head_dim)."""
     if keys.dim() != 3 or keys.shape[1] < 1:
         raise ValueError(f"keys have shape {tuple(keys.shape)}; give (kv_heads, n, head_dim) with n of at least 1")
     if queries.dim() != 3 or queries.shape[2] != keys.shape[2] or queries.shape[0] % keys.shape[0]:

@@ -6,7 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 TILE_BYTES = 16 * 1024  # of K, and as much of V, in a stage of the pipeline
-WAVES = 4  # programs per multiprocessor that the splits aim at
+PIPELINE_STAGES = 3  # tiles of K and V in flight, where shared memory has room
+WAVES = 2  # programs per multiprocessor that the splits aim at
 MIN_SPLIT_TOKENS = 256  # below it the merge costs more than the split gains
 MERGED_AT_ONCE = 16  # parts that the merge holds in registers
 
@@ -162,7 +163,7 @@ def attend(
             CAUSAL=causal, HAS_SOFTCAP=softcap is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # without effect on 16 bits
             BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v,
-            num_warps=4, num_stages=2,
+            num_warps=4, num_stages=_stages(q.device),
         )  # fmt: skip
     return (outs[0], lses[0]) if splits == 1 else merge_stacked(outs, lses)
 
@@ -186,3 +187,10 @@ def _split_tokens(device: torch.device, programs: int, tokens: int, block_n: int
     splits = max(1, WAVES * processors // programs)
     wanted = max(MIN_SPLIT_TOKENS, triton.cdiv(tokens, splits))
     return triton.cdiv(wanted, block_n) * block_n
+
+
+def _stages(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PIPELINE_STAGES
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // (2 * TILE_BYTES)
+    return max(1, min(PIPELINE_STAGES, room - 1))  # one tile's worth is left for the queries and the weights

@@ -14,6 +14,8 @@ def gather_rows(src: Tensor, ids: Tensor, dst: Tensor, slots: Tensor, counter: T
     Raises ValueError for shapes or dtypes that do not fit, and for pageable host memory.
     """
     _check(src, ids, dst, slots, counter)
+    if ids.numel() == 0:
+        return
     if dst.is_cuda:
         if not src.is_cuda and not src.is_pinned():
             raise ValueError("src is in pageable host memory, which a GPU cannot read; use pin_memory=True")

@@ -19,11 +19,12 @@ def landmark_scores(
     Raises ValueError for shapes that do not fit together and for an unknown `reduce`.
     """
     logits = _grouped_logits(q, landmarks) * scale
-    if valid is None:
-        return _reduced(torch.softmax(logits, dim=-1).sum(dim=3), reduce)
-    kept = valid.expand(landmarks.shape[:3])
-    mass = torch.softmax(logits.masked_fill(~kept[:, :, None, None, :], -torch.inf), dim=-1).sum(dim=3)
-    return _reduced(mass, reduce).masked_fill(~kept, -torch.inf)
+    if valid is not None:
+        valid = valid.expand(landmarks.shape[:3])
+        logits = logits.masked_fill(~valid[:, :, None, None, :], -torch.inf)
+    mass = torch.softmax(logits, dim=-1)
+    scores = _reduced(mass.squeeze(3) if q.shape[2] == 1 else mass.sum(dim=3), reduce)
+    return scores if valid is None else scores.masked_fill(~valid, -torch.inf)
 
 
 def bound_scores(

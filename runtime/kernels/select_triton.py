@@ -7,6 +7,7 @@ from torch import Tensor
 
 MAX_SCORES = 32768  # that one program keeps in registers
 MAX_SLOTS = 4096
+TOP_WARPS = 8  # more of them wait longer for each other than they save
 
 
 @triton.jit
@@ -15,18 +16,27 @@ def _top_kernel(scores_ptr, ids_ptr, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.co
     i = tl.arange(0, BLOCK_N)
     scores = tl.load(scores_ptr + row * n + i, mask=i < n, other=float("-inf"))
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0.0 ties with 0.0
-    # Integers in the order of the floats, so that the k-th largest is found bit by bit.
+    # Integers in the order of the floats; the k-th largest is found two bits at a time, from the highest.
     bits = scores.to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    least = tl.where(tl.sum((key >= 0).to(tl.int32), axis=0) >= k, 0, -2147483648)
-    for bit in range(31):
-        candidate = least + (1 << (30 - bit))
-        least = tl.where(tl.sum((key >= candidate).to(tl.int32), axis=0) >= k, candidate, least)
+    least = tl.full([], -2147483648, tl.int32)
+    for pair in range(16):
+        quarter = tl.full([], 1, tl.int32) << (30 - 2 * pair)
+        low, middle, high = least + quarter, least + quarter + quarter, least + quarter + quarter + quarter
+        # Three counts in one sum: a reduction over all threads costs more than the comparisons.
+        packed = (key >= low).to(tl.int64) + ((key >= middle).to(tl.int64) << 20) + ((key >= high).to(tl.int64) << 40)
+        counts = tl.sum(packed, axis=0)
+        least = tl.where((counts & 0xFFFFF) >= k, low, least)
+        least = tl.where(((counts >> 20) & 0xFFFFF) >= k, middle, least)
+        least = tl.where((counts >> 40) >= k, high, least)
     above = key > least
-    equal = key == least
+    equal = (key == least) & (scores > float("-inf"))
     spare = k - tl.sum(above.to(tl.int32), axis=0)
-    chosen = (above | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= spare))) & (scores > float("-inf"))
-    position = tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+    # One scan counts both: those above in the low half, the ties in the high half.
+    counted = tl.cumsum(above.to(tl.int64) + (equal.to(tl.int64) << 32), axis=0)
+    n_above, n_equal = (counted & 0xFFFFFFFF).to(tl.int32), (counted >> 32).to(tl.int32)
+    chosen = above | (equal & (n_equal <= spare))
+    position = n_above + tl.minimum(n_equal, spare) - 1
     tl.store(ids_ptr + row * k + position, i.to(tl.int64), mask=chosen)
     rest = tl.arange(0, BLOCK_K)
     none = tl.full([BLOCK_K], -1, tl.int64)
@@ -82,7 +92,13 @@ def select_top(scores: Tensor, k: int) -> Tensor:
     block = triton.next_power_of_2(n)
     with torch.cuda.device_of(scores):
         _top_kernel[(scores.numel() // n,)](
-            scores, ids, n, k, BLOCK_N=block, BLOCK_K=triton.next_power_of_2(k), num_warps=min(32, max(4, block // 512))
+            scores,
+            ids,
+            n,
+            k,
+            BLOCK_N=block,
+            BLOCK_K=triton.next_power_of_2(k),
+            num_warps=min(TOP_WARPS, max(4, block // 512)),
         )
     return ids
 

@@ -1,20 +1,18 @@
-"""The torch code of each policy, by the policy's name; a module is imported when its policy is used."""
+"""The torch code of each policy: a module with its name, imported when the policy is used."""
 
 from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import iter_modules
 
 from policies import Policy
 from runtime.executor import Method
 
-MODULES = {
-    "full": "runtime.methods.full",
-    "offload-all": "runtime.methods.offload_all",
-    "sink-window": "runtime.methods.sink_window",
-}
-
 
 def method_of(policy: Policy) -> Method:
     """The method of a policy; ValueError when the runtime does not execute it, naming the policies that it does."""
-    if policy.name not in MODULES:
-        raise ValueError(f"the runtime does not execute policy {policy.name!r} yet; it executes {', '.join(MODULES)}")
-    method: Method = import_module(MODULES[policy.name]).method(policy)
+    module = f"{__name__}.{policy.name.replace('-', '_')}"
+    if find_spec(module) is None:
+        known = ", ".join(sorted(found.name.replace("_", "-") for found in iter_modules(__path__)))
+        raise ValueError(f"the runtime does not execute policy {policy.name!r} yet; it executes {known}")
+    method: Method = import_module(module).method(policy)
     return method

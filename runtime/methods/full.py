@@ -1,8 +1,8 @@
 """The dense cache."""
 
 from policies import Policy
+from runtime.dense import attend, split, write
 from runtime.executor import Call, Method
-from runtime.methods.dense import attend, split, write
 
 
 def method(_policy: Policy) -> Method:

@@ -1,8 +1,8 @@
 """Everything in host memory, staged through HBM layer by layer."""
 
 from policies import Policy
+from runtime.dense import attend, split, write
 from runtime.executor import Call, Method
-from runtime.methods.dense import attend, split, write
 from runtime.mover import Piece
 
 

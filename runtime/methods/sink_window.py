@@ -3,8 +3,8 @@
 import torch
 
 from policies import Policy, SinkWindow
+from runtime.dense import attend, split
 from runtime.executor import Call, Method
-from runtime.methods.dense import attend, split
 
 
 def method(policy: Policy) -> Method:

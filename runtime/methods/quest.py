@@ -1,0 +1,74 @@
+"""Quest: page bounds choose which pages a step reads."""
+
+import torch
+
+from policies import Policy, Quest
+from runtime.dense import attend
+from runtime.executor import Call, Method
+from runtime.kernels.scores import bound_scores
+from runtime.kernels.select import top_ids
+
+
+def method(policy: Policy) -> Method:
+    """Keep bounds per page, score them, read the best pages and always the last.
+
+    Raises ValueError for `per="query_head"`, whose selections the runtime does not execute.
+    """
+    if not isinstance(policy, Quest):
+        raise TypeError(f"not a quest policy: {policy!r}")
+    if policy.per == "query_head":
+        raise ValueError("quest: the runtime executes per=kv_head")
+    page, budget_pages = policy.page_tokens, policy.budget_tokens // policy.page_tokens
+
+    def append(call: Call) -> None:
+        past, tokens = call.step.past_tokens, call.step.tokens
+        _by_head(call, "keys")[:, :, past:tokens].copy_(call.new_k)
+        _by_head(call, "values")[:, :, past:tokens].copy_(call.new_v)
+
+    def bound(call: Call) -> None:
+        first, pages = call.step.past_tokens // page, -(-call.step.tokens // page)
+        keys = _by_head(call, "keys")[:, :, first * page : pages * page].unflatten(2, (-1, page))
+        token = torch.arange(first * page, pages * page, device=keys.device).unflatten(0, (-1, page))
+        empty = (token >= call.step.tokens)[None, None, ..., None]
+        bounds = _by_head(call, "bounds")[:, :, first:pages]
+        bounds[:, :, :, 0] = keys.masked_fill(empty, torch.inf).amin(dim=3)
+        bounds[:, :, :, 1] = keys.masked_fill(empty, -torch.inf).amax(dim=3)
+
+    def score(call: Call) -> None:
+        low, high = _by_head(call, "bounds")[:, :, : -(-call.step.tokens // page)].unbind(3)
+        call.scratch["scores"] = bound_scores(call.q, low, high)
+
+    def select(call: Call) -> None:
+        last = -(-call.step.tokens // page) - 1
+        scores = call.scratch["scores"][:, :, :last]
+        if call.mask is not None:  # pages of nothing but padding are no choice
+            seen = torch.nn.functional.pad(call.mask[:, 0, -1], (0, -call.mask.shape[-1] % page))
+            alive = seen.unflatten(1, (-1, page)).any(-1)[:, None, :last]
+            scores = scores.masked_fill(~alive, -torch.inf)
+        chosen = top_ids(scores, budget_pages - 1)
+        tail = torch.full_like(chosen[..., :1], last)
+        pages = torch.cat([chosen, tail], dim=-1)  # (batch, kv_heads, budget pages)
+        call.scratch["tokens"] = (pages[..., None] * page + torch.arange(page, device=pages.device)).flatten(2)
+
+    def attend_pages(call: Call) -> None:
+        keys, values = _by_head(call, "keys"), _by_head(call, "values")
+        tokens = call.scratch.get("tokens")
+        if tokens is None:  # everything fits the budget, or a dense layer
+            held = call.step.tokens
+            call.out = attend(call, keys[:, :, :held], values[:, :, :held], call.mask)
+            return
+        there = tokens < call.step.tokens
+        if call.mask is not None:
+            seen = call.mask[:, 0, -1, None].expand(-1, tokens.shape[1], -1)
+            there &= seen.gather(2, tokens.clamp(max=call.step.tokens - 1))
+        rows = tokens[..., None].expand(-1, -1, -1, keys.shape[-1])
+        mask = there.repeat_interleave(call.shape.group, dim=1)[:, :, None]
+        call.out = attend(call, keys.gather(2, rows), values.gather(2, rows), mask)
+
+    kernels = {"append": append, "bound": bound, "score": score, "select": select, "attend": attend_pages}
+    return Method(kernels=kernels)
+
+
+def _by_head(call: Call, name: str) -> torch.Tensor:
+    """A buffer of one row per token (or page) and KV head as (batch, kv_heads, rows, ...)."""
+    return call.state[name].unflatten(1, (call.shape.kv_heads, -1))
