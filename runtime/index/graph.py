@@ -123,8 +123,8 @@ def _link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters
     following = (torch.arange(n, device=keys.device) + 1)[:, None] % n
     if n == 1:
         return following, hubs
-    close = closest_keys(keys, min(degree, n - 1))
-    candidates = torch.cat([close, co_found(found, n, degree), reversed_links(close, degree // 2)], dim=1)
+    close = closest_keys(keys, min(degree * 3 // 4, n - 1))
+    candidates = torch.cat([close, co_found(found, n, degree * 3 // 4), reversed_links(close, degree // 4)], dim=1)
     return torch.cat([following, prune(keys, candidates, degree - 1)], dim=1), hubs
 
 

@@ -66,7 +66,9 @@ def _prune(keys: torch.Tensor, candidates: torch.Tensor, start: int, degree: int
     away = (keys[candidates] - keys[own]).square().sum(2).masked_fill(candidates == own, torch.inf)
     away, order = away.sort(dim=1, stable=True)
     candidates = candidates.gather(1, order)
-    between = torch.cdist(keys[candidates], keys[candidates]).square()
+    ends = keys[candidates]
+    squares = ends.square().sum(2)
+    between = squares[:, :, None] + squares[:, None] - 2 * ends @ ends.mT
     taken = torch.zeros_like(candidates, dtype=torch.bool)
     for column in range(candidates.shape[1]):
         taken[:, column] = ~(taken & (between[:, column] < away[:, column, None])).any(1)

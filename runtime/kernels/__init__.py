@@ -1,6 +1,7 @@
-"""Kernels of the runtime that know no policy: they take tensors and ids, and never wait for the GPU.
+"""Kernels of the runtime that know no policy: they take tensors and ids.
 
 `attention`: partial attention over a segment, and the merge of segments. `gather`: rows between memories. `scores`:
-chunks against queries. `select`: the best ids, and the slots that they take. `landmarks` and `lowrank`: what is kept of
-keys at the end of a prompt. The `*_triton` modules are imported when the first CUDA tensor arrives.
+chunks against queries. `select`: the best ids, and the slots that they take. These never wait for the GPU, so that a
+decode step can be captured as a CUDA graph. `landmarks` and `lowrank`: what is kept of keys at the end of a prompt.
+The `*_triton` modules are imported when the first CUDA tensor arrives.
 """

@@ -31,7 +31,7 @@ def outlier_chunks(keys: Tensor, means: Tensor, n: int) -> Tensor:
 
     keys `(batch, kv_heads, chunks * chunk_tokens, head_dim)`, means `(batch, kv_heads, chunks, head_dim)`. A chunk is
     described as well as its least similar key: the minimum over its keys of the cosine to the mean (ShadowKV, Sun et
-    al. 2024). Raises ValueError unless 1 <= n <= chunks.
+    al. 2024). Raises ValueError unless 0 <= n <= chunks.
     """
     chunks = _chunked(keys, keys.shape[-2] // means.shape[-2]).float()
     cosine = torch.nn.functional.cosine_similarity(chunks, means[..., None, :].float(), dim=-1)

@@ -13,11 +13,13 @@ def top_ids(scores: Tensor, k: int) -> Tensor:
     """The k highest of each row, as int64 ids in ascending order: `(..., n)` -> `(..., k)`.
 
     Ties go to the lowest index, so that a run can be repeated. A score of -inf is never chosen; where fewer than k
-    are left, the row ends in -1. Scores must not be NaN. Raises ValueError unless 1 <= k <= n.
+    are left, the row ends in -1. Scores must not be NaN. Raises ValueError unless 0 <= k <= n.
     """
     n = scores.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k={k} must lie between 1 and the {n} scores of a row")
+    if not 0 <= k <= n:
+        raise ValueError(f"k={k} must lie between 0 and the {n} scores of a row")
+    if k == 0:
+        return torch.empty((*scores.shape[:-1], 0), dtype=torch.int64, device=scores.device)
     if scores.is_cuda:
         from runtime.kernels.select_triton import MAX_SCORES, select_top
 
@@ -38,19 +40,19 @@ def replace_in_place(resident_ids: Tensor, new_ids: Tensor) -> tuple[Tensor, Ten
     kv_heads, n)`, int64, are wanted, each once, -1 = none. A hit keeps its slot. Missed ids, in the order of
     `new_ids`, take the freed slots, lowest first: `fetch_ids` and `slots`, `(batch, kv_heads, n)`, list them and are
     padded with -1; `n_missed` is `(batch, kv_heads)`. Slots freed but not taken become empty.
-    Raises ValueError if n exceeds the slots.
+    Raises ValueError unless n lies between 1 and the slots.
     """
-    if new_ids.dim() != 3 or new_ids.shape[:2] != resident_ids.shape[:2] or new_ids.shape[2] > resident_ids.shape[2]:
+    n, slots = new_ids.shape[-1], resident_ids.shape[-1]
+    if new_ids.dim() != 3 or new_ids.shape[:2] != resident_ids.shape[:2] or not 1 <= n <= slots:
         raise ValueError(
-            f"new_ids {tuple(new_ids.shape)} must be (batch, kv_heads, n) with n at most the slots of "
+            f"new_ids {tuple(new_ids.shape)} must be (batch, kv_heads, n) with n from 1 to at most the slots of "
             f"resident_ids {tuple(resident_ids.shape)}"
         )
     if resident_ids.is_cuda:
         from runtime.kernels.select_triton import MAX_SLOTS, replace
 
-        if resident_ids.shape[2] <= MAX_SLOTS:
+        if slots <= MAX_SLOTS:
             return replace(resident_ids, new_ids.contiguous())
-    n, slots = new_ids.shape[2], resident_ids.shape[2]
     missed = (new_ids >= 0) & ~_is_in(new_ids, resident_ids)
     freed = (resident_ids < 0) | ~_is_in(resident_ids, new_ids)
     fetch_ids = _compact(new_ids, missed, n)

@@ -48,7 +48,9 @@ def method(policy: Policy) -> Method:
         chosen = top_ids(scores, budget_pages - 1)
         tail = torch.full_like(chosen[..., :1], last)
         pages = torch.cat([chosen, tail], dim=-1)  # (batch, kv_heads, budget pages)
-        call.scratch["tokens"] = (pages[..., None] * page + torch.arange(page, device=pages.device)).flatten(2)
+        tokens = pages[..., None] * page + torch.arange(page, device=pages.device)
+        # `top_ids` pads with -1 where there are fewer pages to choose from.
+        call.scratch["tokens"] = torch.where(pages[..., None] < 0, -1, tokens).flatten(2)
 
     def attend_pages(call: Call) -> None:
         keys, values = _by_head(call, "keys"), _by_head(call, "values")
@@ -57,10 +59,11 @@ def method(policy: Policy) -> Method:
             held = call.step.tokens
             call.out = attend(call, keys[:, :, :held], values[:, :, :held], call.mask)
             return
-        there = tokens < call.step.tokens
+        there = (tokens >= 0) & (tokens < call.step.tokens)
+        tokens = tokens.clamp(0, call.step.tokens - 1)
         if call.mask is not None:
             seen = call.mask[:, 0, -1, None].expand(-1, tokens.shape[1], -1)
-            there &= seen.gather(2, tokens.clamp(max=call.step.tokens - 1))
+            there &= seen.gather(2, tokens)
         rows = tokens[..., None].expand(-1, -1, -1, keys.shape[-1])
         mask = there.repeat_interleave(call.shape.group, dim=1)[:, :, None]
         call.out = attend(call, keys.gather(2, rows), values.gather(2, rows), mask)

@@ -150,8 +150,7 @@ def test_a_window_sees_what_a_banded_mask_sees(sinks, window):
         with offload(model, policy, max_new_tokens=16) as kv:
             cache = kv.cache()
             got = [model(input_ids=ids[:, :30], past_key_values=cache).logits]
-            for t in range(30, 41):
-                got.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits)
+            got += [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(30, 41)]
     assert torch.allclose(torch.cat(got, dim=1), expected, atol=2e-5)
 
 
@@ -210,3 +209,17 @@ def test_what_cannot_be_done_says_so():
     deepseek = transformers.AutoModelForCausalLM.from_config(mla).eval().float()
     with pytest.raises(ValueError, match="MLA latent"), offload(deepseek, parse_policy("full")):
         pass
+
+
+def test_pages_of_padding_are_no_choice():
+    """With a budget below the context a padded row still generates what it generates alone."""
+    config = transformers.LlamaConfig(**SIZES)
+    torch.manual_seed(6)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    padded, policy = prompts(3), parse_policy("quest:page_tokens=1,budget_tokens=16,dense_layers=0")
+    with offload(model, policy, max_new_tokens=32) as kv:
+        together = generate(model, padded, past_key_values=kv.cache())
+        for row, pad in ((1, 5), (2, 19)):
+            alone = {name: tensor[row : row + 1, pad:] for name, tensor in padded.items()}
+            tokens = generate(model, alone, past_key_values=kv.cache())
+            assert torch.equal(together[row, 37:], tokens[0, 37 - pad :])

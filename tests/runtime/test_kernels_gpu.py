@@ -13,7 +13,7 @@ from runtime.kernels.select import replace_in_place, top_ids  # noqa: E402
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    # Compilers that Triton starts may leave warnings of their own.
+    # torch warns that its detection of synchronisation is a prototype.
     pytest.mark.filterwarnings("default"),
 ]
 # Weights are rounded to the values' dtype before their product: 2^-9 of a value near 3 for bf16, 2^-12 for fp16.

@@ -24,9 +24,13 @@ def test_equal_scores_give_the_first_ids():
     assert top_ids(torch.zeros(2, 3, 1000), 5).tolist() == [[list(range(5))] * 3] * 2
 
 
-@pytest.mark.parametrize("k", [0, 5])
+def test_no_ids_are_an_empty_list():
+    assert top_ids(torch.zeros(2, 3, 4), 0).shape == (2, 3, 0)
+
+
+@pytest.mark.parametrize("k", [-1, 5])
 def test_top_ids_refuses_a_k_beyond_the_row(k):
-    with pytest.raises(ValueError, match=f"k={k} must lie between 1 and the 4 scores"):
+    with pytest.raises(ValueError, match=f"k={k} must lie between 0 and the 4 scores"):
         top_ids(torch.zeros(2, 4), k)
 
 
@@ -74,9 +78,10 @@ def test_asking_again_for_the_same_moves_nothing():
     assert torch.equal(resident, before)
 
 
-def test_more_ids_than_slots_are_refused():
+@pytest.mark.parametrize("n", [0, 3])
+def test_no_ids_and_more_ids_than_slots_are_refused(n):
     with pytest.raises(ValueError, match="at most the slots"):
-        replace_in_place(torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, 3, dtype=torch.int64))
+        replace_in_place(torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, n, dtype=torch.int64))
 
 
 def test_token_ids_of_chunks():

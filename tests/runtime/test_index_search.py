@@ -1,0 +1,178 @@
+"""Flat, inverted file and graph against exhaustive search written out head by head."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from runtime.index import Flat, Found, Graph, GraphParameters, Ivf  # noqa: E402
+from runtime.index.measure import measure, quality  # noqa: E402
+
+KV_HEADS, GROUP, N, HEAD_DIM = 2, 3, 500, 16
+SMALL = GraphParameters(degree=12, scanned=0.3, hubs=8, medoids=8, nearest=10, train_queries=400)
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+KEYS = normal(0, KV_HEADS, N, HEAD_DIM)
+QUERIES = normal(1, KV_HEADS * GROUP, 200, HEAD_DIM)
+ASKED = normal(2, KV_HEADS * GROUP, HEAD_DIM)
+
+
+def exact(head: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and inner products of the best keys of one query head, in fp64."""
+    scores = KEYS[head // GROUP].double().numpy() @ ASKED[head].double().numpy()
+    best = np.argsort(-scores)[:top_k]
+    return best, scores[best]
+
+
+def indexes(share: float) -> dict[str, object]:
+    """One of each kind; `share` of the keys or lists is searched."""
+    return {
+        "flat": Flat.build(KEYS, QUERIES),
+        "ivf": Ivf.build(KEYS, QUERIES, lists=20, probe=max(1, int(20 * share))),
+        "graph": Graph.build(KEYS, QUERIES, replace(SMALL, scanned=share)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "graph"])
+def test_a_search_of_everything_is_exact(kind: str) -> None:
+    found = indexes(1.0)[kind].search(ASKED, 10)
+    for head in range(KV_HEADS * GROUP):
+        ids, scores = exact(head, 10)
+        np.testing.assert_array_equal(found.ids[head], ids)
+        np.testing.assert_allclose(found.scores[head], scores, rtol=1e-4, atol=1e-4)
+    # Every key once; the lists' centroids are inner products too.
+    assert found.scanned.tolist() == [N + (20 if kind == "ivf" else 0)] * (KV_HEADS * GROUP)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "graph"])
+@pytest.mark.parametrize("share", [0.1, 0.4])
+def test_what_is_found_are_distinct_keys_with_their_own_scores_best_first(kind: str, share: float) -> None:
+    found = indexes(share)[kind].search(ASKED, 25)
+    for head in range(KV_HEADS * GROUP):
+        ids = found.ids[head].numpy()
+        ids = ids[ids >= 0]
+        assert len(set(ids.tolist())) == len(ids)
+        own = KEYS[head // GROUP].double().numpy()[ids] @ ASKED[head].double().numpy()
+        np.testing.assert_allclose(found.scores[head][: len(ids)], own, rtol=1e-4, atol=1e-4)
+        assert (np.diff(own) <= 1e-4).all()
+        assert torch.isneginf(found.scores[head][len(ids) :]).all()
+
+
+def test_a_list_search_scans_the_centroids_and_the_probed_lists() -> None:
+    index = Ivf.build(KEYS, QUERIES, lists=20, probe=3)
+    found = index.search(ASKED, 5)
+    for head, scanned in enumerate(found.scanned.tolist()):
+        kv_head = head // GROUP
+        nearest = (index.centroids[kv_head] @ ASKED[head]).argsort(descending=True)[:3]
+        distances = torch.cdist(KEYS[kv_head], index.centroids[kv_head])
+        members = torch.isin(distances.argmin(1), nearest)
+        assert scanned == 20 + int(members.sum())
+        best = (KEYS[kv_head] @ ASKED[head]).masked_fill(~members, -torch.inf).topk(5).indices
+        assert found.ids[head].tolist() == best.tolist()
+
+
+def test_lists_shorter_than_top_k_leave_places_empty() -> None:
+    found = Ivf.build(KEYS, QUERIES, lists=250, probe=1).search(ASKED, 100)  # two keys a list on average
+    assert (found.ids == -1).any()
+    assert torch.equal(found.ids == -1, torch.isneginf(found.scores))
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.33])
+def test_a_graph_search_keeps_to_its_allowance(share: float) -> None:
+    scanned = Graph.build(KEYS, QUERIES, replace(SMALL, scanned=share)).search(ASKED, 10).scanned
+    assert (scanned <= np.ceil(share * N)).all()
+    assert (scanned >= 10).all()
+
+
+def test_the_graph_finds_more_for_more_and_beats_chance() -> None:
+    asked = normal(3, KV_HEADS * GROUP, 20, HEAD_DIM)
+    index = Graph.build(KEYS, QUERIES, SMALL)
+    recalls = []
+    for share in (0.1, 0.3, 0.6):
+        index.parameters = replace(SMALL, scanned=share)
+        result = measure(index, KEYS, asked, 10)
+        recalls.append(result.recall.mean().item())
+        assert recalls[-1] > 2 * share or recalls[-1] > 0.95  # a random choice would find `share`
+    assert recalls == sorted(recalls)
+
+
+def test_a_head_is_searched_the_same_whether_alone_or_among_others() -> None:
+    together = Graph.build(KEYS, QUERIES, SMALL).search(ASKED, 10)
+    alone = Graph.build(KEYS[1:], QUERIES[GROUP:], SMALL)
+    for head in range(GROUP):
+        found = alone.search(ASKED[GROUP + head][None], 10)
+        assert set(found.ids[0].tolist()) == set(together.ids[GROUP + head].tolist())
+        assert found.scanned[0] == together.scanned[GROUP + head]
+
+
+def test_stopping_on_mass_scans_less_of_a_concentrated_head() -> None:
+    asked = ASKED.clone()
+    asked[0] = KEYS[0, 123] * 20  # nearly all attention falls on key 123
+    index = Graph.build(KEYS, QUERIES, replace(SMALL, scanned=0.9))
+    every = index.search(asked, 10)
+    index.parameters = replace(SMALL, scanned=0.9, stop_gain=0.01)
+    stopped = index.search(asked, 10)
+    assert stopped.ids[0, 0] == 123
+    assert stopped.scanned[0] < every.scanned[0]
+    assert (stopped.scanned <= every.scanned).all()
+
+
+def test_every_key_can_be_reached_by_its_links() -> None:
+    index = Graph.build(KEYS, QUERIES, SMALL)
+    for links, entries in zip(index.links.long(), index.entries, strict=True):
+        reached = set(entries.tolist())
+        edge = list(reached)
+        while edge:
+            edge = list(set(links[edge].flatten().tolist()) - reached)
+            reached.update(edge)
+        assert reached == set(range(N))
+
+
+def test_quality_of_a_known_answer() -> None:
+    keys = torch.tensor([[[2.0], [1.0], [0.0]]])  # softmax of 2, 1, 0 with head_dim 1
+    answer = (torch.tensor([[0, 2]]), torch.tensor([2]))
+    result = quality([answer], keys, torch.ones(1, 1, 1), 2)
+    weights = np.exp([2.0, 1.0, 0.0]) / np.exp([2.0, 1.0, 0.0]).sum()
+    assert result.recall.item() == 0.5  # of keys 0 and 1, key 0
+    assert result.mass.item() == pytest.approx(weights[0] + weights[2])
+    assert result.best_mass.item() == pytest.approx(weights[0] + weights[1])
+    assert result.scanned.item() == pytest.approx(2 / 3)
+
+
+def test_flat_has_the_quality_of_the_best() -> None:
+    result = measure(Flat.build(KEYS, QUERIES), KEYS, ASKED[:, None], 10)
+    assert torch.equal(result.recall, torch.ones(KV_HEADS * GROUP))
+    torch.testing.assert_close(result.mass, result.best_mass)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Flat.build(KEYS[0], QUERIES), r"keys have shape \(500, 16\); give \(kv_heads, n, head_dim\)"),
+        (lambda: Flat.build(KEYS, QUERIES[:3]), r"heads a multiple of the 2 KV heads"),
+        (lambda: Flat.build(KEYS, QUERIES).search(ASKED[:3], 5), r"q has shape \(3, 16\)"),
+        (lambda: Flat.build(KEYS, QUERIES).search(ASKED, 501), r"top_k=501 is not between 1 and the 500 keys"),
+        (lambda: Ivf.build(KEYS, QUERIES, lists=501, probe=1), r"lists=501 is not between 1 and the 500 keys"),
+        (lambda: Ivf.build(KEYS, QUERIES, lists=5, probe=6), r"probe=6 is not between 1 and lists=5"),
+        (lambda: GraphParameters(scanned=0.0), r"scanned=0.0 is not a share"),
+        (lambda: GraphParameters(degree=1), r"degree=1 is below 2"),
+        (lambda: GraphParameters(stop_gain=1.0), r"stop_gain=1.0 is not a share"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_few_keys(n: int) -> None:
+    keys = KEYS[:, :n]
+    found = Graph.build(keys, QUERIES).search(ASKED, n)
+    assert isinstance(found, Found)
+    assert found.ids.sort(1).values.tolist() == [list(range(n))] * (KV_HEADS * GROUP)
