@@ -12,7 +12,8 @@ import numpy as np
 from kvsim.derive import TIERS, PlanTable
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import Machine
-from kvsim.makespan import BUSY, Clock, Floats, Load
+from kvsim.makespan import BUSY, Clock, Load
+from kvsim.program import Floats
 from policies import ModelShape, Policy
 
 PAPER_PCIE_Bps = 20e9

@@ -1,13 +1,14 @@
 """What one replica did: bytes by link and cause, busy time, memory over time, gaps between tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from kvsim.derive import LINKS, Structure, Vector
+from kvsim.decoding import Total
+from kvsim.derive import LINKS, Vector
 from kvsim.machine import Sharing
-from kvsim.makespan import BUSY, Clock, Floats, Load
-from kvsim.runs import Run
+from kvsim.makespan import BUSY, Clock, Load
+from kvsim.runs import Floats, Run
 
 CAUSES = ("plans", "weights", "swaps", "prefix", "collectives")
 PEER = "gpu->gpu"
@@ -48,11 +49,11 @@ class Ledger:
         self._book_model(1, tokens, logits)
         self.busy += busy
 
-    def charge_run(self, totals: Sequence[tuple[Structure, Vector, Vector, int]], decoding: int, run: Run) -> None:
-        """Book a run of decode iterations of `decoding` sequences whose amounts started at `totals`."""
+    def charge_run(self, totals: Iterable[Total], decoding: int, run: Run) -> None:
+        """Book a run of decode iterations of `decoding` sequences that starts at `totals`."""
         n = run.steps
-        for structure, amounts, slopes, _ in totals:
-            first, growth = (self.clock.traffic(Load(structure, v)) for v in (amounts, slopes))
+        for total in totals:
+            first, growth = (self.clock.traffic(Load(total.structure, v)) for v in (total.amounts, total.slopes))
             self.plan_bytes += n * first + (n * (n - 1) // 2) * growth
         self._book_model(n, decoding, decoding)
         self.busy += run.busy()

@@ -1,9 +1,4 @@
-"""How long one iteration of a batch takes: its operations on in-order lanes, layer after layer.
-
-Lanes are what CUDA streams are: each runs its operations in the order in which the plan lists them, and an operation
-starts when its lane is free and what it waits for is done. Over equal layers such a schedule settles into a constant
-increment, so the layers that remain are charged at once.
-"""
+"""How long one iteration of a batch takes, and what it keeps busy: plans priced on a machine, then put in order."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,14 +6,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.derive import AMOUNTS, LINKS, TIERS, OpShape, Structure, Vector
+from kvsim.derive import AMOUNTS, LINKS, TIERS, Structure, Vector
 from kvsim.machine import ALONE, CPU, D2H, H2D, LANES, NVLINK, SM, Machine, Sharing
+from kvsim.program import Floats, Program, compile_program, makespan_s
 from policies.model import LayerShape, ModelShape
 
-Floats = NDArray[np.float64]
 BUSY = (*LANES, "work", "hbm")  # lanes, then the SMs' arithmetic and the HBM's transfers within the SM lane
 WORK, HBM = len(LANES), len(LANES) + 1
-SETTLED = 1e-9  # relative change of the increment per layer below which it counts as constant
 
 
 class Load(NamedTuple):
@@ -26,27 +20,6 @@ class Load(NamedTuple):
 
     structure: Structure
     amounts: Vector
-
-
-class Slot(NamedTuple):
-    """One operation of a layer's program: where its time stands, its lane, and the slots that it waits for."""
-
-    time: int
-    lane: int
-    sm_share: float
-    waits: tuple[tuple[int, int], ...]  # (layers back, slot)
-    slot: int
-
-
-class Program(NamedTuple):
-    """The order of work for one set of structures: runs of equal layers, then what follows the last."""
-
-    runs: tuple[tuple[int, tuple[Slot, ...]], ...]
-    end: tuple[Slot, ...]
-    slots: int
-    depth: int  # how many layers back a wait may reach
-    layers: Floats  # how many layers run each operation, by `Slot.time`
-    elsewhere: tuple[int, ...]  # operations that are not on the SMs, by `Slot.time`
 
 
 class Prices(NamedTuple):
@@ -132,7 +105,7 @@ class Clock:
             busy[: len(LANES)] += prices.lanes @ seconds
             busy[len(LANES) :] += prices.inside @ alone
             times = np.concatenate([model_times, seconds])
-        return _run(program, times) + head_s, busy
+        return makespan_s(program, times) + head_s, busy
 
     def work(self, loads: Sequence[Load], tokens: int) -> Iteration:
         """The operations of an iteration as if alone on the host, for whoever schedules and shares by itself."""
@@ -205,7 +178,7 @@ class Clock:
             self._kept += structures
             program = self._programs.get(key)
             if program is None:
-                program = self._programs[key] = self._compile(structures)
+                program = self._programs[key] = compile_program(self.model, structures, self.machine.tp)
             prices = [self.prices(s) for s in structures]
             joined = Prices(*(np.concatenate(c, axis=-1) for c in zip(*prices, strict=True))) if prices else _NO_PRICES
             found = self._compilations[sharing, key] = (program, self._shared(joined, sharing))
@@ -228,129 +201,7 @@ class Clock:
         """Whether any operation of these structures runs on PCIe or on the CPU."""
         return any(op.cost.lane in (H2D, D2H, CPU) for s in structures for op in s.ops)
 
-    def _compile(self, structures: Sequence[Structure]) -> Program:
-        slots: dict[tuple[int, str], int] = {}
-        depth = 1
-        known: dict[tuple[int, ...], tuple[Slot, ...]] = {}
-        runs: list[tuple[int, tuple[Slot, ...]]] = []
-        for index, layer in enumerate(self.model.layers):
-            kind = (self._shapes.index(layer), *(s.group_of[index] for s in structures))
-            if kind not in known:
-                known[kind], reach = _slots(self._layer_ops(structures, kind), slots)
-                depth = max(depth, reach)
-            if runs and runs[-1][1] is known[kind]:
-                runs[-1] = (runs[-1][0] + 1, known[kind])
-            else:
-                runs.append((1, known[kind]))
-        end, offset = [], 1 + 4 * len(self._shapes)
-        for structure in structures:
-            offset += len(structure.ops)
-            end += [
-                Slot(offset - len(structure.end) + i, op.cost.lane, 0.0, (), 0) for i, op in enumerate(structure.end)
-            ]
-        counts = np.zeros(offset)
-        for n, program in (*runs, (1, tuple(end))):
-            for slot in program:
-                counts[slot.time] += n
-        everything = [slot for _, program in runs for slot in program] + end
-        elsewhere = tuple(sorted({slot.time for slot in everything if slot.lane != SM}))
-        return Program(tuple(runs), tuple(end), len(slots), depth, counts, elsewhere)
-
-    def _layer_ops(self, structures: Sequence[Structure], kind: tuple[int, ...]) -> list["_Op"]:
-        base, offset = 1 + 4 * kind[0], 1 + 4 * len(self._shapes)
-        ops = [_Op("qkv", base, SM, 0.0, (("mlp@-1", -1),), -1)]
-        for s, (structure, group) in enumerate(zip(structures, kind[1:], strict=True)):
-            first = offset + sum(len(g) for g in structure.groups[:group])
-            ops += [_policy_op(op, first + i, s) for i, op in enumerate(structure.groups[group])]
-            offset += len(structure.ops)
-        ops.append(_Op("out", base + 1, SM, 0.0, tuple(("attend", s) for s in range(len(structures))), -1))
-        if self.machine.tp == 1:  # nothing to reduce: the MLP follows the projection on the same lane
-            return [*ops, _Op("mlp", base + 2, SM, 0.0, (("out", -1),), -1)]
-        return [
-            *ops,
-            _Op("reduce_out", base + 3, NVLINK, 0.0, (("out", -1),), -1),
-            _Op("mlp_local", base + 2, SM, 0.0, (("reduce_out", -1),), -1),
-            _Op("mlp", base + 3, NVLINK, 0.0, (("mlp_local", -1),), -1),
-        ]
-
-
-class _Op(NamedTuple):
-    name: str
-    time: int
-    lane: int
-    sm_share: float
-    after: tuple[tuple[str, int], ...]
-    scope: int  # the structure that the name belongs to; -1: the model
-
-
-def _policy_op(op: OpShape, time: int, scope: int) -> _Op:
-    after = tuple((name, -1 if name.partition("@")[0] in ("qkv", "mlp") else scope) for name in op.after)
-    return _Op(op.name, time, op.cost.lane, op.cost.sm_share, after, scope)
-
-
-def _slots(ops: Sequence[_Op], slots: dict[tuple[int, str], int]) -> tuple[tuple[Slot, ...], int]:
-    reach, program = 1, []
-    for op in ops:
-        waits = []
-        for name, scope in op.after:
-            base, _, back = name.partition("@")
-            layers_back = -int(back) if back else 0
-            reach = max(reach, layers_back)
-            waits.append((layers_back, slots.setdefault((scope, base), len(slots))))
-        slot = slots.setdefault((op.scope, op.name), len(slots))
-        program.append(Slot(op.time, op.lane, op.sm_share, tuple(waits), slot))
-    return tuple(program), reach
-
-
-def _run(program: Program, seconds: Floats) -> float:
-    times = seconds.tolist()
-    if not any(times[i] for i in program.elsewhere):  # one queue: nothing overlaps
-        return float(program.layers @ seconds)
-    free = [0.0] * len(LANES)
-    done = [[0.0] * program.slots for _ in range(program.depth + 1)]  # finish times, this layer first
-    for repeat, slots in program.runs:
-        used = sorted({slot.lane for slot in slots if times[slot.time]})
-        before: list[float] = []
-        increment = -1.0
-        layer = 0
-        while layer < repeat:
-            done.insert(0, done.pop())
-            done[0][:] = [0.0] * program.slots
-            _advance(slots, times, free, done)
-            layer += 1
-            state = [free[lane] for lane in used]
-            if before:
-                steps = [now - then for now, then in zip(state, before, strict=True)]
-                if max(steps) - min(steps) <= SETTLED * max(steps) and abs(steps[0] - increment) <= SETTLED * increment:
-                    skipped = (repeat - layer) * steps[0]
-                    for lane in used:
-                        free[lane] += skipped
-                    for row in done:
-                        row[:] = [t + skipped if t else 0.0 for t in row]
-                    break
-                increment = steps[0]
-            before = state
-    for slot in program.end:
-        free[slot.lane] = max(free) + times[slot.time]
-    return max(free)
-
 
 def model_bytes(model: ModelShape, layer: LayerShape, tokens: int) -> int:
     """Bytes of weights that one layer reads for a batch of `tokens`."""
     return model.bytes_of(layer.qkv_params + layer.out_params) + model.mlp_bytes_touched(layer, tokens)
-
-
-def _advance(slots: Sequence[Slot], times: Sequence[float], free: list[float], done: Sequence[list[float]]) -> None:
-    now = done[0]
-    for time, lane, sm_share, waits, slot in slots:
-        start = free[lane]
-        for back, other in waits:
-            ready = done[back][other]
-            start = max(start, ready)
-        seconds = times[time]
-        finish = start + seconds
-        if seconds:
-            free[lane] = finish
-            if sm_share:
-                free[SM] += sm_share * seconds
-        now[slot] = finish

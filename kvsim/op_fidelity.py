@@ -12,7 +12,8 @@ import simpy
 from kvsim.fairshare import FairShare
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import CPU, D2H, H2D, LANES, SM
-from kvsim.makespan import Clock, Load, Slot
+from kvsim.makespan import Clock, Load
+from kvsim.program import Slot
 
 Process = Generator[simpy.Event, Any, None]
 Execute = Callable[[list[Load], int, int], Process]

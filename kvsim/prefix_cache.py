@@ -37,23 +37,29 @@ class LruTier:
         self.used_bytes += nbytes
         return True
 
+    def put_chain(self, keys: Sequence[int], nbytes: int) -> int:
+        """Add or touch entries of a size from the last to the first, without the last that do not fit; those added."""
+        fitting = keys[: self.capacity_bytes // max(1, nbytes)]
+        return sum(self.put(key, nbytes) for key in reversed(fitting))
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """The cached head of a prompt: its tokens, the bytes that must come up from DDR, and its blocks per tier."""
+    """The cached head of a prompt: its tokens, the bytes that must come up from DDR, its blocks per tier, its keys."""
 
     tokens: int
     load_bytes: int
     hbm_blocks: int
     ddr_blocks: int
+    keys: Sequence[int]
 
 
 class PrefixCache:
     """A replica's HBM tier over the DDR tier of its host, written through.
 
     `token_bytes` and `token_hbm_bytes` are what the policy keeps per prompt token, in all and in HBM. A policy whose
-    state spans a whole prefix is reused only for the very same prompt. Entries are touched from the end of a prompt to
-    its start, so that a chain of blocks is evicted from its tail.
+    state spans a whole prefix is reused only for the very same prompt, which takes ids that cover all of it. Entries
+    are touched from the end of a prompt to its start, so that a chain of blocks is evicted from its tail.
     """
 
     def __init__(
@@ -80,7 +86,7 @@ class PrefixCache:
 
     def match(self, blocks: Sequence[int], prompt_tokens: int) -> Hit:
         """The longest cached head of a prompt, at most all of it but one token; changes nothing."""
-        keys, _ = self._entries(blocks)
+        keys = self._keys(blocks, prompt_tokens)
         in_hbm = in_ddr = 0
         for key in keys:
             if key in self.hbm:
@@ -89,13 +95,13 @@ class PrefixCache:
                 in_ddr += 1
             else:
                 break
-        per_key = len(blocks) // len(keys) if keys else 0
-        tokens = min((in_hbm + in_ddr) * per_key * self.block_tokens, prompt_tokens - 1)
-        return Hit(tokens, in_ddr * per_key * self.block_hbm_bytes, in_hbm * per_key, in_ddr * per_key)
+        n = self._blocks_per_key(blocks)
+        tokens = min((in_hbm + in_ddr) * n * self.block_tokens, prompt_tokens - 1)
+        load_bytes = in_ddr * n * self.block_hbm_bytes
+        return Hit(tokens, load_bytes, in_hbm * n, in_ddr * n, keys[: in_hbm + in_ddr])
 
     def accept(self, blocks: Sequence[int], hit: Hit) -> None:
         """Count the access to a prompt's blocks and make the entries of its cached head the most recent."""
-        keys, _ = self._entries(blocks)
         for tier, lookups, hits in (
             (self.hbm, len(blocks), hit.hbm_blocks),
             (self.ddr, len(blocks) - hit.hbm_blocks, hit.ddr_blocks),
@@ -103,25 +109,21 @@ class PrefixCache:
             if tier.capacity_bytes:
                 tier.lookup_blocks += lookups
                 tier.hit_blocks += hits
-        head = keys if hit.hbm_blocks + hit.ddr_blocks >= len(blocks) else keys[: hit.hbm_blocks + hit.ddr_blocks]
-        for key in reversed(head):
-            for tier in (self.hbm, self.ddr):
+            for key in reversed(hit.keys):
                 if key in tier:
                     tier.touch(key)
 
-    def store(self, blocks: Sequence[int]) -> int:
-        """Keep a finished prompt's state in both tiers; the bytes that go down to DDR."""
-        keys, entry_bytes = self._entries(blocks)
-        written = 0
-        for key in reversed(keys):
-            self.hbm.put(key, entry_bytes)
-            if self.ddr.put(key, entry_bytes):
-                written += self.block_hbm_bytes * (len(blocks) // len(keys))
-        return written
+    def store(self, blocks: Sequence[int], prompt_tokens: int) -> int:
+        """Keep a finished prompt's state in both tiers, its head where not all of it fits; the bytes written to DDR."""
+        keys, n = self._keys(blocks, prompt_tokens), self._blocks_per_key(blocks)
+        self.hbm.put_chain(keys, n * self.block_bytes)
+        return self.ddr.put_chain(keys, n * self.block_bytes) * n * self.block_hbm_bytes
 
-    def _entries(self, blocks: Sequence[int]) -> tuple[Sequence[int], int]:
-        if self.reuse is Reuse.NOTHING or not len(blocks):
-            return (), 0
+    def _keys(self, blocks: Sequence[int], prompt_tokens: int) -> Sequence[int]:
         if self.reuse is Reuse.BLOCKS:
-            return blocks, self.block_bytes
-        return blocks[-1:], len(blocks) * self.block_bytes
+            return blocks
+        whole = self.reuse is Reuse.PREFIX and len(blocks) * self.block_tokens >= prompt_tokens
+        return blocks[-1:] if whole else ()
+
+    def _blocks_per_key(self, blocks: Sequence[int]) -> int:
+        return len(blocks) if self.reuse is Reuse.PREFIX else 1

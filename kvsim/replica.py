@@ -4,41 +4,27 @@ Each pass of `run` is one iteration: schedule, charge, account. While nothing ar
 iterations is charged at once; a new request wakes it at the next iteration boundary.
 """
 
-import heapq
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import simpy
 
-from kvsim.derive import TIERS, PlanTable, Structure, Vector
+from kvsim.decoding import DecodingBatch
+from kvsim.derive import TIERS, PlanTable
 from kvsim.ledger import Ledger
-from kvsim.machine import ALONE, Sharing
-from kvsim.makespan import Clock, Floats, Load
+from kvsim.machine import Sharing
+from kvsim.makespan import Clock, Load
 from kvsim.neighbours import Neighbours
 from kvsim.prefix_cache import PrefixCache
-from kvsim.runs import Run, price_run
+from kvsim.room import DDR, EMPTY, HBM, Limits, Room
+from kvsim.runs import Floats, Run, price_run
 from kvsim.sequence import NOTHING, Sequence
 
-HBM, DDR = 0, 1
-WATERMARK = (
-    0.01  # of HBM kept free at admission, so that a newcomer does not force a preemption at once (vLLM's figure)
-)
 MAX_RUN = 4096  # iterations charged at once
 
 Execute = Callable[[list[Load], int, int], Generator[simpy.Event, Any, None]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What bounds an engine's batch: vLLM's knobs, and one rank's bytes for KV state in HBM and DDR."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    capacity: tuple[int, int, int]
-    preemption: str  # "swap" or "recompute"
 
 
 class Replica:
@@ -57,18 +43,15 @@ class Replica:
     ) -> None:
         self.env, self.table, self.clock, self.limits = env, table, clock, limits
         self.cache, self.ledger, self.neighbours, self.execute = cache, ledger, neighbours, execute
+        self.room = Room(table, limits)
         self.position = neighbours.join(self)
         self.waiting: deque[Sequence] = deque()
         self.swapped: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
-        self.decoding: dict[int, Sequence] = {}
+        self.decoding = DecodingBatch(table)
         self.outstanding_tokens = 0  # prompt and output tokens of requests not finished, for the router
         self.left = 0  # requests that finished or were rejected
-        self.iteration = 0  # decode iterations so far
         self.held = NOTHING.copy()  # reserved by sequences in prefill, and by swapped ones in DDR
-        self._totals: dict[int, tuple[Structure, Vector, Vector, int]] = {}  # structure: amounts, slopes, sequences
-        self._due: list[tuple[int, int, Sequence]] = []  # decode iterations at which a sequence ends or changes slope
-        self._serial = 0  # breaks ties in `_due`
         self._late: list[Sequence] = []  # swapped in: their next token comes after a longer gap
         self._wake: simpy.Event | None = None
         self._stall_s = 0.0
@@ -99,18 +82,20 @@ class Replica:
             elif self.decoding:
                 yield from self._decode_run()
             else:
+                self._note(self._used())
                 self.neighbours.rest(self.position)
                 self._wake = self.env.event()
                 yield self._wake
                 self.neighbours.work(self.position)
+                self._note(self._used())
 
     @property
     def _sharing(self) -> Sharing:
-        return ALONE if self.execute else self.neighbours.sharing(self.position)
+        return self.clock.machine.sharing if self.execute else self.neighbours.sharing(self.position)
 
     def reprice(self) -> None:
         """End a run of iterations early because the use of the host has changed, where its times depend on that."""
-        if self.execute is None and self.clock.uses_host([s for s, *_ in self._totals.values()]):
+        if self.execute is None and self.clock.uses_host([total.structure for total in self.decoding.totals.values()]):
             self.wake()
 
     def _leave(self, sequence: Sequence, *, finished: bool) -> None:
@@ -129,7 +114,7 @@ class Replica:
             if budget > 0 and not sequence.loading:
                 chunks.append((sequence, min(budget, sequence.target_tokens - sequence.past_tokens)))
                 budget -= chunks[-1][1]
-        while self.swapped and self._may_run() and self._swap_in(self.swapped[0]):
+        while self.swapped and budget > 0 and self._may_run() and self._swap_in(self.swapped[0]):
             budget -= 1
         while self.waiting and not self.swapped and budget > 0 and self._may_run():
             sequence = self.waiting[0]
@@ -151,20 +136,20 @@ class Replica:
         hit = self.cache.match(sequence.blocks, target) if self.cache and not sequence.recomputed_tokens else None
         past = hit.tokens if hit else 0
         chunk = min(budget, target - past)
-        need = self._prefill_bytes(target, past, chunk)
-        if self._never_fits(sequence, need):
+        need = self.room.prefill_bytes(target, past, chunk)
+        if self.room.never_fits(sequence, need):
             self._reject(sequence)
             return 0
-        if not self._fits(self._used(), need, self._margin()):
+        if not self.room.fits(self._used(), need, self._margin_bytes()):
             return None
         if hit and self.cache:
             self.cache.accept(sequence.blocks, hit)
         sequence.held = need
         self.held += need
         self.prefilling.append(sequence)
-        sequence.past_tokens = sequence.cached_tokens = past
+        sequence.past_tokens = past
         if np.isnan(sequence.admitted_s):
-            sequence.admitted_s = self.env.now
+            sequence.admitted_s, sequence.cached_tokens = self.env.now, past
         if hit and hit.load_bytes:
             ready_s = self.ledger.load_prefix(self.env.now, hit.load_bytes, self._sharing)
             sequence.loading = True
@@ -176,149 +161,63 @@ class Replica:
         sequence.loading = False
         self.wake()
 
-    def _prefill_bytes(self, target: int, past: int, chunk: int) -> Vector:
-        """The most that a prompt's prefill stores: at its end, whether one whole step or the last chunk reaches it."""
-        if past or chunk < target:
-            chunk = min(self.limits.max_num_batched_tokens, target - 1)
-            past = target - chunk
-        return self.table.prefill(target, past, chunk)[1][-len(TIERS) :]
-
-    def _never_fits(self, sequence: Sequence, need: Vector) -> bool:
-        """Whether a request alone exceeds the capacity, in prefill or at its last token.
-
-        What prefill needs is looked at first: where eight times as much would fit and the output is no longer than the
-        prompt, the last token is not examined. (One that outgrows the memory all the same is rejected then.)
-        """
-        if sequence.output_tokens <= sequence.target_tokens and self._fits([0, 0, 0], 8 * need):
-            return False
-        last = self.table.decode(sequence.target_tokens, max(1, sequence.last_generated_tokens))
-        return not self._fits([0, 0, 0], np.maximum(need, last.start[-len(TIERS) :]))
-
     def _reject(self, sequence: Sequence) -> None:
         sequence.rejected = True
         self._leave(sequence, finished=False)
 
     def _used(self) -> list[int]:
         """Bytes per tier that the next decode iteration holds."""
-        hbm, ddr, nvme = self.held.tolist()
-        for _, amounts, _, _ in self._totals.values():
-            stored = amounts[-len(TIERS) :].tolist()
-            hbm, ddr, nvme = hbm + stored[0], ddr + stored[1], nvme + stored[2]
-        return [hbm, ddr, nvme]
+        return [a + b for a, b in zip(self.held.tolist(), self.decoding.stored_bytes(), strict=True)]
 
-    def _fits(self, used: list[int], more: Vector = NOTHING, margin: int = 0) -> bool:
-        """Whether `more` bytes fit beside those used, with a margin of HBM."""
-        hbm, ddr, nvme = self.limits.capacity
-        extra = more.tolist()
-        return bool(used[0] + extra[0] + margin <= hbm and used[1] + extra[1] <= ddr and used[2] + extra[2] <= nvme)
-
-    def _growth(self) -> list[int]:
-        growth = NOTHING.copy()
-        for _, _, slopes, _ in self._totals.values():
-            growth += slopes[-len(TIERS) :]
-        return growth.tolist()
-
-    def _margin(self) -> int:
+    def _margin_bytes(self) -> int:
         """HBM kept free at admission, unless nothing else runs."""
-        return int(WATERMARK * self.limits.capacity[HBM]) if self.decoding or self.prefilling else 0
+        return self.room.watermark_bytes if self.decoding or self.prefilling else 0
 
     # -- preemption ----------------------------------------------------------------------------------------------
 
     def _make_room(self) -> None:
         """Preempt the sequences that joined last until the next decode iteration fits."""
-        while self.decoding and not self._fits(self._used()):
-            victim = next(reversed(self.decoding.values()))
-            stored = victim.amounts(self.iteration)[-len(TIERS) :]
-            self._remove(victim)
-            if not self._fits([0, 0, 0], stored):
+        while self.decoding and not self.room.fits(self._used()):
+            victim = next(reversed(self.decoding.sequences.values()))
+            generated = victim.generated_tokens(self.decoding.iteration)
+            stored = victim.amounts(self.decoding.iteration)[-len(TIERS) :]
+            self.decoding.remove(victim)
+            if not self.room.fits(EMPTY, stored):
                 self._reject(victim)
                 continue
             victim.preemptions += 1
             victim.last_token_s = self.env.now
-            victim.emitted_tokens = victim.recomputed_tokens + victim.generated_tokens(self.iteration)
             parked = np.array([0, stored[HBM] + stored[DDR], 0], dtype=np.int64)
-            if self.limits.preemption == "swap" and self._fits(self._used(), parked):
-                victim.generated_at_join = victim.generated_tokens(self.iteration)
+            if self.limits.preemption == "swap" and self.room.fits(self._used(), parked):
+                victim.generated_at_join = generated
                 victim.held = parked
                 self.held += parked
-                self.swapped.append(victim)
+                self.swapped.appendleft(victim)
                 self._stall_s += self.ledger.swap(int(stored[HBM]), self._sharing, to_hbm=False)
             else:
-                victim.recomputed_tokens = victim.emitted_tokens
+                victim.recomputed_tokens += generated
                 victim.past_tokens = 0
                 self.waiting.appendleft(victim)
 
     def _swap_in(self, sequence: Sequence) -> bool:
         segment = self.table.decode(sequence.target_tokens, sequence.generated_at_join)
         stored = segment.start[-len(TIERS) :]
-        if not self._fits(self._used(), stored - sequence.held, self._margin()):
+        if not self.room.fits(self._used(), stored - sequence.held, self._margin_bytes()):
             return False
         self.swapped.popleft()
         self.held -= sequence.held
         sequence.held = NOTHING
         self._stall_s += self.ledger.swap(int(stored[HBM]), self._sharing, to_hbm=True)
-        self._join(sequence, sequence.generated_at_join)
+        self.decoding.join(sequence, sequence.generated_at_join)
         self._late.append(sequence)
         return True
 
-    # -- the set of decoding sequences ---------------------------------------------------------------------------
-
-    def _join(self, sequence: Sequence, generated: int) -> None:
-        """Let a sequence decode from its generated token number `generated` on."""
-        segment = self.table.decode(sequence.target_tokens, generated)
-        sequence.structure = structure = segment.piece.structure
-        sequence.start, sequence.slope = segment.start, segment.slope
-        sequence.joined, sequence.generated_at_join = self.iteration, generated
-        self.decoding[sequence.index] = sequence
-        known = self._totals.get(id(structure))
-        if known is None:
-            self._totals[id(structure)] = (structure, segment.start.copy(), segment.slope.copy(), 1)
-        else:
-            _, amounts, slopes, count = known
-            amounts += segment.start
-            slopes += segment.slope
-            self._totals[id(structure)] = (structure, amounts, slopes, count + 1)
-        steps = min(segment.until, sequence.last_generated_tokens + 1) - generated
-        self._serial += 1
-        heapq.heappush(self._due, (self.iteration + steps, self._serial, sequence))
-
-    def _remove(self, sequence: Sequence) -> None:
-        del self.decoding[sequence.index]
-        structure, amounts, slopes, count = self._totals[id(sequence.structure)]
-        amounts -= sequence.amounts(self.iteration)
-        slopes -= sequence.slope
-        if count == 1:
-            del self._totals[id(structure)]
-        else:
-            self._totals[id(structure)] = (structure, amounts, slopes, count - 1)
-
-    def _advance(self, steps: int) -> None:
-        """All decoding sequences have done `steps` iterations: end those that are complete, refresh changed slopes."""
-        self.iteration += steps
-        for _, amounts, slopes, _ in self._totals.values():
-            np.add(amounts, steps * slopes, out=amounts)
-        while self._due and self._due[0][0] <= self.iteration:
-            due, _, sequence = heapq.heappop(self._due)
-            if sequence.index not in self.decoding or due <= sequence.joined:
-                continue  # preempted meanwhile
-            generated = sequence.generated_tokens(self.iteration)
-            if generated > sequence.last_generated_tokens:
-                self._remove(sequence)
-                self._leave(sequence, finished=True)
-            elif due == self.iteration:
-                self._remove(sequence)
-                self._join(sequence, generated)
-
     # -- iterations ----------------------------------------------------------------------------------------------
-
-    def _loads(self, steps: int = 0) -> list[Load]:
-        totals = self._totals.values()
-        return [Load(s, amounts + steps * slopes if steps else amounts) for s, amounts, slopes, _ in totals]
 
     def _iterate(self, chunks: list[tuple[Sequence, int]]) -> Generator[simpy.Event, Any, None]:
         """One iteration with these chunks of prompts beside all decoding sequences."""
         decoding, completed = len(self.decoding), []
-        loads = self._loads()
+        loads = self.decoding.loads()
         prefill: dict[int, Load] = {}
         for sequence, chunk in chunks:
             structure, amounts = self.table.prefill(sequence.target_tokens, sequence.past_tokens, chunk)
@@ -329,8 +228,8 @@ class Replica:
         loads += prefill.values()
         tokens, logits = decoding + sum(chunk for _, chunk in chunks), decoding + len(completed)
         self._wake = None
-        began = self.env.now
-        self._note(self._used())
+        began, used = self.env.now, self._used()
+        self._note(used)
         if self._stall_s:
             stall, self._stall_s = self._stall_s, 0.0
             yield self.env.timeout(stall)
@@ -340,9 +239,9 @@ class Replica:
         else:
             yield from self.execute(loads, tokens, logits)
         self.ledger.charge(loads, tokens, logits, busy)
+        self._note(used)
         self._emit(Run.single(self.env.now - began), decoding, began)
-        if decoding:
-            self._advance(1)
+        self._advance(1)
         for sequence, chunk in chunks:
             sequence.past_tokens += chunk
         for sequence in completed:
@@ -369,18 +268,18 @@ class Replica:
         if not sequence.recomputed_tokens:
             sequence.first_token_s = self.env.now
             if self.cache:
-                self.ledger.store_prefix(self.cache.store(sequence.blocks))
+                self.ledger.store_prefix(self.cache.store(sequence.blocks, sequence.prompt_tokens))
         else:
             self.ledger.gap(self.env.now - sequence.last_token_s)
         if sequence.last_generated_tokens == 0:
             self._leave(sequence, finished=True)
         else:
-            self._join(sequence, 1)
+            self.decoding.join(sequence, 1)
 
     def _decode_run(self) -> Generator[simpy.Event, Any, None]:
         """Decode iterations until a sequence ends or changes, memory runs out, or a request wakes the replica."""
-        steps = min(MAX_RUN, self._due[0][0] - self.iteration) if self._due else MAX_RUN
-        used, growth = self._used(), self._growth()
+        steps = self.decoding.steps_until_change(MAX_RUN)
+        used, growth = self._used(), self.decoding.growth_bytes()
         for tier in (HBM, DDR):
             if growth[tier] > 0:
                 steps = min(steps, (self.limits.capacity[tier] - used[tier]) // growth[tier] + 1)
@@ -391,9 +290,9 @@ class Replica:
         sharing = self._sharing
 
         def price(step: int) -> tuple[float, Floats]:
-            return self.clock.iteration(self._loads(step), decoding, decoding, sharing)
+            return self.clock.iteration(self.decoding.loads(step), decoding, decoding, sharing)
 
-        run = price_run(price, max(1, steps), stall)
+        run = price_run(price, steps, stall)
         self._wake = wake = self.env.event()
         yield self.env.timeout(run.seconds) | wake
         done = run.steps
@@ -403,7 +302,13 @@ class Replica:
             if (rest := began + run.seconds - self.env.now) > 0:
                 yield self.env.timeout(rest)
         self._wake = None
-        self.ledger.charge_run(list(self._totals.values()), decoding, run)
+        self.ledger.charge_run(self.decoding.totals.values(), decoding, run)
+        self._note([now + (done - 1) * more for now, more in zip(used, growth, strict=True)])
         self._emit(run, decoding, began)
         self._advance(done)
-        self._note(self._used())
+
+    def _advance(self, steps: int) -> None:
+        """All decoding sequences have done `steps` iterations: those that are complete leave."""
+        if self.decoding:
+            for sequence in self.decoding.advance(steps):
+                self._leave(sequence, finished=True)

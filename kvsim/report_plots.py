@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from kvsim.curves import total
 from kvsim.results import Array, Floats
 from kvsim.units import format_bytes, format_s
 
@@ -116,15 +117,8 @@ def total_over_replicas(series: Mapping[str, Array], column: str) -> tuple[Float
 
     Each time stands twice, with the value before and after a jump; a replica keeps its first and last value outside.
     """
-    times_s = np.unique(series["time_s"]).astype(np.float64)
-    before, after = np.zeros(len(times_s)), np.zeros(len(times_s))
-    for replica in np.unique(series["replica"]):
-        own = series["replica"] == replica
-        x, y = series["time_s"][own].astype(np.float64), series[column][own].astype(np.float64)
-        # np.interp takes the last of equal x; mirrored, the first.
-        after += np.interp(times_s, x, y)
-        before += np.interp(-times_s, -x[::-1], y[::-1])
-    return np.repeat(times_s, 2), np.column_stack([before, after]).ravel()
+    replicas = [series["replica"] == replica for replica in np.unique(series["replica"])]
+    return total([(series["time_s"][own], series[column][own]) for own in replicas])
 
 
 def thin(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:

@@ -72,12 +72,14 @@ class Run:
                 left -= part.seconds(part.steps)
                 done += part.steps
                 continue
-            steps = _root(part, left)
+            if left <= part.first_s:
+                return done + 1
+            steps = min(part.steps, max(1, _root(part, left)))
             while steps > 1 and part.seconds(steps - 1) >= left:
                 steps -= 1
             while part.seconds(steps) < left:
                 steps += 1
-            return done + max(1, steps)
+            return done + steps
         return done
 
     def head(self, steps: int) -> "Run":
@@ -114,9 +116,7 @@ def _parts(
 
 
 def _root(part: Part, seconds: float) -> int:
-    """About how many iterations of a part take `seconds`."""
+    """About how many iterations of a part take `seconds`: the root of its time, in the form that cancels no digits."""
     half = part.slope_s / 2
     linear = part.first_s - half
-    if half <= 0:
-        return max(1, int(seconds / part.first_s))
-    return max(1, int((sqrt(linear * linear + 4 * half * seconds) - linear) / (2 * half)))
+    return int(2 * seconds / (linear + sqrt(max(0.0, linear * linear + 4 * half * seconds))))

@@ -22,7 +22,7 @@ class Sequence:
         "arrival_s",
         "blocks",
         "cached_tokens",
-        "emitted_tokens",
+        "due",
         "finish_s",
         "first_token_s",
         "generated_at_join",
@@ -47,13 +47,13 @@ class Sequence:
     ) -> None:
         self.index, self.arrival_s, self.blocks = index, arrival_s, blocks
         self.prompt_tokens, self.output_tokens = prompt_tokens, output_tokens
-        self.past_tokens = self.cached_tokens = self.emitted_tokens = self.recomputed_tokens = self.preemptions = 0
+        self.past_tokens = self.cached_tokens = self.recomputed_tokens = self.preemptions = 0
         self.admitted_s = self.first_token_s = self.finish_s = self.last_token_s = math.nan
         self.loading = self.rejected = False
         self.held: Vector = NOTHING
         self.structure: Structure | None = None
         self.start = self.slope = NOTHING
-        self.joined = self.generated_at_join = 0
+        self.joined = self.generated_at_join = self.due = 0  # iterations of its replica, and a generated token
 
     @property
     def target_tokens(self) -> int:

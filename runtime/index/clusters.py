@@ -33,4 +33,4 @@ def kmeans(keys: torch.Tensor, lists: int, *, rounds: int, seed: int) -> Cluster
 
 def _nearest(keys: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     half_squares = centroids.square().sum(2)[:, None] / 2
-    return torch.cat([(part @ centroids.mT - half_squares).argmax(2) for part in keys.split(4096, dim=1)], dim=1)
+    return torch.cat([(part @ centroids.mT - half_squares).argmax(2) for part in torch.split(keys, 4096, dim=1)], dim=1)

@@ -20,7 +20,7 @@ from runtime.index.links import closest_keys, co_found, exact_nearest, prune, re
 class GraphParameters:
     """How the graph is built, and how far a search goes."""
 
-    degree: int = 32  # links of a key
+    degree: int = 16  # links of a key
     scanned: float = 0.02  # share of the keys that a search scans at most; entry points count
     beam: int = 4  # keys of each head whose links are followed at once
     stop_gain: float = 0.0  # a head stops when a step adds less than this share to the attention mass found; 0: never
@@ -123,8 +123,8 @@ def _link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters
     following = (torch.arange(n, device=keys.device) + 1)[:, None] % n
     if n == 1:
         return following, hubs
-    close = closest_keys(keys, min(degree * 3 // 4, n - 1))
-    candidates = torch.cat([close, co_found(found, n, degree * 3 // 4), reversed_links(close, degree // 4)], dim=1)
+    close = closest_keys(keys, min(degree * 3 // 2, n - 1))
+    candidates = torch.cat([close, co_found(found, n, degree * 3 // 2), reversed_links(close, degree // 2)], dim=1)
     return torch.cat([following, prune(keys, candidates, degree - 1)], dim=1), hubs
 
 

@@ -7,14 +7,14 @@ BLOCK = 1024  # rows of a matrix product whose result is reduced at once
 
 def exact_nearest(queries: torch.Tensor, keys: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` keys (n, head_dim) of largest inner product for each query: int64 (n_queries, count)."""
-    return torch.cat([(part @ keys.T).topk(count).indices for part in queries.split(BLOCK)])
+    return torch.cat([(part @ keys.T).topk(count).indices for part in torch.split(queries, BLOCK)])
 
 
 def closest_keys(keys: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` other keys at the least Euclidean distance from each key: int64 (n, count), closest first."""
     half_squares = keys.square().sum(1) / 2
     parts = []
-    for start, part in enumerate(keys.split(BLOCK)):
+    for start, part in enumerate(torch.split(keys, BLOCK)):
         closeness = part @ keys.T - half_squares
         rows = torch.arange(len(part), device=keys.device)
         closeness[rows, start * BLOCK + rows] = -torch.inf  # not itself

@@ -77,6 +77,28 @@ def test_everything_allocated_is_freed(policy):
     assert result.series["running"][-1] == result.series["waiting"][-1] == 0
 
 
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_memory_over_time_by_hand(fidelity):
+    """The prompt is reserved while it is processed; each decode step then holds a token more; nothing stays."""
+    prompt, output, idle_s = 8000, 41, 5.0
+    s = setup("full", max_num_batched_tokens=2000, fidelity=fidelity)
+    result = simulate(trace([1.0, 1.0 + idle_s], [prompt, 1], [output, 1]), s)
+    r, node = result.requests, result.memory["gpu0.hbm"]
+    assert node["peak_bytes"] == MODEL.weight_bytes + (prompt + output - 1) * 131072
+    prefill_s, decode_s = r["first_token_s"][0] - 1.0, r["finish_s"][0] - r["first_token_s"][0]
+    # Steps hold prompt + 1 to prompt + output - 1 tokens and take the same time but for what a token adds, below 1e-4.
+    held_s = prompt * prefill_s + (prompt + output / 2) * decode_s + 1 * (r["finish_s"][1] - r["arrival_s"][1])
+    mean_bytes = MODEL.weight_bytes + 131072 * held_s / result.makespan_s
+    assert node["mean_bytes"] - MODEL.weight_bytes == pytest.approx(mean_bytes - MODEL.weight_bytes, rel=1e-4)
+
+
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_a_prompt_of_one_output_token_leaves_nothing_behind(fidelity):
+    result = simulate(trace([0.5], 3000, 1), setup("full", fidelity=fidelity))
+    assert result.series["hbm_bytes"][-1] == MODEL.weight_bytes
+    assert result.series["running"][-1] == 0
+
+
 @pytest.mark.parametrize("policy", ["full", "offload-all", "shadowkv", "retrieval-attention", "infllm"])
 def test_no_link_above_its_bandwidth(policy):
     s = setup(policy, gpus=4, max_num_batched_tokens=4096)

@@ -1,15 +1,16 @@
 """What must hold of any small scenario: memory tight or ample, one replica or several, any chunk, cache and policy."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import GPU, HOST, MODEL, setup, trace
+from simulated import GPU, MODEL, setup, trace
 
+from kvsim.prefix_cache import LruTier, PrefixCache
 from kvsim.simulate import simulate
-from policies import reuse_of, Reuse
+from policies import Reuse
 
 SMALL = replace(MODEL, name="small", layers=MODEL.layers[:3])
 TOKEN_BYTES = 2 * 2 * 8 * 128 * 3  # keys and values of 8 heads of 128, bf16, three layers
@@ -28,54 +29,76 @@ POLICIES = (
     "full@heads=2+sink-window@heads=6",
     "full@below=300+offload-all",
 )
+ENGINES = st.fixed_dictionaries(
+    {
+        "fidelity": st.sampled_from(["step", "op"]),
+        "router": st.sampled_from(["round-robin", "least-loaded"]),
+        "preemption": st.sampled_from(["swap", "recompute"]),
+        "max_num_seqs": st.integers(1, 8),
+        "max_num_batched_tokens": st.sampled_from([16, 100, 512, 8192]),
+    }
+)
 
 
-@st.composite
-def requests(draw, n, squeezed):
-    """Columns of a trace; when squeezed, one burst of prompts so short that outputs outgrow the memory."""
-    n = draw(st.sampled_from(range(1, n + 1)))
-    lengths = (40, 200) if squeezed else (1, 1200)
-    columns = (
-        st.integers(*lengths) | st.sampled_from([1, BLOCK, 10 * BLOCK]),
-        st.integers(1, 250) | st.just(1),
-        st.just(0.0) if squeezed else st.floats(0, 0.2) | st.just(0.0),
-    )
-    return [draw(st.lists(column, min_size=n, max_size=n)) for column in columns]
-
-
-@st.composite
-def scenarios(draw, caches=True, n=8):
-    """A trace of a few short requests, and a cluster that may be too small for some of them."""
-    squeezed = draw(st.booleans())
-    prompts, outputs, gaps = draw(requests(n, squeezed))
-    s = setup(
-        draw(st.sampled_from(POLICIES)),
-        model=SMALL,
-        fidelity=draw(st.sampled_from(["step", "op"])),
-        tp=draw(st.sampled_from([1, 2])),
-        gpus=2 if squeezed else draw(st.sampled_from([2, 4])),
-        router=draw(st.sampled_from(["round-robin", "least-loaded"])),
-        preemption=draw(st.sampled_from(["swap", "recompute"])),
-        max_num_seqs=draw(st.sampled_from([8, 1, 2, 4])),
-        max_num_batched_tokens=draw(st.sampled_from([16, 100, 512, 8192])),
+def with_room(s, hbm_bytes, ddr_bytes):
+    """The same setup on GPUs and hosts that leave a rank this much for KV state."""
+    ranks = s.replicas_per_host * s.tp
+    taken = s.rank.weight_bytes + s.activation_bytes + s.prefix_cache_hbm_bytes // ranks
+    return replace(
+        s,
+        gpu=replace(s.gpu, memory_bytes=taken + hbm_bytes),
+        host=replace(s.host, ddr_bytes=s.prefix_cache_ddr_bytes + ddr_bytes * ranks),
         gpu_memory_utilization=1.0,
         host_memory_utilization=1.0,
     )
-    columns = {}
+
+
+def chains(draw, prompts):
+    """Block ids for prompts that share up to three histories."""
+    owners = draw(st.lists(st.integers(0, 2), min_size=len(prompts), max_size=len(prompts)))
+    counts = [prompt // BLOCK for prompt in prompts]
+    ids = [1000 * owner + i for owner, count in zip(owners, counts, strict=True) for i in range(count)]
+    return {"block_tokens": BLOCK, "block_ids": ids, "block_counts": counts}
+
+
+@st.composite
+def scenarios(draw, caches=True, most=8):
+    """Requests of any length at any distance, one and two GPUs to a replica, all sizes of memory and caches."""
+    n = draw(st.integers(1, most))
+    prompts, outputs, gaps = (
+        draw(st.lists(numbers, min_size=n, max_size=n))
+        for numbers in (
+            st.integers(1, 1200) | st.sampled_from([1, BLOCK, 10 * BLOCK]),
+            st.integers(1, 60) | st.just(1),
+            st.floats(0, 0.2) | st.just(0.0),
+        )
+    )
+    tp = draw(st.sampled_from([1, 2]))
+    s = setup(draw(st.sampled_from(POLICIES)), model=SMALL, tp=tp, gpus=draw(st.sampled_from([2, 4])), **draw(ENGINES))
+    columns = chains(draw, prompts) if caches else {}
     if caches:
-        chains = draw(st.lists(st.integers(0, 2), min_size=len(prompts), max_size=len(prompts)))
-        counts = [prompt // BLOCK for prompt in prompts]
-        ids = [1000 * chain + i for chain, count in zip(chains, counts, strict=True) for i in range(count)]
-        columns = {"block_tokens": BLOCK, "block_ids": ids, "block_counts": counts}
-        hbm_cache, ddr_cache = (draw(st.sampled_from([0, 3, 10, 1000])) * BLOCK * TOKEN_BYTES for _ in range(2))
-        s = replace(s, prefix_cache_hbm_bytes=hbm_cache, prefix_cache_ddr_bytes=ddr_cache)
-    largest = max(prompt + output for prompt, output in zip(prompts, outputs, strict=True))
-    shares = st.sampled_from([1.0, 1.02, 1.3, 1.6, 2.0, 2.5, 100.0, 0.7])
-    hbm, ddr = (int(1 + draw(shares) * largest) * TOKEN_BYTES // s.tp for _ in range(2))
-    ranks = s.replicas_per_host * s.tp
-    hbm += s.rank.weight_bytes + s.activation_bytes + s.prefix_cache_hbm_bytes // ranks
-    gpu, host = replace(GPU, memory_bytes=hbm), replace(HOST, ddr_bytes=s.prefix_cache_ddr_bytes + ddr * ranks)
-    return trace(np.cumsum(gaps), prompts, outputs, **columns), replace(s, gpu=gpu, host=host)
+        hbm, ddr = (draw(st.sampled_from([0, 3, 10, 1000])) * BLOCK * TOKEN_BYTES for _ in range(2))
+        s = replace(s, prefix_cache_hbm_bytes=hbm, prefix_cache_ddr_bytes=ddr)
+    largest = (max(prompts) + max(outputs)) * TOKEN_BYTES // tp
+    hbm, ddr = (int(largest * draw(st.sampled_from([0.5, 1.1, 2, 100]))) for _ in range(2))
+    return trace(np.cumsum(gaps), prompts, outputs, **columns), with_room(s, hbm, ddr)
+
+
+@st.composite
+def squeezes(draw):
+    """One burst of short prompts whose outputs outgrow the HBM, with and without room in DDR to swap to."""
+    n = draw(st.integers(3, 6))
+    prompts = draw(st.lists(st.integers(40, 200), min_size=n, max_size=n))
+    outputs = draw(st.lists(st.integers(50, 250), min_size=n, max_size=n))
+    policy = draw(
+        st.sampled_from(["full", "quest:budget_tokens=64,page_tokens=16", "full@heads=4+offload-all@heads=4"])
+    )
+    s = setup(policy, model=SMALL, **draw(ENGINES))
+    s = replace(s, max_num_seqs=8, prefix_cache_hbm_bytes=draw(st.sampled_from([0, 4, 100])) * BLOCK * TOKEN_BYTES)
+    longest = max(prompt + output for prompt, output in zip(prompts, outputs, strict=True))
+    hbm = (longest + draw(st.integers(10, 300))) * TOKEN_BYTES * 6 // 5  # a fifth for what quest keeps of its pages
+    ddr = draw(st.sampled_from([0, 200, 2000])) * TOKEN_BYTES + longest * TOKEN_BYTES
+    return trace([0.0] * n, prompts, outputs, **chains(draw, prompts)), with_room(s, hbm, ddr)
 
 
 def bounded(requests, s):
@@ -88,64 +111,208 @@ def bounded(requests, s):
     return simulate(requests, s, progress)
 
 
-@settings(max_examples=400)
-@given(scenarios())
-def test_any_scenario(scenario):
-    requests, s = scenario
-    result = bounded(requests, s)
-    r = result.requests
-    done, rejected = r["status"] == "finished", r["status"] == "rejected"
-    event(f"rejected {rejected.any()} preempted {(r['preemptions'] > 0).any()} swaps {result.swaps['count'] > 0}")
-    assert (done | rejected).all()
-    # time
+def check_times(r):
+    """Every request ends, in the order of causes; each replica admits in the order of arrival."""
+    done = r["status"] == "finished"
+    assert (done | (r["status"] == "rejected")).all()
     assert (r["arrival_s"] <= r["admitted_s"])[done].all()
     assert (r["admitted_s"] < r["first_token_s"])[done].all()
     assert (r["first_token_s"] <= r["finish_s"])[done].all()
     assert ((r["first_token_s"] == r["finish_s"]) == (r["output_tokens"] == 1))[done].all()
-    for replica in range(s.replicas):
-        admitted = r["admitted_s"][r["replica"] == replica]
-        assert (np.diff(admitted[~np.isnan(admitted)]) >= 0).all()
-    # tokens
-    assert (r["cached_tokens"] < r["prompt_tokens"]).all()
-    gaps, tokens = result.token_gaps
-    started = rejected & ~np.isnan(r["first_token_s"])
-    if not started.any():
+    for replica in np.unique(r["replica"]):
+        admitted_s = r["admitted_s"][r["replica"] == replica]
+        assert (np.diff(admitted_s[~np.isnan(admitted_s)]) >= 0).all()
+
+
+def check_tokens(result):
+    """Each output token after a request's first has one gap, and a request's gaps fill the time between the two."""
+    r = result.requests
+    done, started = r["status"] == "finished", ~np.isnan(r["first_token_s"])
+    gaps_s, tokens = result.token_gaps
+    assert (gaps_s[tokens > 0] > 0).all()
+    if (done == started).all():  # a request that outgrew the memory has emitted some of its tokens
         assert tokens.sum() == (r["output_tokens"] - 1)[done].sum()
-        assert np.dot(gaps, tokens) == pytest.approx(
-            (r["finish_s"] - r["first_token_s"])[done].sum(), rel=1e-6, abs=1e-12
-        )
-    assert gaps[tokens > 0].min(initial=1.0) > 0
-    # memory
-    weights = s.rank.weight_bytes
-    hbm, ddr, _ = s.capacity()
+        between_s = (r["finish_s"] - r["first_token_s"])[done].sum()
+        assert np.dot(gaps_s, tokens) == pytest.approx(between_s, rel=1e-6, abs=1e-12)
+
+
+def check_memory(result, s):
+    """Never above capacity, and nothing but weights and cached prefixes at the end."""
     series = result.series
-    assert series["hbm_bytes"].max() <= s.tp * s.gpu.memory_bytes - s.tp * s.activation_bytes
-    assert series["ddr_bytes"].max() <= s.host.ddr_bytes
-    for replica in range(s.replicas):
-        own = series["replica"] == replica
-        assert (np.diff(series["time_s"][own]) >= 0).all()
-        assert series["running"][own][-1] == series["waiting"][own][-1] == 0
-        if not (s.prefix_cache_hbm_bytes or s.prefix_cache_ddr_bytes):
-            assert series["hbm_bytes"][own][-1] == s.tp * weights
-            assert series["ddr_bytes"][own][-1] == 0
+    assert series["hbm_bytes"].max() <= s.tp * (s.gpu.memory_bytes - s.activation_bytes)
     for node in result.memory.values():
-        assert node["mean_bytes"] <= node["peak_bytes"] * (1 + 1e-12)
+        assert 0 <= node["mean_bytes"] <= node["peak_bytes"] * (1 + 1e-12)
         assert node["peak_bytes"] <= node["capacity_bytes"]
-    # links
+    for replica in range(s.replicas):
+        own = {name: column[series["replica"] == replica] for name, column in series.items()}
+        assert (np.diff(own["time_s"]) >= 0).all()
+        assert own["running"][-1] == own["waiting"][-1] == 0
+        cached = own["hbm_bytes"][-1] - s.tp * s.rank.weight_bytes
+        assert 0 <= cached <= s.prefix_cache_hbm_bytes // s.replicas_per_host
+        assert 0 <= own["ddr_bytes"][-1] <= s.prefix_cache_ddr_bytes
+
+
+def check_caches(result):
+    """A request reuses all tokens of the blocks that it hit, but one when they are its whole prompt."""
+    r = result.requests
+    assert (r["cached_tokens"] < r["prompt_tokens"]).all()
+    whole = (r["cached_tokens"] == r["prompt_tokens"] - 1) & (r["prompt_tokens"] % BLOCK == 0)
+    hit_blocks = sum(tier["hit_blocks"] for tier in result.cache.values())
+    assert r["cached_tokens"].sum() + whole.sum() == BLOCK * hit_blocks
+
+
+def check_traffic(result):
+    """Links carry the sum of their causes; what was swapped out came back, unless its request was rejected."""
     for link, causes in result.traffic.items():
         assert result.links[link]["bytes"] == sum(causes.values())
-        assert 0 <= result.links[link]["utilization"]
-    assert result.swaps["bytes"] == result.traffic["hbm->ddr"]["swaps"] + result.traffic["ddr->hbm"]["swaps"]
+        assert (result.links[link]["bytes"] > 0) == (result.links[link]["busy_s"] > 0)
+    out, back = (result.traffic[link]["swaps"] for link in ("hbm->ddr", "ddr->hbm"))
+    assert result.swaps["bytes"] == out + back
+    assert out == back
 
 
-@settings(max_examples=150)
-@given(scenarios(caches=False, n=5))
+def check(result, s):
+    """All of the above."""
+    check_times(result.requests)
+    check_tokens(result)
+    check_memory(result, s)
+    check_caches(result)
+    check_traffic(result)
+
+
+@settings(max_examples=60)
+@given(scenarios())
+def test_any_scenario(scenario):
+    requests, s = scenario
+    check(bounded(requests, s), s)
+
+
+@settings(max_examples=40)
+@given(squeezes())
+def test_memory_that_outputs_outgrow(squeeze):
+    requests, s = squeeze
+    result = bounded(requests, s)
+    check(result, s)
+    assert (result.requests["status"] == "finished").all()
+
+
+@settings(max_examples=15)
+@given(squeezes(), st.integers(40, 200), st.integers(50, 250))
+def test_equal_requests_finish_in_the_order_of_arrival(squeeze, prompt, output):
+    """Whoever came last makes room, and whoever came first returns first; all prompts fit one iteration."""
+    requests, s = squeeze
+    alike = trace(requests.arrival_s, prompt, output)
+    s = replace(s, max_num_batched_tokens=8192, prefix_cache_hbm_bytes=0)
+    r = bounded(alike, with_room(s, int(2.3 * (prompt + output)) * TOKEN_BYTES, 10**12)).requests
+    assert (r["status"] == "finished").all()
+    assert (np.diff(r["finish_s"]) >= 0).all()
+    assert r["preemptions"][0] == 0
+
+
+@settings(max_examples=20)
+@given(scenarios(caches=False, most=5))
 def test_nothing_is_faster_than_alone(scenario):
     requests, s = scenario
     s = replace(s, fidelity="step")
-    result = bounded(requests, s)
-    r = result.requests
+    r = simulate(requests, s).requests
     for i in np.flatnonzero(r["status"] == "finished"):
         alone = simulate(trace([0.0], requests.prompt_tokens[i : i + 1], requests.output_tokens[i : i + 1]), s).requests
         for name in ("first_token_s", "finish_s"):
-            assert r[name][i] - r["arrival_s"][i] >= alone[name][0] * (1 - 1e-9) - 1e-12, (name, i)
+            assert r[name][i] - r["arrival_s"][i] >= alone[name][0] * (1 - 1e-9)
+
+
+def faster(figures, factor, name=""):
+    """A GPU's rates or a host with every rate times `factor` and every fixed time over it; or with one such figure."""
+
+    def scaled(field, value):
+        if field.endswith("_curve"):
+            return tuple((size, factor * rate) for size, rate in value)
+        if field == "matmul_flops":
+            return tuple((dtype, factor * rate) for dtype, rate in value)
+        if field.endswith(("_Bps", "_flops", "_per_s")):
+            return factor * value
+        return value / factor if field.endswith("_s") else value
+
+    names = [name] if name else [field.name for field in fields(figures) if field.name not in ("sources", "name")]
+    return replace(figures, **{field: scaled(field, getattr(figures, field)) for field in names})
+
+
+@settings(max_examples=25)
+@given(scenarios())
+def test_in_a_world_twice_as_fast_everything_takes_half_as_long(scenario):
+    requests, s = scenario
+    gpu = replace(s.gpu, rates=faster(s.gpu.rates, 2.0))
+    slow = simulate(requests, s)
+    fast = simulate(requests.scaled_rate(2.0), replace(s, gpu=gpu, host=faster(s.host, 2.0)))
+    for name in ("admitted_s", "first_token_s", "finish_s"):
+        assert fast.requests[name] == pytest.approx(slow.requests[name] / 2, rel=1e-6, nan_ok=True)
+    assert fast.traffic == slow.traffic
+    assert (fast.cache, fast.swaps) == (slow.cache, slow.swaps)
+
+
+@settings(max_examples=30)
+@given(
+    policy=st.sampled_from(POLICIES),
+    figure=st.sampled_from([field.name for field in fields(GPU.rates) if field.name != "gather_sm_share"]),
+    factor=st.floats(1, 8),
+    prompt=st.integers(1, 3000),
+    chunk=st.sampled_from([100, 8192]),
+)
+def test_no_faster_part_slows_a_lone_request(policy, figure, factor, prompt, chunk):
+    s = setup(policy, model=SMALL, max_num_batched_tokens=chunk)
+    better = replace(s, gpu=replace(GPU, rates=faster(GPU.rates, factor, figure)))
+    before, after = (simulate(trace([0.0], prompt, 20), x).requests for x in (s, better))
+    for name in ("first_token_s", "finish_s"):
+        assert after[name][0] <= before[name][0] * (1 + 1e-9)
+
+
+@given(
+    requests=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=25),
+    room=st.integers(0, 12),
+)
+def test_lru_hits_what_a_stack_of_all_blocks_says(requests, room):
+    """Mattson's stack: after a request its blocks are on top, the head first; a tier of C holds the C on top.
+
+    So a larger tier hits all that a smaller one does. A block's id names its whole path, as in any trace.
+    """
+    ids: dict[tuple[int, ...], int] = {}
+    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, LruTier(room * BLOCK), LruTier(0))
+    stack: list[int] = []
+    for path in requests:
+        blocks = [ids.setdefault(tuple(path[: i + 1]), len(ids)) for i in range(len(path))]
+        expected = next((i for i, block in enumerate(blocks) if block not in stack[:room]), len(blocks))
+        hit = cache.match(blocks, BLOCK * len(blocks))
+        assert hit.hbm_blocks == expected
+        cache.accept(blocks, hit)
+        cache.store(blocks, BLOCK * len(blocks))
+        stack = blocks + [block for block in stack if block not in blocks]
+
+
+@settings(max_examples=15)
+@given(scenarios(caches=False))
+def test_a_window_that_covers_everything_is_the_dense_cache(scenario):
+    requests, s = scenario
+    full, window = (
+        simulate(requests, replace(s, policy=setup(policy).policy)).requests
+        for policy in ("full", "sink-window:positions=original,window_tokens=100000")
+    )
+    for name in ("first_token_s", "finish_s"):
+        assert window[name] == pytest.approx(full[name], rel=1e-12, nan_ok=True)
+
+
+@settings(max_examples=15)
+@given(scenarios(caches=False), scenarios(caches=False))
+def test_tenants_on_replicas_of_their_own_do_not_meet(mine, theirs):
+    """Alternating requests on two replicas are two runs on one: with the cache in HBM they share nothing."""
+    n = min(len(mine[0]), len(theirs[0]))
+    arrival_s = mine[0].arrival_s[:n]
+    prompts, outputs = (
+        np.ravel([getattr(t, name)[:n] for t in (mine[0], theirs[0])], order="F")
+        for name in ("prompt_tokens", "output_tokens")
+    )
+    s = replace(setup("full", model=SMALL, gpus=2, max_num_batched_tokens=100), fidelity=mine[1].fidelity)
+    both = simulate(trace(np.repeat(arrival_s, 2), prompts, outputs), s).requests
+    for tenant in (0, 1):
+        alone = simulate(trace(arrival_s, prompts[tenant::2], outputs[tenant::2]), replace(s, gpus=1)).requests
+        for name in ("admitted_s", "first_token_s", "finish_s"):
+            assert both[name][tenant::2] == pytest.approx(alone[name], rel=1e-12)

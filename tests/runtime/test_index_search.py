@@ -91,14 +91,14 @@ def test_a_graph_search_keeps_to_its_allowance(share: float) -> None:
 
 
 def test_the_graph_finds_more_for_more_and_beats_chance() -> None:
-    asked = normal(3, KV_HEADS * GROUP, 20, HEAD_DIM)
+    asked = normal(3, KV_HEADS * GROUP, 10, HEAD_DIM)
     index = Graph.build(KEYS, QUERIES, SMALL)
     recalls = []
-    for share in (0.1, 0.3, 0.6):
+    for share in (0.2, 0.4, 0.6):
         index.parameters = replace(SMALL, scanned=share)
         result = measure(index, KEYS, asked, 10)
         recalls.append(result.recall.mean().item())
-        assert recalls[-1] > 2 * share or recalls[-1] > 0.95  # a random choice would find `share`
+        assert recalls[-1] > 1.5 * share  # a random choice would find `share`
     assert recalls == sorted(recalls)
 
 
@@ -111,16 +111,16 @@ def test_a_head_is_searched_the_same_whether_alone_or_among_others() -> None:
         assert found.scanned[0] == together.scanned[GROUP + head]
 
 
-def test_stopping_on_mass_scans_less_of_a_concentrated_head() -> None:
+def test_stopping_on_mass_ends_the_search_of_a_concentrated_head_alone() -> None:
     asked = ASKED.clone()
-    asked[0] = KEYS[0, 123] * 20  # nearly all attention falls on key 123
-    index = Graph.build(KEYS, QUERIES, replace(SMALL, scanned=0.9))
-    every = index.search(asked, 10)
-    index.parameters = replace(SMALL, scanned=0.9, stop_gain=0.01)
-    stopped = index.search(asked, 10)
-    assert stopped.ids[0, 0] == 123
-    assert stopped.scanned[0] < every.scanned[0]
-    assert (stopped.scanned <= every.scanned).all()
+    asked[0] *= 50  # softmax falls on a key or two
+    asked[1] = 0  # and here on all alike: every step adds its share
+    every = Graph.build(KEYS, QUERIES, replace(SMALL, scanned=0.5))
+    stopping = Graph(KEYS, every.links, every.entries, replace(SMALL, scanned=0.5, stop_gain=0.01))
+    to_the_end, stopped = every.search(asked, 10), stopping.search(asked, 10)
+    assert stopped.scanned[0] < to_the_end.scanned[0] == 250
+    assert stopped.scanned[1] > stopped.scanned[0]
+    assert (stopped.scanned <= to_the_end.scanned).all()
 
 
 def test_every_key_can_be_reached_by_its_links() -> None:

@@ -1,0 +1,258 @@
+"""What the query-aware graph finds for the keys that it scans, beside inverted files and HNSW.
+
+For queries that no index saw: recall of the exact top 100 and the attention mass captured, against the inner products
+computed as a share of the keys (centroids, entry points and upper layers included).
+
+    python benchmarks/retrieval_index.py [--context 32768] [--layers 4 6] [--capture FILE] [--out FILE]
+
+Two sets of keys:
+- needle-28m on one niah_multiquery prompt. Indexed: the prompt without 128 sinks and its last 512 tokens, with the
+  queries of the same tokens; asked: the queries of the last 32 tokens (the question and the answer). A head is
+  concentrated when its exact top 100 hold half of its attention, diffuse otherwise.
+- synthetic, queries out of distribution: hidden states x = topic (one of 512, normal) + 0.7 noise, d = 64; keys
+  x Wk + bk and queries x Wq + bq with independent random W of spectrum i^-0.5 and independent normal offsets of half
+  the topics' size, 16,384 keys, 8,192 queries to build from, 32 to ask with. Seed 0 was for tuning; seeds 1 to 3 are
+  reported.
+
+The tuning of each method (lists; links of HNSW) is chosen for each share of keys as the best one on the very queries
+asked, which favours the baselines: the graph has its defaults throughout.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import faiss
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runtime.index import Graph, GraphParameters, Ivf
+from runtime.index.measure import Quality, measure, quality
+from runtime.needle import expand, load_evals
+
+OUT = Path(__file__).parent / "results" / "retrieval_index.json"
+SHARES = (0.01, 0.02, 0.03, 0.05, 0.1)
+TOP_K, ASKED, SINKS, WINDOW = 100, 32, 128, 512
+CONCENTRATED = 0.5
+LISTS, PROBED = (256, 512), (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
+LINKS, EFFORTS = (8, 16), (100, 200, 400, 800)  # HNSW: M, efSearch
+METRICS = ("recall", "mass")
+SEEDS = (1, 2, 3)
+
+
+def curve(points: list[Quality]) -> dict[str, np.ndarray]:
+    """Recall and mass (heads, shares) between measured points; 0 below the least that the method can scan."""
+    scanned = torch.stack([p.scanned for p in points], dim=1).numpy()
+    values = {name: torch.stack([getattr(p, name) for p in points], dim=1).numpy() for name in METRICS}
+    return {
+        name: np.stack([np.interp(SHARES, x, y, left=0.0) for x, y in zip(scanned, table, strict=True)])
+        for name, table in values.items()
+    }
+
+
+def graph_curve(keys: torch.Tensor, queries: torch.Tensor, asked: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    """The graph, told how many keys it may scan."""
+    index = Graph.build(keys, queries)
+    points = []
+    for share in SHARES:
+        index.parameters = replace(GraphParameters(), scanned=share)
+        points.append(measure(index, keys, asked, TOP_K))
+    # A search that ends early has scanned less than its share: its figures hold for the share, not below it.
+    return [{name: torch.stack([getattr(p, name) for p in points], dim=1).numpy() for name in METRICS}]
+
+
+def ivf_curves(keys: torch.Tensor, queries: torch.Tensor, asked: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    """Lists by Euclidean distance (ours) and by inner product (FAISS), of several sizes."""
+
+    def build(rows: np.ndarray, lists: int) -> faiss.Index:
+        d = rows.shape[1]
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, lists, faiss.METRIC_INNER_PRODUCT)
+        index.train(rows)
+        index.add(rows)
+        return index
+
+    curves = []
+    for lists in LISTS:
+        probes = sorted({max(1, round(lists * share)) for share in PROBED})
+        index = Ivf.build(keys, queries, lists=lists, probe=1)
+        points = []
+        for probe in probes:
+            index.probe = probe
+            points.append(measure(index, keys, asked, TOP_K))
+        by_product = [build(rows.numpy(), lists) for rows in keys]
+        curves += [curve(points), faiss_curve(by_product, keys, asked, "nprobe", probes, lists)]
+    return curves
+
+
+def hnsw_curves(keys: torch.Tensor, _queries: torch.Tensor, asked: torch.Tensor) -> list[dict[str, np.ndarray]]:
+    """FAISS's HNSW on inner products, built from keys alone."""
+    curves = []
+    for links in LINKS:
+        indexes = [faiss.IndexHNSWFlat(keys.shape[2], links, faiss.METRIC_INNER_PRODUCT) for _ in keys]
+        for index, rows in zip(indexes, keys, strict=True):
+            index.hnsw.efConstruction = 100
+            index.add(rows.numpy())
+        curves.append(faiss_curve(indexes, keys, asked, "efSearch", EFFORTS, 0))
+    return curves
+
+
+def faiss_curve(
+    indexes: list[faiss.Index],
+    keys: torch.Tensor,
+    asked: torch.Tensor,
+    knob: str,
+    settings: Sequence[int],
+    centroids: int,
+) -> dict[str, np.ndarray]:
+    """One FAISS index a KV head, `knob` set to each of `settings`; distances to `centroids` are added to its count."""
+    group = len(asked) // len(keys)
+    points = []
+    for setting in settings:
+        ids = torch.empty(len(asked), asked.shape[1], TOP_K, dtype=torch.int64)
+        scanned = torch.empty(len(asked))
+        for head, q in enumerate(asked):
+            index = indexes[head // group]
+            setattr(index if knob == "nprobe" else index.hnsw, knob, setting)
+            stats = faiss.cvar.indexIVF_stats if knob == "nprobe" else faiss.cvar.hnsw_stats
+            stats.reset()
+            ids[head] = torch.from_numpy(index.search(q.contiguous().numpy(), TOP_K)[1])
+            scanned[head] = stats.ndis / len(q) + centroids
+        points.append(quality(((part, scanned) for part in ids.unbind(1)), keys, asked, TOP_K))
+    return curve(points)
+
+
+METHODS = {"graph": graph_curve, "ivf": ivf_curves, "hnsw": hnsw_curves}
+
+
+def compare(keys: torch.Tensor, queries: torch.Tensor, asked: torch.Tensor) -> dict[str, dict[str, np.ndarray]]:
+    """For each method recall and mass (heads, shares), the best tuning at each share."""
+    found = {name: method(keys, queries, asked) for name, method in METHODS.items()}
+    return {
+        name: {metric: np.max([c[metric] for c in curves], axis=0) for metric in METRICS}
+        for name, curves in found.items()
+    }
+
+
+def synthetic(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys (1, n, d), queries to build from and to ask with, as the head of this file says."""
+    d, topics, random = 64, 512, torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    def projection() -> torch.Tensor:
+        left, right = torch.linalg.qr(normal(d, d))[0], torch.linalg.qr(normal(d, d))[0]
+        return left * torch.arange(1, d + 1) ** -0.5 @ right * d**0.25
+
+    centres, w_k, w_q, b_k, b_q = normal(topics, d), projection(), projection(), normal(d) / 2, normal(d) / 2
+
+    def hidden(rows: int) -> torch.Tensor:
+        return centres[torch.randint(topics, (rows,), generator=random)] + 0.7 * normal(rows, d)
+
+    keys, build, asked = hidden(16384) @ w_k + b_k, hidden(8192) @ w_q + b_q, hidden(ASKED) @ w_q + b_q
+    return keys[None], build[None], asked[None]
+
+
+def needle(context: int, layers: list[int]) -> dict[str, torch.Tensor]:
+    """Rotated queries (layers, heads, n, d) and keys (layers, kv_heads, n, d) of one prompt and its answer."""
+    example = next(e for e in load_evals(("niah_multiquery",)) if e.length_tokens == context and e.depth >= 0.45)
+    ids = torch.from_numpy(np.concatenate([example.prompt, example.answer]))[None]
+    with TemporaryDirectory() as folder, torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(expand(Path(folder)), dtype=torch.float32)
+        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def keep(layer: int, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            normed = model.model.layers[layer].input_layernorm(arguments[0])
+            shape = (1, normed.shape[1], -1, module.head_dim)
+            q, k = (p(normed).view(shape).transpose(1, 2) for p in (module.q_proj, module.k_proj))
+            angles = model.model.rotary_emb(normed, torch.arange(normed.shape[1])[None])
+            q, k = apply_rotary_pos_emb(q, k, *angles)
+            kept[layer] = (q[0], k[0])
+
+        for number in layers:
+            layer = model.model.layers[number]
+            layer.register_forward_pre_hook(lambda _, a, n=number, m=layer.self_attn: keep(n, m, a))
+        model.model(ids, use_cache=False)
+    return {
+        "q": torch.stack([kept[n][0] for n in layers]),
+        "k": torch.stack([kept[n][1] for n in layers]),
+        "prompt": torch.tensor(len(example.prompt)),
+    }
+
+
+def rows(label: str, compared: dict[str, dict[str, np.ndarray]], heads: np.ndarray) -> list[dict[str, object]]:
+    """Means over `heads` as records."""
+    return [
+        {"keys": label, "heads": len(heads), "method": method, "scanned": share, "metric": metric,
+         "value": round(float(table[metric][heads, column].mean()), 4)}
+        for method, table in compared.items() for metric in METRICS for column, share in enumerate(SHARES)
+    ]  # fmt: skip
+
+
+def table(records: list[dict[str, object]]) -> str:
+    """The records as Markdown, a line for each set of keys, metric and method."""
+    lines = ["| keys | heads | metric | method | " + " | ".join(f"{s:.0%}" for s in SHARES) + " |", "|---|---:|---|---|" + "---:|" * len(SHARES)]  # fmt: skip  # noqa: E501
+    lines_of: dict[tuple[object, ...], list[str]] = {}
+    for record in records:
+        key = (record["keys"], record["heads"], record["metric"], record["method"])
+        lines_of.setdefault(key, []).append(f"{record['value']:.3f}")
+    lines += ["| " + " | ".join(map(str, key)) + " | " + " | ".join(values) + " |" for key, values in lines_of.items()]
+    return "\n".join(lines)
+
+
+def join(parts: list[dict[str, dict[str, np.ndarray]]]) -> dict[str, dict[str, np.ndarray]]:
+    """The heads of several comparisons, one after another."""
+    return {m: {x: np.concatenate([part[m][x] for part in parts]) for x in METRICS} for m in METHODS}
+
+
+def needle_rows(
+    context: int, parts: list[dict[str, dict[str, np.ndarray]]], best: list[np.ndarray]
+) -> list[dict[str, object]]:
+    """Records of the model's heads, concentrated and diffuse ones apart."""
+    joined, held, records = join(parts), np.concatenate(best), []
+    for label, chosen in (("concentrated", held >= CONCENTRATED), ("diffuse", held < CONCENTRATED)):
+        heads = np.flatnonzero(chosen)
+        if len(heads):
+            records += rows(f"needle-28m {context} {label}, best mass {held[heads].mean():.3f}", joined, heads)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, default=32768, help="tokens of the needle-28m prompt")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 6])
+    parser.add_argument("--capture", type=Path, help="keep the model's queries and keys here, or read them from here")
+    parser.add_argument("--out", type=Path, default=OUT)
+    given = parser.parse_args()
+    if given.capture and given.capture.exists():
+        captured = load_file(given.capture)
+    else:
+        captured = needle(given.context, given.layers)
+        if given.capture:
+            save_file(captured, given.capture)
+    end, parts, best, asked_nothing = int(captured["prompt"]) - WINDOW, [], [], torch.full((1, TOP_K), -1)
+    for q, k in zip(captured["q"].float(), captured["k"].float(), strict=True):
+        keys, asked = k[:, SINKS:end].contiguous(), q[:, -ASKED:]
+        parts.append(compare(keys, q[:, SINKS:end], asked))
+        none = (asked_nothing.expand(len(asked), -1), torch.zeros(len(asked)))
+        best.append(quality([none] * ASKED, keys, asked, TOP_K).best_mass.numpy())
+        sys.stdout.write(table(needle_rows(given.context, parts, best)) + "\n")
+        sys.stdout.flush()
+    records = needle_rows(given.context, parts, best)
+    records += rows("synthetic", join([compare(*synthetic(seed)) for seed in SEEDS]), np.arange(len(SEEDS)))
+    setup = {"context_tokens": given.context, "layers": given.layers, "top_k": TOP_K, "asked_per_head": ASKED}
+    given.out.write_text(json.dumps({"schema_version": 1, "setup": setup, "rows": records}, indent=1) + "\n")
+    sys.stdout.write(table(records) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What a simulation of one policy depends on besides the trace: model, hardware, cluster and engine options."""
+
+from dataclasses import dataclass, field
+
+from kvsim.hardware import Gpu, Host
+from kvsim.machine import Machine
+from kvsim.names import unknown_name
+from kvsim.units import format_bytes
+from policies import ModelShape, Policy
+
+ROUTERS = ("round-robin", "least-loaded")
+SCHEDULERS = ("fcfs",)
+FIDELITIES = ("step", "op")
+PREEMPTIONS = ("swap", "recompute")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Everything that a simulation of one policy depends on, besides the trace.
+
+    There are `gpus` / `tp` engine replicas. Sizes of prefix caches are per host, that of HBM over all its GPUs; 0 is
+    off. `counts` replaces the default mean of a data-dependent count, as a share of its maximum.
+
+    Raises ValueError for a figure out of its range, an unknown name, and replicas that no host holds.
+    """
+
+    model: ModelShape
+    policy: Policy
+    gpu: Gpu
+    host: Host
+    gpus: int = 1
+    tp: int = 1
+    fidelity: str = "step"
+    scheduler: str = "fcfs"
+    router: str = "round-robin"
+    preemption: str = "swap"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192  # of one iteration, so also the prefill chunk
+    gpu_memory_utilization: float = 0.9
+    host_memory_utilization: float = 0.9
+    prefix_cache_hbm_bytes: int = 0
+    prefix_cache_ddr_bytes: int = 0
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "tp", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("prefix_cache_hbm_bytes", "prefix_cache_ddr_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("gpu_memory_utilization", "host_memory_utilization"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        for name, known in (
+            ("fidelity", FIDELITIES),
+            ("scheduler", SCHEDULERS),
+            ("router", ROUTERS),
+            ("preemption", PREEMPTIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        if self.gpus % self.tp:
+            raise ValueError(f"gpus={self.gpus} is not a multiple of tp={self.tp}; every replica takes tp GPUs")
+        if self.tp > self.host.gpus_max:
+            raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {self.host.name!r}")
+        for name, share in self.counts.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"counts: {name}={share} must be a share from 0 to 1 of the count's maximum")
+
+    @property
+    def replicas(self) -> int:
+        """Engine replicas, each of `tp` GPUs."""
+        return self.gpus // self.tp
+
+    @property
+    def replicas_per_host(self) -> int:
+        """Replicas that share one host, at the most."""
+        return min(self.replicas, self.host.gpus_max // self.tp)
+
+    @property
+    def rank(self) -> ModelShape:
+        """The model as one rank holds it."""
+        return self.model.shard(self.tp) if self.tp > 1 else self.model
+
+    @property
+    def activation_bytes(self) -> int:
+        """HBM for one iteration's activations and logits: the widest layer of the largest batch, at 16 and 32 bits."""
+        rank = self.rank
+        mlp_width = max(layer.mlp_active_params for layer in rank.layers) // (3 * rank.hidden_dim)
+        token_bytes = 2 * (4 * rank.hidden_dim + 2 * mlp_width)
+        logits_bytes = 4 * (rank.head_params // rank.hidden_dim) * self.max_num_seqs
+        return self.max_num_batched_tokens * token_bytes + logits_bytes
+
+    def machine(self) -> Machine:
+        """One rank's place in its node."""
+        return Machine(gpu=self.gpu, host=self.host, tp=self.tp)
+
+    def capacity(self) -> tuple[int, int, int]:
+        """Bytes per tier of one rank for KV state, after weights, activations and prefix caches.
+
+        Raises ValueError when the model or a cache leaves nothing.
+        """
+        ranks = self.replicas_per_host * self.tp
+        usable = int(self.gpu.memory_bytes * self.gpu_memory_utilization)
+        weights, cached = self.rank.weight_bytes, self.prefix_cache_hbm_bytes // ranks
+        hbm = usable - weights - self.activation_bytes - cached
+        if hbm <= 0:
+            parts = [("weights", weights), ("activations", self.activation_bytes), ("prefix cache", cached)]
+            needs = " + ".join(f"{format_bytes(n)} {what}" for what, n in parts if n)
+            raise ValueError(
+                f"{self.model.name} does not fit: one of {self.tp} x {self.gpu.name} has {format_bytes(usable)} usable "
+                f"(gpu_memory_utilization={self.gpu_memory_utilization}), needed: {needs}; raise --tp or that share"
+            )
+        ddr = (int(self.host.ddr_bytes * self.host_memory_utilization) - self.prefix_cache_ddr_bytes) // ranks
+        if ddr < 0:
+            raise ValueError(
+                f"prefix_cache_ddr={format_bytes(self.prefix_cache_ddr_bytes)} exceeds the usable "
+                f"{format_bytes(int(self.host.ddr_bytes * self.host_memory_utilization))} of host {self.host.name!r}"
+            )
+        return hbm, ddr, 0
