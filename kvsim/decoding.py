@@ -79,7 +79,9 @@ class DecodingBatch:
         return self._over_tiers([total.slopes for total in self.totals.values()])
 
     def _over_tiers(self, vectors: list[Vector]) -> list[int]:
-        stored = [vector[-len(TIERS) :].tolist() for vector in vectors]
+        stored: list[list[int]] = [vector[-len(TIERS) :].tolist() for vector in vectors]
+        if len(stored) == 1:
+            return stored[0]
         return [sum(column) for column in zip(*stored, strict=True)] or [0] * len(TIERS)
 
     def _add(self, sequence: Sequence, generated: int) -> None:

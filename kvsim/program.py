@@ -92,15 +92,18 @@ def makespan_s(program: Program, seconds: Floats) -> float:
             layer += 1
             state = [free[lane] for lane in used]
             if before:
-                steps = [now - then for now, then in zip(state, before, strict=True)]
-                if max(steps) - min(steps) <= SETTLED * max(steps) and abs(steps[0] - increment) <= SETTLED * increment:
-                    skipped = (repeat - layer) * steps[0]
+                step = state[0] - before[0]
+                close = SETTLED * step
+                if abs(step - increment) <= close and all(
+                    abs(state[i] - before[i] - step) <= close for i in range(1, len(state))
+                ):
+                    skipped = (repeat - layer) * step
                     for lane in used:
                         free[lane] += skipped
                     for row in done:
                         row[:] = [t + skipped if t else 0.0 for t in row]
                     break
-                increment = steps[0]
+                increment = step
             before = state
     for slot in program.end:
         free[slot.lane] = max(free) + times[slot.time]
@@ -113,7 +116,8 @@ def _advance(slots: Sequence[Slot], times: Sequence[float], free: list[float], d
         start = free[lane]
         for back, other in waits:
             ready = done[back][other]
-            start = max(start, ready)
+            if ready > start:  # noqa: PLR1730 - the innermost line of all: a call of max would double its time
+                start = ready
         seconds = times[time]
         finish = start + seconds
         if seconds:
