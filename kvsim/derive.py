@@ -81,6 +81,20 @@ class Piece:
         self._matrix = np.array([[row.get(m, 0) for m in self.monomials] for row in rows], dtype=np.int64)
         self._matrix = self._matrix.reshape(len(rows), -1)
         self._tests = [(condition.equal, condition.truth) for condition in conditions]
+        last = inputs - 1
+        growing = [monomial for monomial in self.monomials if last in monomial]
+        self.affine = all(monomial.count(last) == 1 for monomial in growing)
+        self._rates: Vector | None = None  # of all rows in the last input, where they are the same everywhere
+        if growing in ([], [(last,)]):
+            self._rates = self._matrix[:, self.monomials.index((last,))] if growing else np.zeros(len(rows), np.int64)
+        self._moving_floors = [i for i, floor in enumerate(floors) if any(last in m for m in floor.polynomial)]
+
+    def rates(self, variables: list[int], rows: Vector) -> Vector:
+        """How much each row grows with the last input, floors aside; rows must be affine in it."""
+        if self._rates is not None:
+            return self._rates
+        last = self.inputs - 1
+        return self.rows([*variables[:last], variables[last] + 1, *variables[self.inputs :]]) - rows
 
     def variables(self, inputs: tuple[int, ...]) -> list[int]:
         """Inputs and floors."""
@@ -113,14 +127,16 @@ class Piece:
         """The amounts among the rows."""
         return rows[self._before :]
 
-    def steps_until_change(self, now: list[int], rows: Vector, then: list[int], rates: Vector) -> int:
+    def steps_until_change(self, now: list[int], rows: Vector, rates: Vector) -> int:
         """After how many more units of the last input a condition or a floor changes.
 
-        `now` and `rows` are the variables and rows here, `then` and `rates` the variables one unit on, with the floors
-        of here, and how much each row grows. Rows must be affine in the last input.
+        `now` and `rows` are the variables and rows here, `rates` how much each row grows. Rows must be affine in the
+        last input.
         """
-        nearest = END
-        for i, floor in enumerate(self.floors):
+        nearest, last = END, self.inputs - 1
+        then = [*now[:last], now[last] + 1, *now[self.inputs :]] if self._moving_floors else now
+        for i in self._moving_floors:
+            floor = self.floors[i]
             here = evaluate(floor.polynomial, now)
             rate, edge = evaluate(floor.polynomial, then) - here, now[self.inputs + i] * floor.divisor
             if rate > 0:
@@ -169,11 +185,10 @@ class PlanTable:
         """The decode steps from `generated_tokens` on for as long as their amounts grow evenly."""
         piece, now, rows = self._find(self._decode, (prompt_tokens, generated_tokens))
         start = piece.vector(rows)
-        if any(monomial.count(1) > 1 for monomial in piece.monomials):
+        if not piece.affine:
             return Segment(piece, start, np.zeros_like(start), generated_tokens + 1)
-        then = [now[0], now[1] + 1, *now[2:]]
-        rates = piece.rows(then) - rows
-        until = min(END, generated_tokens + piece.steps_until_change(now, rows, then, rates))
+        rates = piece.rates(now, rows)
+        until = min(END, generated_tokens + piece.steps_until_change(now, rows, rates))
         return Segment(piece, start, piece.vector(rates), until)
 
     def warm(self, prompt_tokens: Sequence[int], chunk_tokens: int) -> None:

@@ -1,5 +1,6 @@
 """One simulation: a trace replayed on a cluster of engine replicas, and what came of it."""
 
+import gc
 import time
 from collections.abc import Callable, Generator
 from typing import Any
@@ -118,6 +119,7 @@ class _Cluster:
 
     def play(self, progress: Callable[[int], None] | None) -> None:
         """Run until nothing is left to happen."""
+        gc.freeze()  # what was loaded before is here to stay: collections need not walk it again and again
         try:
             if progress is None:
                 self.env.run()
@@ -130,6 +132,8 @@ class _Cluster:
                 progress(sum(replica.left for replica in self.replicas))
         except KeyboardInterrupt:
             return
+        finally:
+            gc.unfreeze()
 
     def outcome(self) -> Outcome:
         """What has been recorded so far."""
