@@ -38,6 +38,7 @@ class Program(NamedTuple):
     depth: int  # how many layers back a wait may reach
     layers: Floats  # how many layers run each operation, by `Slot.time`
     elsewhere: tuple[int, ...]  # operations that are not on the SMs, by `Slot.time`
+    layers_apart: bool  # no layer begins before the one before it has ended on every lane
 
 
 def compile_program(model: ModelShape, structures: Sequence[Structure], tp: int) -> Program:
@@ -70,7 +71,18 @@ def compile_program(model: ModelShape, structures: Sequence[Structure], tp: int)
             counts[slot.time] += n
     everything = [slot for _, program in runs for slot in program] + end
     elsewhere = tuple(sorted({slot.time for slot in everything if slot.lane != SM}))
-    return Program(tuple(runs), tuple(end), len(slots), depth, counts, elsewhere)
+    apart = all(_stands_apart(layer) for layer in known.values())
+    return Program(tuple(runs), tuple(end), len(slots), depth, counts, elsewhere, apart)
+
+
+def _stands_apart(layer: Sequence[Slot]) -> bool:
+    """Whether all operations of a layer lie between its first and its last one, so that layers follow one another.
+
+    Each waits for another of its layer, and is itself awaited or runs on the last one's lane, which is in order.
+    """
+    within = all(slot.waits and not any(back for back, _ in slot.waits) for slot in layer[1:])
+    awaited = {other for slot in layer for _, other in slot.waits}
+    return within and all(slot.slot in awaited or slot.lane == layer[-1].lane for slot in layer)
 
 
 def makespan_s(program: Program, seconds: Floats) -> float:
@@ -80,6 +92,15 @@ def makespan_s(program: Program, seconds: Floats) -> float:
         return float(program.layers @ seconds)
     free = [0.0] * len(LANES)
     done = [[0.0] * program.slots for _ in range(program.depth + 1)]  # finish times, this layer first
+    if program.layers_apart:
+        total = 0.0
+        for repeat, slots in program.runs:
+            alone = [0.0] * len(LANES)
+            _advance(slots, times, alone, done)
+            total += repeat * max(alone)
+        for slot in program.end:  # one after the other
+            total += times[slot.time]
+        return total
     for repeat, slots in program.runs:
         used = sorted({slot.lane for slot in slots if times[slot.time]})
         before: list[float] = []
