@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from runtime.executor import Call
-from runtime.kernels.attention import merge, partial_attention
+from runtime.kernels.attention import causal_mask, merge, partial_attention
 
 
 def split(kv: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,8 +27,7 @@ def attend(call: Call, keys: torch.Tensor, values: torch.Tensor, mask: torch.Ten
     """
     new, tokens = call.step.new_tokens, keys.shape[2]
     if mask is None and new > 1:
-        reach = torch.arange(tokens, device=keys.device)
-        mask = (reach[None, :] <= reach[tokens - new :, None])[None, None]
+        mask = causal_mask(new, tokens, keys.device)
     if call.softcap is None and call.sinks is None:
         return scaled_dot_product_attention(
             call.q, keys, values, attn_mask=mask, scale=call.scale, enable_gqa=call.shape.group > 1

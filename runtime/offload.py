@@ -15,7 +15,7 @@ from policies import ModelShape, Policy, Step, plan_layer
 from policies.plan import Tier
 from runtime.arena import DTYPES
 from runtime.cache import HANDLE, TieredCache
-from runtime.kernels.attention import merge, partial_attention
+from runtime.kernels.attention import causal_mask, merge, partial_attention
 from runtime.methods import method_of
 from runtime.mover import Mover
 
@@ -144,8 +144,7 @@ def _stock(
     """Dense attention for layers that the policy leaves alone: keys and values as Hugging Face's cache gave them."""
     new, tokens = query.shape[2], key.shape[2]
     if mask is None and new > 1:
-        reach = torch.arange(tokens, device=key.device)
-        mask = (reach[None, :] <= reach[tokens - new :, None])[None, None]
+        mask = causal_mask(new, tokens, key.device)
     part = partial_attention(query, key, value, scale=scale, mask=mask, softcap=softcap)
     out = merge([part], sink_logits=s_aux).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None
