@@ -21,6 +21,14 @@ class LayerPlan(NamedTuple):
     counts: tuple[Count, ...]
 
 
+class EndPlan(NamedTuple):
+    """What one policy does after the last layer of a prompt, for all layers that it has."""
+
+    policy: Policy
+    layers: tuple[int, ...]
+    ops: Plan
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByLayer(Policy):
     """`parts` are (first layer, last layer, policy); every other layer has `otherwise`."""
@@ -180,16 +188,22 @@ def plan_layer(policy: Policy, model: ModelShape, step: Step, layer: int) -> Lay
     return LayerPlan(leaf, leaf.buffers(model, step, layer), ops, leaf.counts(model, step, layer))
 
 
-def plan_end(policy: Policy, model: ModelShape, step: Step) -> Plan:
-    """Whole-model work after the step's last layer, of every policy that has layers in the model."""
+def plan_ends(policy: Policy, model: ModelShape, step: Step) -> tuple[EndPlan, ...]:
+    """Whole-model work after the step's last layer, for every policy that has layers in the model."""
     layers: dict[Policy, list[int]] = {}
     for layer in range(model.n_layers):
         layers.setdefault(resolve(policy, model, step, layer), []).append(layer)
-    ops: list[Op] = []
+    ends = []
     for leaf, members in layers.items():
         own = tuple(replace(model.layers[i], share_kv_with=None) for i in members)
-        ops += leaf.prefill_end(replace(model, layers=own), step)
-    return tuple(ops)
+        if ops := leaf.prefill_end(replace(model, layers=own), step):
+            ends.append(EndPlan(leaf, tuple(members), ops))
+    return tuple(ends)
+
+
+def plan_end(policy: Policy, model: ModelShape, step: Step) -> Plan:
+    """The operations of `plan_ends`, one policy after the other."""
+    return tuple(op for end in plan_ends(policy, model, step) for op in end.ops)
 
 
 def reuse_of(policy: Policy) -> Reuse:

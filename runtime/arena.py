@@ -1,7 +1,8 @@
 """Allocates what a policy's plan stores, and nothing else."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -20,55 +21,91 @@ DTYPES = {
 class Arena:
     """The buffers of all layers for one batch: `hbm` on the model's device, `ddr` in host memory, pinned beside a GPU.
 
-    A tensor has shape (batch, rows, *row_shape). Rings are shared by all layers in turn.
+    A tensor has shape (batch, rows, *row_shape). Rings are shared by all layers in turn; layers may see one in other
+    shapes. What only a prompt needs is allocated apart, so that it can be freed when the prompt is complete.
     """
 
     def __init__(self, device: torch.device, batch: int) -> None:
         self.device, self.batch = device, batch
-        self._layers: dict[int, dict[str, torch.Tensor]] = {}
-        self._rings: dict[str, list[torch.Tensor]] = {}
         self.allocated_bytes: Counter[Tier] = Counter()
+        self._own: dict[int, dict[str, _Held]] = {}
+        self._rings: dict[tuple[Tier, str], list[_Held]] = {}
+        self._passing: list[tuple[int, str]] = []  # (layer, name) of what only the prompt needs
+        self._passing_rings: set[tuple[Tier, str]] = set()
 
-    def allocate(self, layer: int, buffers: Sequence[Buffer]) -> None:
-        """Allocate a layer's buffers; a ring that is too small for this layer grows.
+    def allocate(self, layer: int, buffers: Iterable[Buffer], *, passing: bool = False) -> None:
+        """Allocate a layer's buffers; `passing`: until `release_passing`. A ring that is too small grows.
 
         Raises ValueError for a dtype that the runtime cannot store, RuntimeError when a tensor's bytes are not the
         buffer's.
         """
-        own = self._layers.setdefault(layer, {})
         for buffer in buffers:
             if buffer.view:
                 continue
-            if not buffer.ring:
-                own[buffer.name] = self._tensor(buffer)
+            if buffer.ring:
+                self._grow(buffer, passing)
                 continue
-            ring = self._rings.setdefault(buffer.name, [])
-            if ring and ring[0].shape[1:] == (buffer.rows, *buffer.row_shape):
-                continue
-            for old in ring:
-                self.allocated_bytes[buffer.tier] -= old.nbytes
-            ring[:] = [self._tensor(buffer) for _ in range(buffer.ring)]
+            held = self._own.setdefault(layer, {})
+            if buffer.name not in held:
+                held[buffer.name] = self._hold(buffer)
+                if passing:
+                    self._passing.append((layer, buffer.name))
 
-    def tensors(self, layer: int) -> dict[str, torch.Tensor]:
-        """A layer's tensors by buffer name, with its turn of each ring."""
-        turns = {name: ring[layer % len(ring)] for name, ring in self._rings.items()}
-        return {**turns, **self._layers.get(layer, {})}
+    def tensors(self, layer: int, buffers: Iterable[Buffer]) -> Mapping[str, torch.Tensor]:
+        """A layer's tensors by buffer name; of each ring its turn, in the shape that this step's `buffers` say."""
+        tensors = self.kept(layer)
+        for buffer in buffers:
+            if buffer.ring and not buffer.view:
+                ring = self._rings[buffer.tier, buffer.name]
+                tensors[buffer.name] = self._shaped(ring[layer % len(ring)].tensor, buffer)
+        return tensors
+
+    def kept(self, layer: int) -> dict[str, torch.Tensor]:
+        """What a layer keeps from step to step."""
+        return {name: held.tensor for name, held in self._own.get(layer, {}).items()}
+
+    def host_tensors(self) -> list[torch.Tensor]:
+        """What lies in host memory."""
+        return [held.tensor for held in self._all() if held.tier is not Tier.HBM]
+
+    def release_passing(self) -> None:
+        """Free what only the prompt needed."""
+        for layer, name in self._passing:
+            self._free(self._own[layer].pop(name))
+        for key in self._passing_rings:
+            for held in self._rings.pop(key):
+                self._free(held)
+        self._passing.clear()
+        self._passing_rings.clear()
 
     def release(self) -> None:
         """Zero host memory, so that one sequence's cache is never readable by the next, and drop everything."""
-        for tensor in (t for layer in self._layers.values() for t in layer.values()):
-            if tensor.device.type == "cpu":
-                tensor.zero_()
-        self._layers.clear()
-        self._rings.clear()
-        self.allocated_bytes.clear()
+        for held in self._all():
+            self._free(held)
+        for table in (self._own, self._rings, self._passing, self._passing_rings):
+            table.clear()
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Give each sequence of the batch the state of another (beam search): sequence i takes that of `rows[i]`."""
-        for tensor in (t for layer in self._layers.values() for t in layer.values()):
-            tensor.copy_(tensor.index_select(0, rows.to(tensor.device)))
+        for held in (h for layer in self._own.values() for h in layer.values()):
+            held.tensor.copy_(held.tensor.index_select(0, rows.to(held.tensor.device)))
 
-    def _tensor(self, buffer: Buffer) -> torch.Tensor:
+    def _all(self) -> list["_Held"]:
+        rings = [held for ring in self._rings.values() for held in ring]
+        return rings + [held for layer in self._own.values() for held in layer.values()]
+
+    def _grow(self, buffer: Buffer, passing: bool) -> None:
+        key = (buffer.tier, buffer.name)
+        ring = self._rings.setdefault(key, [])
+        if ring and ring[0].tensor.nbytes >= self.batch * buffer.nbytes:
+            return
+        if passing and not ring:
+            self._passing_rings.add(key)
+        for held in ring:
+            self._free(held)
+        ring[:] = [self._hold(buffer) for _ in range(buffer.ring)]
+
+    def _hold(self, buffer: Buffer) -> "_Held":
         if buffer.dtype not in DTYPES:
             raise ValueError(
                 f"buffer {buffer.name!r}: the runtime cannot store {buffer.dtype}; it stores {', '.join(DTYPES)}"
@@ -85,4 +122,20 @@ class Arena:
                 f"{buffer.name}: {tensor.nbytes} bytes allocated, {self.batch} x {buffer.nbytes} planned"
             )
         self.allocated_bytes[buffer.tier] += tensor.nbytes
-        return tensor
+        return _Held(tensor, buffer.tier)
+
+    def _free(self, held: "_Held") -> None:
+        self.allocated_bytes[held.tier] -= held.tensor.nbytes
+        if held.tensor.device.type == "cpu":
+            held.tensor.zero_()
+
+    def _shaped(self, storage: torch.Tensor, buffer: Buffer) -> torch.Tensor:
+        dtype, shape = DTYPES[buffer.dtype], (self.batch, buffer.rows, *buffer.row_shape)
+        if storage.dtype == dtype and storage.shape == shape:
+            return storage
+        return storage.view(-1).view(torch.uint8)[: self.batch * buffer.nbytes].view(dtype).view(shape)
+
+
+class _Held(NamedTuple):
+    tensor: torch.Tensor
+    tier: Tier

@@ -1,38 +1,59 @@
 """The Hugging Face cache whose layers keep their tokens where a policy's plan says."""
 
+import logging
 import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from policies import LayerPlan, ModelShape, Policy, Step, plan_layer
+from policies import ByHeads, Full, LayerPlan, ModelShape, Policy, Step, plan_ends, plan_layer, resolve
+from policies.plan import Buffer, Tier, stored_bytes
 from runtime.arena import Arena
-from runtime.executor import Call, Executor
+from runtime.call import Call, Handed, Method
+from runtime.executor import Executor
+from runtime.memory import check_fits
 from runtime.methods import method_of
 from runtime.mover import Mover
+from runtime.recorder import Recorder
+from runtime.rotary import Rotary
 
+LOG = logging.getLogger(__name__)
 HANDLE = "_kvsim_layer"  # attribute of the keys that `update` returns: a weak reference to their layer
+LONG_PROMPT = 1 << 16  # tokens: no policy leaves such a prompt dense for being short
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What all caches of one `offload` share."""
+
+    shape: ModelShape
+    policy: Policy
+    max_new_tokens: int
+    mover: Mover
+    recorder: Recorder
 
 
 class TieredLayer(CacheLayerMixin):
     """One layer: `update` takes the new tokens, and the attention function then runs the plan over them."""
 
     is_sliding = False
-    is_croppable = False
     supports_early_init = False
 
     def __init__(self, cache: "TieredCache", index: int) -> None:
         super().__init__()
-        self._cache, self._index = weakref.ref(cache), index
-        self._tokens = 0
+        self._cache, self.index = weakref.ref(cache), index
+        self.tokens = self.prompt_tokens = 0
+        self.leaf, self.method = _leaf(cache.terms, LONG_PROMPT, index)
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate the layer's buffers for the whole generation."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.cache.allocate(self._index, key_states.shape[2], key_states)
-        self.is_initialized = True
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest tokens can be taken back, as assisted and lookup decoding do."""
+        return self.method.crops
 
     @property
     def cache(self) -> "TieredCache":
@@ -41,6 +62,12 @@ class TieredLayer(CacheLayerMixin):
         if cache is None:
             raise RuntimeError("the cache of this layer no longer exists; keep `kv.cache()` while generating")
         return cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the layer's buffers for the whole generation."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.cache.open(self, key_states)
+        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -65,18 +92,17 @@ class TieredLayer(CacheLayerMixin):
         if self._new is None:
             raise RuntimeError("attention without new tokens: call update first")
         (new_k, new_v), self._new = self._new, None
-        past, new = self._tokens, new_k.shape[2]
-        out = self.cache.run(self._index, past, new, query, new_k, new_v, mask, scale, softcap, sinks)
-        self._tokens += new
+        out = self.cache.run(self, Handed(query, new_k, new_v, mask, scale, softcap, sinks))
+        self.tokens += new_k.shape[2]
         return out
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All tokens, resident or not, so that padding columns line up with positions."""
-        return self._tokens + int(query_length), 0
+        return self.tokens + int(query_length), 0
 
     def get_seq_length(self) -> int:
         """Tokens taken so far."""
-        return self._tokens
+        return self.tokens
 
     def get_max_length(self) -> int:
         """No maximum of its own; the cache raises when its `max_tokens` are used up."""
@@ -84,94 +110,223 @@ class TieredLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._tokens, self._new, self.is_initialized = 0, None, False
+        self.tokens, self._new, self.is_initialized = 0, None, False
         self.cache.release()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beams change places; done once for all layers, when the first is asked."""
-        if self._index == self.cache.first:
-            self.cache.arena.reorder(beam_idx)
+        if self.index == self.cache.own[0]:
+            self.cache.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing can be taken back: ValueError, unless nothing is to be removed."""
-        if tokens_to_remove:
-            raise ValueError("an offloaded cache cannot take tokens back; generate without assisted or lookup decoding")
+        """Take back the newest tokens: -n of them, or, as older versions of Transformers ask, all but n.
+
+        Raises ValueError where the policy cannot.
+        """
+        gone = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.tokens - tokens_to_remove)
+        if not gone:
+            return
+        if not self.method.crops:
+            raise ValueError(
+                f"a cache under {self.leaf.name} cannot take tokens back; generate without assisted or lookup decoding"
+            )
+        self.tokens -= gone
+        self.prompt_tokens = min(self.prompt_tokens, self.tokens)
+        self.cache.cropped(self, gone)
 
 
 class TieredCache(Cache):
     """A cache for one batch: full-attention layers follow the policy, all others stay as Hugging Face has them."""
 
-    def __init__(
-        self, config: Any, shape: ModelShape, policy: Policy, device: torch.device, max_new_tokens: int, mover: Mover
-    ) -> None:
-        layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in shape.layers]
-        own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-        self.first = own[0] if own else -1
-        super().__init__(layers=[TieredLayer(self, i) if i in own else layer for i, layer in enumerate(layers)])
-        self.shape, self.policy, self.max_new_tokens = shape, policy, max_new_tokens
-        self.device, self.mover = device, mover
-        self.executor = Executor(device, mover)
+    def __init__(self, config: Any, terms: Terms, device: torch.device, prompt_tokens: int | None) -> None:
+        self.terms, self.device, self.prompt_tokens = terms, device, prompt_tokens
+        layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in terms.shape.layers]
+        self.own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        super().__init__(layers=[TieredLayer(self, i) if i in self.own else x for i, x in enumerate(layers)])
+        self.executor = Executor(device, terms.mover)
         self.arena: Arena = Arena(device, 0)
-        self._max_tokens = self._prompt_tokens = 0
+        self.max_tokens = 0
+        self.progress: Callable[[int], None] | None = None  # told each layer that has done a step
+        self._half_angles = config.model_type == "gpt_oss"
+        self._rotaries: dict[int, Rotary] = {}  # by layer; layers that share angles share one
+        self._extended: list[tuple[torch.Tensor, Rotary]] = []  # in this step
+        self._last_calls: dict[int, Call] = {}  # of the prompt, for whole-model work
+        self._first_sequence = 0
 
-    def allocate(self, layer: int, prompt_tokens: int, like: torch.Tensor) -> None:
-        """Allocate a layer's buffers for this prompt and `max_new_tokens` more."""
-        if self.arena.batch == 0:
-            self.arena = Arena(like.device, like.shape[0])
-            self._max_tokens = prompt_tokens + self.max_new_tokens
-        last = Step.decoding(prompt_tokens, self.max_new_tokens)
-        self.arena.allocate(layer, plan_layer(self.policy, self.shape, last, layer).buffers)
+    # -- memory --------------------------------------------------------------------------------------------------
 
-    def run(
-        self,
-        layer: int,
-        past: int,
-        new: int,
-        query: torch.Tensor,
-        new_k: torch.Tensor,
-        new_v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Plan and execute one attention call.
+    def open(self, layer: TieredLayer, keys: torch.Tensor) -> None:
+        """Allocate a layer's buffers for its prompt and `max_new_tokens` more.
 
-        Raises ValueError when the cache was allocated for fewer tokens.
+        Raises ValueError when the prompt exceeds the model's positions, MemoryError when the cache does not fit.
         """
-        if past + new > self._max_tokens:
-            raise ValueError(
-                f"the cache holds {self._max_tokens} tokens (prompt and max_new_tokens={self.max_new_tokens}) and "
-                f"token {past + new} has come; give offload(..., max_new_tokens=...) more"
-            )
-        plan = self.plan(layer, past, new)
-        call = Call(
-            shape=self.shape.layers[layer],
-            step=self.step(past, new),
-            state=self.arena.tensors(layer),
-            q=query,
-            new_k=new_k,
-            new_v=new_v,
-            mask=mask,
-            scale=scale,
-            softcap=softcap,
-            sinks=sinks,
-        )
-        self.executor.run(plan, method_of(plan.policy), call)
-        assert call.out is not None  # noqa: S101 - the executor has checked it
-        return call.out
-
-    def step(self, past: int, new: int) -> Step:
-        """The step that these tokens are: several at once are (more of) a prompt, one alone is decoded."""
-        prompt = past + new if new > 1 or past == 0 else self._prompt_tokens
-        self._prompt_tokens = prompt
-        return Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
-
-    def plan(self, layer: int, past: int, new: int) -> LayerPlan:
-        """The layer's plan for these tokens."""
-        return plan_layer(self.policy, self.shape, self.step(past, new), layer)
+        batch, tokens = keys.shape[0], keys.shape[2]
+        prompt = self.prompt_tokens or tokens
+        if self.arena.batch == 0:
+            self._check_positions(prompt)
+            check_fits(self._needed_bytes(batch, prompt, tokens), keys.device)
+            self.arena = Arena(keys.device, batch)
+            self.max_tokens = prompt + self.terms.max_new_tokens
+            self._first_sequence = self.terms.recorder.admit(batch)
+        layer.prompt_tokens = prompt
+        layer.leaf, layer.method = _leaf(self.terms, prompt, layer.index)
+        if layer.index == self.own[0]:
+            self._say_if_dense(layer, prompt)
+        kept, passing = self._buffers(layer.leaf, layer.index, prompt, tokens)
+        self.arena.allocate(layer.index, kept)
+        self.arena.allocate(layer.index, passing, passing=True)
 
     def release(self) -> None:
         """Give all memory back, host memory zeroed."""
+        self.executor.join()
         self.arena.release()
         self.arena = Arena(self.device, 0)
+        for table in (self._rotaries, self._extended, self._last_calls):
+            table.clear()
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Sequence i takes the state of sequence `rows[i]`."""
+        self.executor.join()
+        self.arena.reorder(rows)
+
+    def _buffers(self, leaf: Policy, layer: int, prompt: int, first: int) -> tuple[list[Buffer], list[Buffer]]:
+        """What a layer keeps, at its largest, and what only its prompt needs; `first` tokens come in the first call."""
+        shape, last = self.terms.shape, Step.decoding(prompt, self.terms.max_new_tokens)
+        done = 0 if first == prompt else prompt - 1
+        whole = Step(prompt_tokens=prompt, past_tokens=done, new_tokens=prompt - done)
+        kept = plan_layer(leaf, shape, last, layer).buffers
+        names = {buffer.name for buffer in kept}
+        passing = [b for b in plan_layer(leaf, shape, whole, layer).buffers if b.name not in names or b.ring]
+        return list(kept), passing
+
+    def _needed_bytes(self, batch: int, prompt: int, first: int) -> Counter[Tier]:
+        layers = []
+        for index in self.own:
+            kept, passing = self._buffers(_leaf(self.terms, prompt, index)[0], index, prompt, first)
+            layers.append(kept + passing)
+        return Counter({tier: batch * nbytes for tier, nbytes in stored_bytes(layers).items()})
+
+    def _check_positions(self, tokens: int) -> None:
+        most = self.terms.shape.max_positions
+        if tokens > most:
+            raise ValueError(f"{tokens} tokens exceed the {most} positions of {self.terms.shape.name}; cut the prompt")
+
+    def _say_if_dense(self, layer: TieredLayer, prompt: int) -> None:
+        meant, _ = _leaf(self.terms, LONG_PROMPT, layer.index)
+        if layer.leaf == Full() and meant != Full():
+            least = meant.minimum_prompt_tokens(self.terms.shape, layer.index)
+            LOG.warning("%s leaves a prompt of %d tokens dense: it begins at %d", self.terms.policy.name, prompt, least)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def angles(self, index: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """What the model rotates the new tokens of a layer by; layers that share a table hand over the same tensor."""
+        layer = self.layers[index]
+        if not isinstance(layer, TieredLayer) or not layer.method.unrotates:
+            return
+        if index == self.own[0]:
+            self._extended.clear()
+        for known, rotary in self._extended:
+            if known is cos:
+                self._rotaries[index] = rotary
+                return
+        if index not in self._rotaries:
+            prompt = self.prompt_tokens or cos.shape[1]
+            self._rotaries[index] = Rotary(prompt + self.terms.max_new_tokens, half=self._half_angles)
+        self._rotaries[index].extend(cos, sin)
+        self._extended.append((cos, self._rotaries[index]))
+
+    def run(self, layer: TieredLayer, handed: Handed) -> torch.Tensor:
+        """Plan and execute one attention call.
+
+        Raises ValueError when the cache was allocated for fewer tokens, or the model has fewer positions.
+        """
+        past, new, prompt = layer.tokens, handed.new_k.shape[2], layer.prompt_tokens
+        if past + new > self.max_tokens:
+            raise ValueError(
+                f"the cache holds {self.max_tokens} tokens (prompt and max_new_tokens={self.terms.max_new_tokens}) and "
+                f"token {past + new} has come; give offload(..., max_new_tokens=...) more, or, for a prompt that comes "
+                "in chunks, kv.cache(prompt_tokens=...)"
+            )
+        if layer.index == self.own[0]:
+            self._check_positions(past + new)
+            self.executor.begin()
+        if past >= prompt and new > 1:
+            if not layer.method.extends:
+                outs = [
+                    self._step(layer, Step(prompt_tokens=prompt, past_tokens=past + i, new_tokens=1), one)
+                    for i, one in enumerate(handed.token(i, past + i + 1) for i in range(new))
+                ]
+                return torch.cat(outs, dim=2)
+            layer.prompt_tokens = prompt = past + new
+        elif past < prompt < past + new:
+            raise ValueError(
+                f"the prompt was announced with {prompt} tokens and its token {past + new} has come; give "
+                "kv.cache(prompt_tokens=...) its whole length"
+            )
+        step = Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
+        out = self._step(layer, step, handed)
+        if not step.prefilling:
+            self._ahead(layer, step, handed)
+        return out
+
+    def _step(self, layer: TieredLayer, step: Step, handed: Handed) -> torch.Tensor:
+        plan = plan_layer(layer.leaf, self.terms.shape, step, layer.index)
+        if step.prefilling:  # a ring may have to grow with the chunk
+            self.arena.allocate(layer.index, [b for b in plan.buffers if b.ring])
+        call = self._call(layer, plan, step, handed)
+        self.executor.run(plan, layer.method, call)
+        self.terms.recorder.note(self._first_sequence, self.arena.batch, layer.index, step, plan, call.counts)
+        if step.last_chunk:
+            self._finish(layer, step, call)
+        if self.progress:
+            self.progress(layer.index)
+        assert call.out is not None  # noqa: S101 - the executor has checked it
+        return call.out
+
+    def _call(self, layer: TieredLayer, plan: LayerPlan, step: Step, handed: Handed) -> Call:
+        return Call(
+            shape=self.terms.shape.layers[layer.index],
+            step=step,
+            state=self.arena.tensors(layer.index, plan.buffers),
+            rotary=self._rotaries.get(layer.index),
+            **handed._asdict(),
+        )
+
+    def _ahead(self, layer: TieredLayer, step: Step, handed: Handed) -> None:
+        """Let the next layer's copies begin that wait for nothing of its own."""
+        after = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
+        if isinstance(after, TieredLayer) and after.is_initialized and after.tokens == step.past_tokens:
+            plan = plan_layer(after.leaf, self.terms.shape, step, after.index)
+            nothing = Handed(handed.q[:, :, :0], handed.new_k[:, :, :0], handed.new_v[:, :, :0], None, handed.scale)
+            self.executor.run_ahead(plan, after.method, self._call(after, plan, step, nothing))
+
+    def _finish(self, layer: TieredLayer, step: Step, call: Call) -> None:
+        """The prompt is complete on this layer: after the last one comes whole-model work, and what passes is freed."""
+        if layer.method.ends:
+            self._last_calls[layer.index] = call
+        if layer.index != self.own[-1]:
+            return
+        for end in plan_ends(self.terms.policy, self.terms.shape, step):
+            method = self.layers[end.layers[0]].method
+            self.executor.run_end(end.ops, method, [self._last_calls[i] for i in end.layers])
+        self._last_calls.clear()
+        self.executor.join()
+        self.arena.release_passing()
+
+    def cropped(self, layer: TieredLayer, gone: int) -> None:
+        """A layer has taken back tokens; angles that layers share go once."""
+        rotary = self._rotaries.get(layer.index)
+        if rotary is not None and rotary.tokens > layer.tokens:
+            rotary.drop(gone)
+
+
+def _leaf(terms: Terms, prompt: int, layer: int) -> tuple[Policy, Method]:
+    """The policy of a layer for a prompt, once and for all, and its torch code."""
+    step = Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt)
+    leaf = resolve(terms.policy, terms.shape, step, layer)
+    if isinstance(leaf, ByHeads):
+        sizes = [heads for heads, _ in leaf.parts]
+        parts = [part for _, _, part in leaf.split(terms.shape, step, layer)]
+        leaf = replace(leaf, parts=tuple(zip(sizes, parts, strict=True)))
+    return leaf, method_of(leaf)

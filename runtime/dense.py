@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from runtime.executor import Call
+from runtime.call import Call
 from runtime.kernels.attention import causal_mask, merge, partial_attention
 
 

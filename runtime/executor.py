@@ -4,148 +4,162 @@ Beside a GPU each lane is a CUDA stream and `after` an event; on a CPU operation
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from policies import LayerPlan, Step
-from policies.model import LayerShape
-from policies.plan import Compute, Copy, Engine, Op, Processor, Sync
-from runtime.mover import Mover, Piece
+from policies import LayerPlan
+from policies.plan import Buffer, Compute, Copy, Engine, Op, Plan, Processor, Sync
+from runtime.call import Call, Method
+from runtime.mover import Mover
 
 HISTORY = 4  # layers whose events are kept for `op@-k`
 
-
-@dataclass(slots=True)
-class Call:
-    """One attention call of one layer: what the model hands over, what the arena holds, what the kernels leave.
-
-    `q` is (batch, heads, new_tokens, head_dim), `new_k` and `new_v` (batch, kv_heads, new_tokens, head_dim); `mask` is
-    (batch, 1, new_tokens or 1, tokens), True where a query may look, or None: causal and without padding. The operation
-    `attend` sets `out`, shaped as `q`.
-    """
-
-    shape: LayerShape
-    step: Step
-    state: Mapping[str, torch.Tensor]
-    q: torch.Tensor
-    new_k: torch.Tensor
-    new_v: torch.Tensor
-    mask: torch.Tensor | None
-    scale: float
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-    out: torch.Tensor | None = None
-    counts: dict[str, int] = field(default_factory=dict)
-    scratch: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-Kernel = Callable[[Call], None]
-Route = Callable[[Call], list[Piece]]
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A policy's torch code: a kernel for each `Compute`, a route (what goes where) for each `Copy`, by name.
-
-    `fused` names operations that another kernel does as well.
-    """
-
-    kernels: Mapping[str, Kernel]
-    routes: Mapping[str, Route] = field(default_factory=dict)
-    fused: frozenset[str] = frozenset()
-
-    def missing(self, plan: LayerPlan) -> list[str]:
-        """Operations of a plan that nothing executes."""
-        known = {*self.kernels, *self.routes, *self.fused}
-        return [op.name for op in plan.ops if not isinstance(op, Sync) and op.name not in known]
+Events = dict[str, "torch.cuda.Event"]
 
 
 class Executor:
-    """Executes plans on one device."""
+    """Executes plans on one device, layer after layer."""
 
     def __init__(self, device: torch.device, mover: Mover) -> None:
         self.device, self.mover = device, mover
-        self._streams: dict[str, torch.cuda.Stream] = {}
-        self._events: deque[dict[str, torch.cuda.Event]] = deque(maxlen=HISTORY)
+        self._cuda = device.type == "cuda"
+        self._lanes: dict[str, torch.cuda.Stream] = {}
+        self._events: deque[Events] = deque(maxlen=HISTORY)  # this layer's first
+        self._ahead: set[str] = set()  # operations of the next layer that were issued early
+
+    def begin(self) -> None:
+        """A new step: no operation of it overtakes one of the step before."""
+        self._events.clear()
+        self._ahead.clear()
+        self.join()
+
+    def join(self) -> None:
+        """Let every lane, and what the model does next, wait for all that was issued."""
+        if not self._cuda:
+            return
+        current = torch.cuda.current_stream(self.device)
+        for lane in self._lanes.values():
+            current.wait_stream(lane)
+        for lane in self._lanes.values():
+            lane.wait_stream(current)
 
     def run(self, plan: LayerPlan, method: Method, call: Call) -> None:
-        """Run every operation of a layer's plan.
+        """Run every operation of a layer's plan that has not been issued ahead.
 
         Raises RuntimeError when a route moves other bytes than the plan says, or `attend` leaves no output.
         """
-        self._events.appendleft({})
+        self._begin_layer()
+        if self._cuda:
+            self._record("qkv")
         buffers = {b.name: b for b in plan.buffers}
-        batch = call.q.shape[0]
         for op in plan.ops:
-            with self._lane(op):
-                if isinstance(op, Copy):
-                    src, dst = buffers[op.src], buffers[op.dst]
-                    moved = self.mover.copy(method.routes[op.name](call), src.tier, dst.tier)
-                    planned = op.rows.at(call.counts)
-                    planned = planned * src.row_bytes * (1 if op.rows.counts else batch)
-                    if moved != planned:
-                        raise RuntimeError(f"{op.name} moved {moved} bytes where its plan says {planned}")
-                elif isinstance(op, Compute):
-                    if op.name in method.kernels:
-                        method.kernels[op.name](call)
-                elif self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()
-        if self.device.type == "cuda":
+            if op.name not in self._ahead:
+                self._issue(op, method, call, buffers)
+        self._ahead.clear()
+        if self._cuda:
             torch.cuda.current_stream(self.device).wait_event(self._events[0]["attend"])
         if call.out is None:
             raise RuntimeError("the operation 'attend' left no output")
 
-    def _lane(self, op: Op) -> "_Lane":
-        return _Lane(self, op)
+    def run_ahead(self, plan: LayerPlan, method: Method, call: Call) -> None:
+        """Issue what the next layer's plan lets begin before the model has come to it: its leading copies.
 
-    def stream_of(self, op: Op) -> "torch.cuda.Stream":
-        """The stream of an operation's lane; compute stays on the stream that the model runs on."""
-        if isinstance(op, Copy):
-            lane = f"{op.src}->{op.dst}" if op.engine is Engine.CPU else op.engine.value
-        elif isinstance(op, Compute) and op.processor is Processor.CPU:
-            lane = "cpu"
-        else:
-            return torch.cuda.current_stream(self.device)
-        if lane not in self._streams:
-            self._streams[lane] = torch.cuda.Stream(self.device)
-        return self._streams[lane]
+        `call` has that layer's state and nothing that the model hands over.
+        """
+        ready = []
+        for op in plan.ops:
+            if not isinstance(op, Copy) or any("@" not in name for name in op.after):
+                break
+            ready.append(op)
+        if not ready:
+            return
+        self._events.appendleft({})
+        buffers = {b.name: b for b in plan.buffers}
+        for op in ready:
+            self._issue(op, method, call, buffers)
+        self._ahead = {op.name for op in ready}
 
-    def events(self, name: str) -> list["torch.cuda.Event"]:
-        """What `after=name` waits for, if it has been issued."""
-        base, _, back = name.partition("@")
-        layer = -int(back) if back else 0
-        known = self._events[layer] if layer < len(self._events) else {}
-        return [known[base]] if base in known else []
+    def run_end(self, plan: Plan, method: Method, calls: Sequence[Call]) -> None:
+        """Run the whole-model work after the last layer of a prompt."""
+        self.join()
+        for op in plan:
+            if op.name not in method.fused:
+                method.ends[op.name](calls)
 
-    def record(self, op: Op, stream: "torch.cuda.Stream") -> None:
-        """Remember that an operation was issued."""
+    def _begin_layer(self) -> None:
+        if not self._ahead:
+            self._events.appendleft({})
+
+    def _issue(self, op: Op, method: Method, call: Call, buffers: dict[str, Buffer]) -> None:
+        if isinstance(op, Sync):
+            self._wait(op)
+            return
+        if not isinstance(op, Copy):
+            with self._on_lane(op, ""):
+                if op.name in method.kernels:
+                    method.kernels[op.name](call)
+            return
+        src, dst = buffers[op.src], buffers[op.dst]
+        lane = op.engine.value if op.engine is Engine.GATHER else f"{op.engine}:{src.tier}->{dst.tier}"
+        with self._on_lane(op, lane):
+            moved = self.mover.move(method.routes[op.name](call), src.tier, dst.tier)
+        self._check(op, src, call, moved)
+
+    def _check(self, op: Copy, src: Buffer, call: Call, moved: int | None) -> None:
+        if moved is None:  # a kernel counts on its device: comparing would wait for it
+            return
+        rows = len(call.q) * op.rows.fixed
+        rows += sum(coefficient * int(call.counts[name].sum()) for name, coefficient in op.rows.counts)
+        if moved != rows * src.row_bytes:
+            raise RuntimeError(f"{op.name} moved {moved} bytes where its plan says {rows * src.row_bytes}")
+
+    def _wait(self, op: Op) -> None:
+        """Let the host wait for what an operation comes after."""
+        for event in self._awaited(op):
+            event.synchronize()
+
+    @contextmanager
+    def _on_lane(self, op: Copy | Compute, lane: str) -> Iterator[None]:
+        """Issue what is inside on a lane's stream, after what the operation waits for.
+
+        The lane "" is the stream that the model runs on.
+        """
+        if not self._cuda:
+            yield
+            return
+        if isinstance(op, Compute) and op.processor is Processor.CPU:
+            self._wait(op)
+            yield
+            return
+        stream = self._stream(lane)
+        for event in self._awaited(op):
+            stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            yield
+            self._record(op.name)
+
+    def _stream(self, lane: str) -> "torch.cuda.Stream":
+        current = torch.cuda.current_stream(self.device)
+        if not lane:
+            return current
+        if lane not in self._lanes:
+            self._lanes[lane] = torch.cuda.Stream(self.device)
+            self._lanes[lane].wait_stream(current)
+        return self._lanes[lane]
+
+    def _awaited(self, op: Op) -> list["torch.cuda.Event"]:
+        """The events of what has been issued of an operation's `after`."""
+        found = []
+        for name in op.after:
+            base, _, back = name.partition("@")
+            layer = -int(back) if back else 0
+            if layer < len(self._events) and base in self._events[layer]:
+                found.append(self._events[layer][base])
+        return found
+
+    def _record(self, name: str) -> None:
         event = torch.cuda.Event()
-        event.record(stream)
-        self._events[0][op.name] = event
-
-
-class _Lane:
-    """Issues what is inside it on an operation's stream, after what the operation waits for."""
-
-    def __init__(self, executor: Executor, op: Op) -> None:
-        self.executor, self.op = executor, op
-        self.context: torch.cuda.StreamContext | None = None
-
-    def __enter__(self) -> None:
-        if self.executor.device.type != "cuda":
-            return
-        stream = self.executor.stream_of(self.op)
-        stream.wait_stream(torch.cuda.current_stream(self.executor.device))  # what the model has handed over
-        for name in self.op.after:
-            for event in self.executor.events(name):
-                stream.wait_event(event)
-        self.context = torch.cuda.stream(stream)
-        self.context.__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        if self.context is None:
-            return
-        self.executor.record(self.op, torch.cuda.current_stream(self.executor.device))
-        self.context.__exit__(*exception)
+        event.record(torch.cuda.current_stream(self.device))
+        self._events[0][name] = event

@@ -6,26 +6,49 @@ from collections.abc import Iterable
 import torch
 
 from policies.plan import Tier
-
-Piece = tuple[torch.Tensor, torch.Tensor]  # destination, source
+from runtime.call import Gather, Piece
+from runtime.kernels.gather import gather_rows
 
 
 class Mover:
     """Copies between tiers and the bytes that it has moved per (source, destination)."""
 
     def __init__(self) -> None:
-        self.moved_bytes: Counter[tuple[Tier, Tier]] = Counter()
+        self._copied: Counter[tuple[Tier, Tier]] = Counter()
+        self._gathered: dict[tuple[Tier, Tier, int], torch.Tensor] = {}  # rows, counted by the kernel on its device
 
-    def copy(self, pieces: Iterable[Piece], src: Tier, dst: Tier) -> int:
-        """Copy each source into its destination, asynchronously beside a GPU; the bytes moved.
+    @property
+    def moved_bytes(self) -> Counter[tuple[Tier, Tier]]:
+        """Bytes moved so far; waits for the device where a kernel counts."""
+        moved = Counter(self._copied)
+        for (src, dst, row_bytes), rows in self._gathered.items():
+            moved[src, dst] += int(rows) * row_bytes
+        return moved
+
+    def move(self, pieces: Iterable[Piece | Gather], src: Tier, dst: Tier) -> int | None:
+        """Copy or gather each piece, asynchronously beside a GPU; the bytes moved, None where a device counts them.
 
         Raises ValueError where shapes differ: nothing is broadcast.
         """
-        moved = 0
-        for destination, source in pieces:
-            if destination.shape != source.shape:
-                raise ValueError(f"a copy of shape {tuple(source.shape)} does not fit {tuple(destination.shape)}")
-            destination.copy_(source, non_blocking=True)
-            moved += source.nbytes
-        self.moved_bytes[src, dst] += moved
+        moved: int | None = 0
+        for piece in pieces:
+            nbytes = self._gather(piece, src, dst) if isinstance(piece, Gather) else self._copy(piece, src, dst)
+            moved = None if moved is None or nbytes is None else moved + nbytes
         return moved
+
+    def _copy(self, piece: Piece, src: Tier, dst: Tier) -> int:
+        destination, source = piece
+        if destination.shape != source.shape:
+            raise ValueError(f"a copy of shape {tuple(source.shape)} does not fit {tuple(destination.shape)}")
+        destination.copy_(source, non_blocking=True)
+        self._copied[src, dst] += source.nbytes
+        return source.nbytes
+
+    def _gather(self, piece: Gather, src: Tier, dst: Tier) -> int | None:
+        row_bytes = piece.src.shape[-1] * piece.src.element_size()
+        key = (src, dst, row_bytes)
+        if key not in self._gathered:
+            self._gathered[key] = torch.zeros(1, dtype=torch.int64, device=piece.dst.device)
+        before = None if piece.dst.is_cuda else int(self._gathered[key])
+        gather_rows(piece.src, piece.ids, piece.dst, piece.slots, self._gathered[key])
+        return None if before is None else (int(self._gathered[key]) - before) * row_bytes

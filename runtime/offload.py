@@ -8,16 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from policies import ModelShape, Policy, Step, plan_layer
 from policies.plan import Tier
 from runtime.arena import DTYPES
-from runtime.cache import HANDLE, TieredCache
+from runtime.cache import HANDLE, LONG_PROMPT, Terms, TieredCache
 from runtime.kernels.attention import causal_mask, merge, partial_attention
 from runtime.methods import method_of
 from runtime.mover import Mover
+from runtime.recorder import Recorder
+from runtime.rotary import ROTATES_HALVES
+from traces.counts import Recording
 
 NAME = "kvsim_tiers"  # of the attention function; without the words that Transformers treats specially
 
@@ -29,13 +33,24 @@ class Offload:
         self._model = model
         self.policy, self.max_new_tokens = policy, max_new_tokens
         self.shape = shape_of(model)
-        self.mover = Mover()
+        self.mover, self.recorder = Mover(), Recorder()
         self._caches: list[weakref.ref[TieredCache]] = []
 
-    def cache(self) -> TieredCache:
-        """A new, empty cache for one `generate`: pass it as `past_key_values`."""
-        config = self._model.config.get_text_config()
-        cache = TieredCache(config, self.shape, self.policy, self._model.device, self.max_new_tokens, self.mover)
+    def cache(self, prompt_tokens: int | None = None) -> TieredCache:
+        """A new, empty cache for one `generate`: pass it as `past_key_values`.
+
+        A prompt that comes in chunks must be announced with its whole length, `prompt_tokens`, padding included.
+        """
+        if prompt_tokens is not None and prompt_tokens < 1:
+            raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1")
+        terms = Terms(
+            shape=self.shape,
+            policy=self.policy,
+            max_new_tokens=self.max_new_tokens,
+            mover=self.mover,
+            recorder=self.recorder,
+        )
+        cache = TieredCache(self._model.config.get_text_config(), terms, self._model.device, prompt_tokens)
         self._caches.append(weakref.ref(cache))
         return cache
 
@@ -43,6 +58,11 @@ class Offload:
     def moved_bytes(self) -> Counter[tuple[Tier, Tier]]:
         """Bytes that all caches have moved per (source, destination)."""
         return self.mover.moved_bytes
+
+    @property
+    def counts(self) -> Recording:
+        """Every step of every layer and what data decided in it, sequence by sequence."""
+        return self.recorder.recording()
 
     @property
     def footprint_bytes(self) -> Counter[Tier]:
@@ -64,21 +84,33 @@ class Offload:
 def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterator[Offload]:
     """Let `model` keep its KV cache as `policy` says, inside this context; afterwards it is as before.
 
-    Caches are allocated for the prompt and `max_new_tokens`. Raises ValueError for an architecture or a policy that the
-    runtime does not execute, before anything is changed.
+    Caches are allocated for the prompt and `max_new_tokens`, later turns included. Raises ValueError for an
+    architecture or a policy that the runtime does not execute, before anything is changed, and MemoryError, saying what
+    to reduce, when memory runs out inside.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     kv = Offload(model, policy, max_new_tokens)
-    _bind(kv)
+    unrotates = _bind(kv)
+    if unrotates:
+        _check_rotation(model, policy)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     config = model.config.get_text_config()
     before = config._attn_implementation  # noqa: SLF001 - Transformers has no public way to read it
     model.set_attn_implementation(NAME)
+    hooks = _listen(model) if unrotates else []
     try:
         yield kv
+    except torch.OutOfMemoryError as error:
+        held = ", ".join(f"{tier} {nbytes:,}" for tier, nbytes in kv.footprint_bytes.items())
+        raise MemoryError(
+            f"out of GPU memory under {policy.name} (its cache held {held} bytes): use a shorter prompt, a smaller "
+            "batch, fewer max_new_tokens, prefill in chunks, or a policy that keeps less in HBM"
+        ) from error
     finally:
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)
         kv.release()
 
@@ -96,19 +128,47 @@ def shape_of(model: Any) -> ModelShape:
     return replace(shape, dtype=dtype, kv_dtype=dtype)
 
 
-def _bind(kv: Offload) -> None:
-    """Check that the method of each layer's policy has a kernel or a route for every operation of its plans."""
-    prompt = 1 << 16
+def _bind(kv: Offload) -> bool:
+    """Check that the method of each layer's policy has a kernel or a route for every operation of its plans.
+
+    Returns whether any of them needs keys before their rotation.
+    """
+    unrotates = False
     for layer in range(kv.shape.n_layers):
         if kv.shape.layers[layer].kind == "mla":
             raise ValueError(
                 f"{kv.shape.name}: layer {layer} caches an MLA latent, which is expanded after the cache; "
                 "the runtime has no method for it yet"
             )
+        prompt = LONG_PROMPT
         for step in (Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt), Step.decoding(prompt, 1)):
             plan = plan_layer(kv.policy, kv.shape, step, layer)
-            if missing := method_of(plan.policy).missing(plan):
+            method = method_of(plan.policy)
+            if missing := method.missing(plan):
                 raise ValueError(f"the runtime's {plan.policy.name} has no kernel for {', '.join(missing)}")
+            unrotates |= method.unrotates
+    return unrotates
+
+
+def _check_rotation(model: Any, policy: Policy) -> None:
+    kind = model.config.get_text_config().model_type
+    if kind not in ROTATES_HALVES:
+        raise ValueError(
+            f"{policy.name} needs keys before their rotation, and the runtime does not know how {kind!r} rotates them; "
+            f"it knows {', '.join(sorted(ROTATES_HALVES))}"
+        )
+
+
+def _listen(model: Any) -> list[RemovableHandle]:
+    """Pass on the angles that each attention module gets, until the handles are removed."""
+
+    def hear(module: torch.nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        cache, angles = given.get("past_key_values"), given.get("position_embeddings")
+        if isinstance(cache, TieredCache) and angles is not None:
+            cache.angles(module.layer_idx, *angles)
+
+    attention = (m for m in model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention"))
+    return [module.register_forward_pre_hook(hear, with_kwargs=True) for module in attention]
 
 
 def _attention(

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pkgutil import iter_modules
 
 from policies import Policy
-from runtime.executor import Method
+from runtime.call import Method
 
 
 def method_of(policy: Policy) -> Method:

@@ -1,13 +1,13 @@
 """The dense cache."""
 
 from policies import Policy
+from runtime.call import Call, Method
 from runtime.dense import attend, split, write
-from runtime.executor import Call, Method
 
 
 def method(_policy: Policy) -> Method:
     """Append in place, then attend to everything."""
-    return Method(kernels={"append": _append, "attend": _attend})
+    return Method(kernels={"append": _append, "attend": _attend}, extends=True, crops=True)
 
 
 def _append(call: Call) -> None:

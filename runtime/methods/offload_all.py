@@ -1,9 +1,8 @@
 """Everything in host memory, staged through HBM layer by layer."""
 
 from policies import Policy
+from runtime.call import Call, Method, Piece
 from runtime.dense import attend, split, write
-from runtime.executor import Call, Method
-from runtime.mover import Piece
 
 
 def method(policy: Policy) -> Method:
@@ -15,7 +14,8 @@ def method(policy: Policy) -> Method:
         rows = slice(first, call.step.tokens)
         return [(call.state["kv_host"][:, rows], call.state["kv"][:, rows])]
 
-    return Method(kernels={"append": _append, "attend": _attend}, routes={"fetch": _fetch, "store": store})
+    routes = {"fetch": _fetch, "store": store}
+    return Method(kernels={"append": _append, "attend": _attend}, routes=routes, extends=True, crops=True)
 
 
 def _fetch(call: Call) -> list[Piece]:

@@ -3,8 +3,8 @@
 import torch
 
 from policies import Policy, Quest
+from runtime.call import Call, Method
 from runtime.dense import attend
-from runtime.executor import Call, Method
 from runtime.kernels.scores import bound_scores
 from runtime.kernels.select import top_ids
 
@@ -22,20 +22,20 @@ def method(policy: Policy) -> Method:
 
     def append(call: Call) -> None:
         past, tokens = call.step.past_tokens, call.step.tokens
-        _by_head(call, "keys")[:, :, past:tokens].copy_(call.new_k)
-        _by_head(call, "values")[:, :, past:tokens].copy_(call.new_v)
+        call.by_head("keys")[:, :, past:tokens].copy_(call.new_k)
+        call.by_head("values")[:, :, past:tokens].copy_(call.new_v)
 
     def bound(call: Call) -> None:
         first, pages = call.step.past_tokens // page, -(-call.step.tokens // page)
-        keys = _by_head(call, "keys")[:, :, first * page : pages * page].unflatten(2, (-1, page))
+        keys = call.by_head("keys")[:, :, first * page : pages * page].unflatten(2, (-1, page))
         token = torch.arange(first * page, pages * page, device=keys.device).unflatten(0, (-1, page))
         empty = (token >= call.step.tokens)[None, None, ..., None]
-        bounds = _by_head(call, "bounds")[:, :, first:pages]
+        bounds = call.by_head("bounds")[:, :, first:pages]
         bounds[:, :, :, 0] = keys.masked_fill(empty, torch.inf).amin(dim=3)
         bounds[:, :, :, 1] = keys.masked_fill(empty, -torch.inf).amax(dim=3)
 
     def score(call: Call) -> None:
-        low, high = _by_head(call, "bounds")[:, :, : -(-call.step.tokens // page)].unbind(3)
+        low, high = call.by_head("bounds")[:, :, : -(-call.step.tokens // page)].unbind(3)
         call.scratch["scores"] = bound_scores(call.q, low, high)
 
     def select(call: Call) -> None:
@@ -53,7 +53,7 @@ def method(policy: Policy) -> Method:
         call.scratch["tokens"] = torch.where(pages[..., None] < 0, -1, tokens).flatten(2)
 
     def attend_pages(call: Call) -> None:
-        keys, values = _by_head(call, "keys"), _by_head(call, "values")
+        keys, values = call.by_head("keys"), call.by_head("values")
         tokens = call.scratch.get("tokens")
         if tokens is None:  # everything fits the budget, or a dense layer
             held = call.step.tokens
@@ -69,9 +69,4 @@ def method(policy: Policy) -> Method:
         call.out = attend(call, keys.gather(2, rows), values.gather(2, rows), mask)
 
     kernels = {"append": append, "bound": bound, "score": score, "select": select, "attend": attend_pages}
-    return Method(kernels=kernels)
-
-
-def _by_head(call: Call, name: str) -> torch.Tensor:
-    """A buffer of one row per token (or page) and KV head as (batch, kv_heads, rows, ...)."""
-    return call.state[name].unflatten(1, (call.shape.kv_heads, -1))
+    return Method(kernels=kernels, extends=True)

@@ -3,8 +3,8 @@
 import torch
 
 from policies import Policy, SinkWindow
+from runtime.call import Call, Method
 from runtime.dense import attend, split
-from runtime.executor import Call, Method
 
 
 def method(policy: Policy) -> Method:

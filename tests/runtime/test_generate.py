@@ -173,7 +173,7 @@ def test_one_sequence_never_reads_what_another_left():
     with offload(model, parse_policy("offload-all")) as kv:
         cache = kv.cache()
         generate(model, prompts(1), past_key_values=cache)
-        host = cache.arena.tensors(0)["kv_host"]
+        host = cache.arena.kept(0)["kv_host"]
         assert host.abs().sum() > 0
         cache.reset()
         assert host.abs().sum() == 0

@@ -76,7 +76,7 @@ def test_bytes_and_where_they_are(model, policy):
         held = torch.cuda.memory_allocated() - before
         assert held >= 2 * stored[Tier.HBM]
         for layer in range(LAYERS):
-            for name, tensor in cache.arena.tensors(layer).items():
+            for name, tensor in cache.arena.kept(layer).items():
                 on_host = name.endswith("_host")
                 assert tensor.is_cuda is not on_host
                 assert tensor.is_pinned() is on_host

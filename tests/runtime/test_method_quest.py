@@ -7,7 +7,8 @@ torch = pytest.importorskip("torch")
 from policies import Quest, Step, plan_layer  # noqa: E402
 from policies.model import LayerShape, ModelShape  # noqa: E402
 from runtime.arena import Arena  # noqa: E402
-from runtime.executor import Call, Executor  # noqa: E402
+from runtime.call import Call  # noqa: E402
+from runtime.executor import Executor  # noqa: E402
 from runtime.methods import method_of  # noqa: E402
 from runtime.mover import Mover  # noqa: E402
 
@@ -59,7 +60,7 @@ def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt):
         step = Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
         plan, at = plan_layer(policy, shape, step, 0), slice(past, past + new)
         call = Call(
-            shape=shape.layers[0], step=step, state=arena.tensors(0), q=q[:, :, at], new_k=k[:, :, at],
+            shape=shape.layers[0], step=step, state=arena.tensors(0, plan.buffers), q=q[:, :, at], new_k=k[:, :, at],
             new_v=v[:, :, at], mask=None, scale=DIM**-0.5,
         )  # fmt: skip
         executor.run(plan, method_of(policy), call)

@@ -1,0 +1,122 @@
+"""What a policy's torch code is given, and what it consists of."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from policies import LayerPlan, Step
+from policies.model import LayerShape
+from policies.plan import Sync
+from runtime.rotary import Rotary
+
+
+class Handed(NamedTuple):
+    """What the model hands over in one attention call of one layer.
+
+    `q` is (batch, heads, new_tokens, head_dim), `new_k` and `new_v` (batch, kv_heads, new_tokens, head_dim), both
+    rotated; `mask` is (batch, 1, new_tokens or 1, tokens), True where a query may look, or None: causal and without
+    padding.
+    """
+
+    q: Tensor
+    new_k: Tensor
+    new_v: Tensor
+    mask: Tensor | None
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def token(self, index: int, tokens: int) -> "Handed":
+        """One of the new tokens as if it came alone; it makes the sequence `tokens` long."""
+        at = slice(index, index + 1)
+        mask = self.mask
+        if mask is not None:
+            mask = mask[:, :, at if mask.shape[2] > 1 else slice(None), :tokens]
+        return self._replace(q=self.q[:, :, at], new_k=self.new_k[:, :, at], new_v=self.new_v[:, :, at], mask=mask)
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One attention call of one layer: what the model hands over, what the arena holds, what the kernels leave.
+
+    `q`, `new_k`, `new_v`, `mask`: see `Handed`. `state` has the plan's buffers by name, (batch, rows, *row_shape). A
+    kernel that draws a count leaves it in `counts` as int64 (batch, heads of the count). `scratch` passes tensors from
+    one kernel of the call to the next. The operation `attend` sets `out`, shaped as `q`.
+    """
+
+    shape: LayerShape
+    step: Step
+    state: Mapping[str, Tensor]
+    q: Tensor
+    new_k: Tensor
+    new_v: Tensor
+    mask: Tensor | None
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    rotary: Rotary | None = None
+    out: Tensor | None = None
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> Tensor | None:
+        """Which tokens are no padding: bool (batch, tokens), or None when all of them are real."""
+        return None if self.mask is None else self.mask[:, 0, -1]
+
+    def first(self) -> Tensor:
+        """The first real token of each row: int64 (batch,)."""
+        seen = self.seen
+        if seen is None:
+            return torch.zeros(self.q.shape[0], dtype=torch.int64, device=self.q.device)
+        return seen.int().argmax(dim=-1)
+
+    def by_head(self, name: str) -> Tensor:
+        """A buffer whose rows are grouped by KV head, as (batch, kv_heads, rows of a head, *row_shape)."""
+        return self.state[name].unflatten(1, (self.shape.kv_heads, -1))
+
+
+class Gather(NamedTuple):
+    """Rows that data choose: `src[b, h, ids[b, h, i]]` to `dst[b, h, slots[b, h, i]]`; id -1 = none.
+
+    src and dst (batch, kv_heads, rows, width), ids and slots (batch, kv_heads, n) on dst's device; see
+    `runtime.kernels.gather`.
+    """
+
+    src: Tensor
+    ids: Tensor
+    dst: Tensor
+    slots: Tensor
+
+
+Piece = tuple[Tensor, Tensor]  # destination, source
+Kernel = Callable[[Call], None]
+Route = Callable[[Call], Sequence[Piece | Gather]]
+EndKernel = Callable[[Sequence[Call]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A policy's torch code: a kernel for each `Compute`, a route (what goes where) for each `Copy`, by name.
+
+    `ends` are the kernels of whole-model work after the prompt: they get the last prompt call of each of the policy's
+    layers. `fused` names operations that another kernel does as well. `extends`: a later turn is more of the prompt;
+    else its tokens are decoded one by one, so that what was built from the prompt stays. `crops`: the newest tokens can
+    be taken back. `unrotates`: kernels need `Call.rotary`.
+    """
+
+    kernels: Mapping[str, Kernel]
+    routes: Mapping[str, Route] = field(default_factory=dict)
+    ends: Mapping[str, EndKernel] = field(default_factory=dict)
+    fused: frozenset[str] = frozenset()
+    extends: bool = False
+    crops: bool = False
+    unrotates: bool = False
+
+    def missing(self, plan: LayerPlan) -> list[str]:
+        """Operations of a plan that nothing executes."""
+        known = {*self.kernels, *self.routes, *self.fused}
+        return [op.name for op in plan.ops if not isinstance(op, Sync) and op.name not in known]
