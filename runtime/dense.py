@@ -20,6 +20,19 @@ def write(kv: torch.Tensor, call: Call, first: int) -> None:
     rows[:, :, 1].copy_(call.new_v.transpose(1, 2))
 
 
+def append_raw(call: Call) -> None:
+    """Put the call's new tokens into the plan's `raw_keys` and `raw_values`, one row per token and KV head."""
+    rows = slice(call.step.past_tokens, call.step.tokens)
+    call.by_head("raw_keys")[:, :, rows].copy_(call.new_k)
+    call.by_head("raw_values")[:, :, rows].copy_(call.new_v)
+
+
+def attend_raw(call: Call) -> None:
+    """Exact attention to the raw keys and values of all tokens so far; a chunked prompt's rows beyond are empty."""
+    keys, values = (call.by_head(name)[:, :, : call.step.tokens] for name in ("raw_keys", "raw_values"))
+    call.out = attend(call, keys, values, call.mask)
+
+
 def attend(call: Call, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Attention of the call's queries to keys and values (batch, kv_heads, tokens, head_dim).
 
