@@ -44,7 +44,8 @@ class Call:
 
     `q`, `new_k`, `new_v`, `mask`: see `Handed`. `state` has the plan's buffers by name, (batch, rows, *row_shape). A
     kernel that draws a count leaves it in `counts` as int64 (batch, heads of the count). `scratch` passes tensors from
-    one kernel of the call to the next. The operation `attend` sets `out`, shaped as `q`.
+    one kernel of the call to the next. The operation `attend` sets `out`, shaped as `q`. `parts` are the calls of head
+    groups.
     """
 
     shape: LayerShape
@@ -61,6 +62,7 @@ class Call:
     out: Tensor | None = None
     counts: dict[str, Tensor] = field(default_factory=dict)
     scratch: dict[str, Tensor] = field(default_factory=dict)
+    parts: "dict[int, Call]" = field(default_factory=dict)
 
     @property
     def seen(self) -> Tensor | None:

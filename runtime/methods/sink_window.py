@@ -1,62 +1,120 @@
-"""The first and the last tokens, in a buffer whose window part is overwritten in turn."""
+"""The first and the last tokens, in a buffer whose window part is overwritten in turn.
+
+Positions count from each row's first real token, so that a padded row keeps its own sinks.
+"""
 
 import torch
+from torch import Tensor
 
 from policies import Policy, SinkWindow
 from runtime.call import Call, Method
 from runtime.dense import attend, split
+from runtime.kernels.attention import merge, partial_attention
+from runtime.rotary import rotate, unrotate
 
 
 def method(policy: Policy) -> Method:
-    """Keep sinks and a ring of window tokens; prefill attends under a band mask.
-
-    Raises ValueError for `positions="slot"`, which needs keys before rotation.
-    """
+    """Keep sinks and a ring of window tokens; prefill attends under a band mask."""
     if not isinstance(policy, SinkWindow):
         raise TypeError(f"not a sink-window policy: {policy!r}")
-    if policy.positions == "slot":
-        raise ValueError("sink-window: the runtime executes positions=original; positions=slot needs unrotated keys")
-    sinks, window = policy.sink_tokens, policy.window_tokens
-
-    def row_of(tokens: torch.Tensor) -> torch.Tensor:
-        return torch.where(tokens < sinks, tokens, sinks + (tokens - sinks) % window)
+    slots, window = policy.positions == "slot", _Window(policy.sink_tokens, policy.window_tokens)
 
     def append(call: Call) -> None:
-        kv, step = call.state["kv"], call.step
-        first = max(step.past_tokens, step.tokens - window)  # earlier new tokens would be overwritten at once
-        tokens = torch.arange(step.past_tokens, step.tokens, device=kv.device)
-        tokens = tokens[(tokens < sinks) | (tokens >= first)]
-        new = torch.stack([call.new_k, call.new_v], dim=2)  # (batch, kv_heads, 2, new, head_dim)
-        rows = new[..., tokens - step.past_tokens, :].permute(0, 3, 2, 1, 4)
-        call.scratch["before"] = kv.clone() if step.new_tokens > 1 and step.past_tokens else kv
-        kv.index_copy_(1, row_of(tokens), rows)
+        keys = call.new_k
+        if slots:
+            keys = unrotate(keys, *_angles(call, torch.arange(call.step.past_tokens, call.step.tokens)[None]))
+        call.scratch["new_k"] = keys
+        if call.step.new_tokens > 1:
+            call.scratch["before"] = call.state["kv"].clone()
+        window.write(call, torch.stack([keys, call.new_v], dim=2).permute(0, 3, 2, 1, 4))
 
     def attend_near(call: Call) -> None:
-        kv, step = call.state["kv"], call.step
+        if call.step.new_tokens == 1:
+            _decode(call, window, slots)
+        else:
+            _prefill(call, window, slots)
+
+    kernels = {"append": append, "attend": attend_near}
+    return Method(kernels=kernels, fused=frozenset({"rotate"}), extends=True, unrotates=slots)
+
+
+class _Window:
+    """Which row of the buffer holds which token, for sequences of their own lengths."""
+
+    def __init__(self, sinks: int, window: int) -> None:
+        self.sinks, self.window, self.size = sinks, window, sinks + window
+
+    def positions(self, rows: int, counts: Tensor) -> Tensor:
+        """The position that each of `rows` rows holds once `counts` (batch,) tokens came: (batch, rows)."""
+        row, last = torch.arange(rows, device=counts.device)[None], counts[:, None] - 1
+        newest = self.sinks + (last - self.sinks) % self.window
+        return torch.where(row < self.sinks, row, last - (newest - row) % self.window)
+
+    def write(self, call: Call, new: Tensor) -> None:
+        """Put new rows (batch, new_tokens, 2, kv_heads, head_dim) where they belong."""
+        kv, step, first = call.state["kv"], call.step, call.first()
         if step.new_tokens == 1:
-            held = min(step.tokens, sinks + window)
-            keys, values = split(kv, held)
-            columns = _token_of_row(held, step.tokens, sinks, window, kv.device)
-            mask = None if call.mask is None else call.mask[..., columns]
-            call.out = attend(call, keys, values, mask)
+            place = step.past_tokens - first
+            place = torch.where(place < self.sinks, place, self.sinks + (place - self.sinks) % self.window)
+            kv[torch.arange(len(kv), device=kv.device), place] = new[:, 0]
             return
-        held = min(step.past_tokens, sinks + window)
-        keys, values = split(call.scratch["before"], held)
-        keys = torch.cat([keys, call.new_k], dim=2)
-        values = torch.cat([values, call.new_v], dim=2)
-        old = _token_of_row(held, step.past_tokens, sinks, window, kv.device)
-        columns = torch.cat([old, torch.arange(step.past_tokens, step.tokens, device=kv.device)])
-        rows = torch.arange(step.past_tokens, step.tokens, device=kv.device)[:, None]
-        near = (columns <= rows) & ((columns < sinks) | (columns > rows - window))
-        mask = near[None, None] if call.mask is None else near[None, None] & call.mask[..., columns]
+        token = self.positions(kv.shape[1], step.tokens - first) + first[:, None] - step.past_tokens
+        wide = (..., None, None, None)
+        fresh = (token >= 0) & (token < step.new_tokens)
+        rows = token.clamp(0, step.new_tokens - 1)[wide].expand(-1, -1, *new.shape[2:])
+        kv.copy_(torch.where(fresh[wide], new.gather(1, rows), kv))
+
+
+def _decode(call: Call, window: _Window, slots: bool) -> None:
+    counts = call.step.tokens - call.first()
+    held = min(call.step.tokens, window.size)
+    keys, values = split(call.state["kv"], held)
+    position = window.positions(held, counts)
+    if slots:  # as far from the query as their slots are: window keys at their positions, sinks moved along
+        moved = (counts - window.size).clamp(min=0)[:, None]
+        turned = torch.where(position < window.sinks, position + moved, position)
+        keys = rotate(keys, *_angles(call, turned + call.first()[:, None]))  # rows that hold nothing are masked below
+    mask = None if call.mask is None else ((position >= 0) & (position < counts[:, None]))[:, None, None]
+    call.out = attend(call, keys, values, mask)
+
+
+def _prefill(call: Call, window: _Window, slots: bool) -> None:
+    step, first = call.step, call.first()
+    held = min(step.past_tokens, window.size)
+    keys, values = split(call.scratch["before"], held)
+    old = window.positions(held, (step.past_tokens - first).clamp(min=1))
+    old = old.masked_fill(old >= (step.past_tokens - first)[:, None], -1)  # rows of padded sequences that hold nothing
+    query = torch.arange(step.past_tokens, step.tokens, device=keys.device)[None] - first[:, None]
+    if slots:
+        keys = rotate(keys, *_angles(call, old + first[:, None]))
+    keys, values = torch.cat([keys, call.new_k], dim=2), torch.cat([values, call.new_v], dim=2)
+    column = torch.cat([old, query], dim=1)[:, None, None]
+    row = query[:, None, :, None]
+    near = (column >= 0) & (column <= row) & (column > row - window.window)
+    sinks = (column >= 0) & (column <= row) & (column < window.sinks)
+    if not slots:
         # A padding row may see nothing: let it see everything rather than divide by zero; nobody reads it.
+        mask = near | sinks
         call.out = attend(call, keys, values, mask | ~mask.any(-1, keepdim=True))
+        return
+    # A query beyond the window is as far from a sink as the sizes say, wherever it stands.
+    moved = (query - window.size + 1).clamp(min=0)
+    closer = rotate(
+        unrotate(call.q, *_angles(call, query + first[:, None])), *_angles(call, query - moved + first[:, None])
+    )
+    parts = [
+        partial_attention(q, keys, values, scale=call.scale, mask=mask, softcap=call.softcap)
+        for q, mask in ((call.q, near & ~sinks), (closer, sinks))
+    ]
+    call.out = merge(parts, sink_logits=call.sinks).to(call.q.dtype)
 
-    return Method(kernels={"append": append, "attend": attend_near})
 
+def _angles(call: Call, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of tokens (batch or 1, n), for all heads: (batch, 1, n, rotated dimensions).
 
-def _token_of_row(rows: int, tokens: int, sinks: int, window: int, device: torch.device) -> torch.Tensor:
-    """Which token each of the first `rows` rows holds once `tokens` have been written."""
-    row = torch.arange(rows, device=device)
-    newest = sinks + (tokens - 1 - sinks) % window
-    return torch.where(row < sinks, row, tokens - 1 - (newest - row) % window)
+    Tokens before the first stand for rows that hold nothing, which are masked: any angle will do.
+    """
+    if call.rotary is None:
+        raise RuntimeError("no angles: the cache was not told how the model rotates")
+    cos, sin = call.rotary.at(tokens.to(call.q.device).clamp(min=0))
+    return cos[:, None], sin[:, None]

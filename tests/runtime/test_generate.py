@@ -48,6 +48,9 @@ EXACT = [
     "offload-all",
     "offload-all:write_back=all",
     "sink-window:positions=original",
+    "sink-window",
+    "full@heads=4+offload-all@heads=4",
+    "offload-all@heads=4+sink-window@heads=4",
     "full@layers=0-1+offload-all",
     "quest:budget_tokens=64",
     "quest:page_tokens=1,budget_tokens=64,dense_layers=0",
@@ -134,6 +137,44 @@ def test_a_window_that_forgets_differs_and_one_that_covers_does_not():
     assert not torch.equal(under("sink-window:positions=original,sink_tokens=2,window_tokens=4"), expected)
 
 
+@pytest.mark.parametrize(("sinks", "window"), [(0, 5), (2, 7), (4, 16), (3, 60)])
+@pytest.mark.parametrize("chunk", [30, 11])
+def test_slot_positions_are_those_of_a_rolling_cache(sinks, window, chunk):
+    """Each token against a forward over exactly what its cache would hold, renumbered from 0 (StreamingLLM)."""
+    config = transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1})  # one layer: no state but the tokens
+    torch.manual_seed(5)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    ids = prompts(1, 41)["input_ids"]
+    expected = []
+    with torch.no_grad():
+        for t in range(41):
+            kept = [i for i in range(t + 1) if i < sinks or i > t - window]
+            expected.append(model(input_ids=ids[:, kept], use_cache=False).logits[:, -1])
+        policy = parse_policy(f"sink-window:sink_tokens={sinks},window_tokens={window}")
+        with offload(model, policy, max_new_tokens=40) as kv:
+            cache = kv.cache()
+            got = [model(input_ids=part, past_key_values=cache).logits for part in ids[:, :30].split(chunk, dim=1)]
+            got += [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(30, 41)]
+    assert torch.allclose(torch.cat(got, dim=1), torch.stack(expected, dim=1), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["sink-window:sink_tokens=2,window_tokens=9", "sink-window:positions=original,sink_tokens=2,window_tokens=9"],
+)
+def test_a_padded_row_has_its_own_sinks_and_window(policy):
+    config = transformers.LlamaConfig(**SIZES)
+    torch.manual_seed(6)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    padded = prompts(3)
+    with offload(model, parse_policy(policy), max_new_tokens=32) as kv:
+        together = generate(model, padded, past_key_values=kv.cache())
+        for row, pad in ((1, 5), (2, 19)):
+            alone = {name: tensor[row : row + 1, pad:] for name, tensor in padded.items()}
+            tokens = generate(model, alone, past_key_values=kv.cache())
+            assert torch.equal(together[row, 37:], tokens[0, 37 - pad :])
+
+
 @pytest.mark.parametrize(("sinks", "window"), [(0, 5), (2, 7), (4, 16)])
 def test_a_window_sees_what_a_banded_mask_sees(sinks, window):
     """Logits of each step under a window against one stock forward under the band that the policy defines."""
@@ -185,8 +226,6 @@ def test_what_cannot_be_done_says_so():
         pytest.raises(ValueError, match="does not execute policy 'infllm' yet; it executes full, "),
         offload(llama, parse_policy("infllm")),
     ):
-        pass
-    with pytest.raises(ValueError, match="positions=original"), offload(llama, parse_policy("sink-window")):
         pass
     with (
         offload(llama, parse_policy("full"), max_new_tokens=4) as kv,
