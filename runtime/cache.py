@@ -242,6 +242,11 @@ class TieredCache(Cache):
         Raises ValueError when the cache was allocated for fewer tokens, or the model has fewer positions.
         """
         past, new, prompt = layer.tokens, handed.new_k.shape[2], layer.prompt_tokens
+        if past < prompt < past + new:
+            raise ValueError(
+                f"the prompt was announced with {prompt} tokens and its token {past + new} has come; give "
+                "kv.cache(prompt_tokens=...) its whole length"
+            )
         if past + new > self.max_tokens:
             raise ValueError(
                 f"the cache holds {self.max_tokens} tokens (prompt and max_new_tokens={self.terms.max_new_tokens}) and "
@@ -259,11 +264,6 @@ class TieredCache(Cache):
                 ]
                 return torch.cat(outs, dim=2)
             layer.prompt_tokens = prompt = past + new
-        elif past < prompt < past + new:
-            raise ValueError(
-                f"the prompt was announced with {prompt} tokens and its token {past + new} has come; give "
-                "kv.cache(prompt_tokens=...) its whole length"
-            )
         step = Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
         out = self._step(layer, step, handed)
         if not step.prefilling:
