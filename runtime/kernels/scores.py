@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Reduce = Literal["max", "sum", "mean"]
+Reduce = Literal["max", "sum", "mean", "none"]
 
 
 def landmark_scores(
@@ -34,7 +34,8 @@ def bound_scores(
 
     q `(batch, heads, new_tokens, head_dim)`; low, high `(batch, kv_heads, pages, head_dim)` are a page's elementwise
     minimum and maximum. Per query head sum_i max(q_i low_i, q_i high_i), the largest over the new tokens, then
-    `reduce` over the group (Quest, Tang et al. 2024). `valid` and errors as in `landmark_scores`.
+    `reduce` over the group (Quest, Tang et al. 2024), or "none": `(batch, heads, pages)`. `valid` and errors as in
+    `landmark_scores`.
     """
     # Which of the two products is larger depends on the sign of q_i alone.
     bounds = _grouped_logits(q.clamp(min=0), high) + _grouped_logits(q.clamp(max=0), low)
@@ -62,11 +63,13 @@ def _grouped_logits(q: Tensor, rows: Tensor) -> Tensor:
 
 
 def _reduced(per_head: Tensor, reduce: Reduce) -> Tensor:
-    """(batch, kv_heads, group, chunks) -> (batch, kv_heads, chunks)."""
+    """(batch, kv_heads, group, chunks) -> (batch, kv_heads, chunks), or for "none" (batch, heads, chunks)."""
+    if reduce == "none":
+        return per_head.flatten(1, 2)
     if reduce == "max":
         return per_head.amax(dim=2)
     if reduce == "sum":
         return per_head.sum(dim=2)
     if reduce == "mean":
         return per_head.mean(dim=2)
-    raise ValueError(f"reduce={reduce!r} is unknown; known are 'max', 'sum' and 'mean'")
+    raise ValueError(f"reduce={reduce!r} is unknown; known are 'max', 'sum', 'mean' and 'none'")

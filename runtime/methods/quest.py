@@ -1,23 +1,20 @@
 """Quest: page bounds choose which pages a step reads."""
 
 import torch
+from torch import Tensor
 
 from policies import Policy, Quest
 from runtime.call import Call, Method
 from runtime.dense import attend
-from runtime.kernels.scores import bound_scores
+from runtime.kernels.scores import Reduce, bound_scores
 from runtime.kernels.select import top_ids
 
 
 def method(policy: Policy) -> Method:
-    """Keep bounds per page, score them, read the best pages and always the last.
-
-    Raises ValueError for `per="query_head"`, whose selections the runtime does not execute.
-    """
+    """Keep bounds per page, score them, read the best pages and always the last."""
     if not isinstance(policy, Quest):
         raise TypeError(f"not a quest policy: {policy!r}")
-    if policy.per == "query_head":
-        raise ValueError("quest: the runtime executes per=kv_head")
+    reduce: Reduce = "none" if policy.per == "query_head" else "max"
     page, budget_pages = policy.page_tokens, policy.budget_tokens // policy.page_tokens
 
     def append(call: Call) -> None:
@@ -36,7 +33,7 @@ def method(policy: Policy) -> Method:
 
     def score(call: Call) -> None:
         low, high = call.by_head("bounds")[:, :, : -(-call.step.tokens // page)].unbind(3)
-        call.scratch["scores"] = bound_scores(call.q, low, high)
+        call.scratch["scores"] = bound_scores(call.q, low, high, reduce=reduce)
 
     def select(call: Call) -> None:
         last = -(-call.step.tokens // page) - 1
@@ -46,8 +43,10 @@ def method(policy: Policy) -> Method:
             alive = seen.unflatten(1, (-1, page)).any(-1)[:, None, :last]
             scores = scores.masked_fill(~alive, -torch.inf)
         chosen = top_ids(scores, budget_pages - 1)
+        if reduce == "none" and call.shape.group > 1:
+            call.counts["added"] = _union(chosen, last, call.shape.group) - (budget_pages - 1)
         tail = torch.full_like(chosen[..., :1], last)
-        pages = torch.cat([chosen, tail], dim=-1)  # (batch, kv_heads, budget pages)
+        pages = torch.cat([chosen, tail], dim=-1)  # (batch, heads that choose, budget pages)
         tokens = pages[..., None] * page + torch.arange(page, device=pages.device)
         # `top_ids` pads with -1 where there are fewer pages to choose from.
         call.scratch["tokens"] = torch.where(pages[..., None] < 0, -1, tokens).flatten(2)
@@ -64,9 +63,23 @@ def method(policy: Policy) -> Method:
         if call.mask is not None:
             seen = call.mask[:, 0, -1, None].expand(-1, tokens.shape[1], -1)
             there &= seen.gather(2, tokens)
-        rows = tokens[..., None].expand(-1, -1, -1, keys.shape[-1])
-        mask = there.repeat_interleave(call.shape.group, dim=1)[:, :, None]
-        call.out = attend(call, keys.gather(2, rows), values.gather(2, rows), mask)
+        mask = there.repeat_interleave(call.shape.heads // tokens.shape[1], dim=1)[:, :, None]
+        call.out = attend(call, _rows(keys, tokens), _rows(values, tokens), mask)
 
     kernels = {"append": append, "bound": bound, "score": score, "select": select, "attend": attend_pages}
     return Method(kernels=kernels, extends=True)
+
+
+def _union(chosen: Tensor, pages: int, group: int) -> Tensor:
+    """How many pages the query heads of a group choose between them: (batch, heads, n) -> int64 (batch, kv_heads)."""
+    member = torch.zeros((*chosen.shape[:2], pages + 1), dtype=torch.bool, device=chosen.device)
+    member.scatter_(2, chosen.masked_fill(chosen < 0, pages), True)
+    return member[..., :pages].unflatten(1, (-1, group)).any(dim=2).sum(dim=-1)
+
+
+def _rows(cache: Tensor, tokens: Tensor) -> Tensor:
+    """Rows of (batch, kv_heads, tokens, head_dim) for each head that chose: (batch, heads, n, head_dim)."""
+    kv_heads = cache.shape[1]
+    rows = tokens.unflatten(1, (kv_heads, -1)).flatten(2)
+    chosen = cache.gather(2, rows[..., None].expand(-1, -1, -1, cache.shape[-1]))
+    return chosen.unflatten(2, (tokens.shape[1] // kv_heads, -1)).flatten(1, 2)

@@ -82,7 +82,7 @@ def test_bounds_of_single_keys_are_the_logits():
 def test_scores_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="heads a multiple of kv_heads"):
         landmark_scores(queries(1, 1, 3, 8), normal(1, 2, 4, 8), scale=1.0)
-    with pytest.raises(ValueError, match="reduce='median' is unknown; known are 'max', 'sum' and 'mean'"):
+    with pytest.raises(ValueError, match="reduce='median' is unknown; known are 'max', 'sum', 'mean' and 'none'"):
         landmark_scores(queries(1, 1, 2, 8), normal(1, 2, 4, 8), scale=1.0, reduce="median")
 
 

@@ -24,33 +24,48 @@ def model(heads, kv_heads):
     )  # fmt: skip
 
 
-def oracle(q, keys, values):
-    """Pages by the largest bound over a group's query heads, the last always; exact attention over their tokens."""
+def oracle(q, keys, values, per):
+    """Pages by bound, the largest over a group or of each query head, the last always; exact attention over them.
+
+    Returns the output and for each KV head how many pages beside the last one its group reads.
+    """
     heads, kv_heads, tokens = q.shape[0], keys.shape[0], keys.shape[1]
-    out = torch.zeros(heads, DIM, dtype=torch.float64)
+    out, read = torch.zeros(heads, DIM, dtype=torch.float64), []
     pages = -(-tokens // PAGE)
     for kv in range(kv_heads):
         group = range(kv * heads // kv_heads, (kv + 1) * heads // kv_heads)
-        bound = []
+        bound = {h: [] for h in group}
         for page in range(pages - 1):
             block = keys[kv, page * PAGE : (page + 1) * PAGE]
             low, high = block.amin(0), block.amax(0)
-            bound.append(max(float(torch.maximum(q[h] * low, q[h] * high).sum()) for h in group))
-            for h in group:  # the bound is one: no key of the page scores higher
-                assert float((block @ q[h]).max()) <= bound[-1] + 1e-9
-        chosen = [*sorted(range(pages - 1), key=lambda p: (-bound[p], p))[: BUDGET // PAGE - 1], pages - 1]
-        kept = [t for p in sorted(chosen) for t in range(p * PAGE, min(tokens, (p + 1) * PAGE))]
+            for h in group:
+                bound[h].append(float(torch.maximum(q[h] * low, q[h] * high).sum()))
+                # The bound is one: no key of the page scores higher.
+                assert float((block @ q[h]).max()) <= bound[h][-1] + 1e-9
+        if per == "kv_head":
+            largest = [max(b) for b in zip(*bound.values(), strict=True)]
+            bound = dict.fromkeys(group, largest)
+        union = set()
         for h in group:
+            order = sorted(range(pages - 1), key=lambda p, h=h: (-bound[h][p], p))[: BUDGET // PAGE - 1]
+            union |= set(order)
+            kept = [t for p in [*sorted(order), pages - 1] for t in range(p * PAGE, min(tokens, (p + 1) * PAGE))]
             weights = torch.softmax(keys[kv, kept] @ q[h] / DIM**0.5, 0)
             out[h] = weights @ values[kv, kept]
-    return out
+        read.append(len(union))
+    return out, read
 
 
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)])
 @pytest.mark.parametrize("prompt", [16, 17, 30, 45])
-def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt):
+def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt, per):
     generator = torch.Generator().manual_seed(prompt * heads)
-    shape, policy, steps = model(heads, kv_heads), Quest(page_tokens=PAGE, budget_tokens=BUDGET, dense_layers=0), 9
+    shape, policy, steps = (
+        model(heads, kv_heads),
+        Quest(page_tokens=PAGE, budget_tokens=BUDGET, dense_layers=0, per=per),
+        9,
+    )
     total = prompt + steps
     draw = lambda h: torch.randn(1, h, total, DIM, generator=generator) * 3  # noqa: E731
     q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
@@ -65,5 +80,8 @@ def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt):
         )  # fmt: skip
         executor.run(plan, method_of(policy), call)
         if new == 1:
-            expected = oracle(q[0, :, past].double(), k[0, :, : past + 1].double(), v[0, :, : past + 1].double())
+            keys, values = (x[0, :, : past + 1].double() for x in (k, v))
+            expected, read = oracle(q[0, :, past].double(), keys, values, per)
             assert torch.allclose(call.out[0, :, 0].double(), expected, atol=1e-5)
+            if plan.counts:  # pages that the group adds to those of one head
+                assert call.counts["added"].tolist() == [[n - (BUDGET // PAGE - 1) for n in read]]
