@@ -192,7 +192,8 @@ class TieredCache(Cache):
     def _buffers(self, leaf: Policy, layer: int, prompt: int, first: int) -> tuple[list[Buffer], list[Buffer]]:
         """What a layer keeps, at its largest, and what only its prompt needs; `first` tokens come in the first call."""
         shape, last = self.terms.shape, Step.decoding(prompt, self.terms.max_new_tokens)
-        done = 0 if first == prompt else prompt - 1
+        at_once = method_of(leaf).execution_tokens or prompt
+        done = 0 if first == prompt <= at_once else prompt - 1
         whole = Step(prompt_tokens=prompt, past_tokens=done, new_tokens=prompt - done)
         kept = plan_layer(leaf, shape, last, layer).buffers
         names = {buffer.name for buffer in kept}
@@ -256,19 +257,18 @@ class TieredCache(Cache):
         if layer.index == self.own[0]:
             self._check_positions(past + new)
             self.executor.begin()
-        if past >= prompt and new > 1:
-            if not layer.method.extends:
-                outs = [
-                    self._step(layer, Step(prompt_tokens=prompt, past_tokens=past + i, new_tokens=1), one)
-                    for i, one in enumerate(handed.token(i, past + i + 1) for i in range(new))
-                ]
-                return torch.cat(outs, dim=2)
+        if past >= prompt and new > 1 and layer.method.extends:
             layer.prompt_tokens = prompt = past + new
-        step = Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
-        out = self._step(layer, step, handed)
-        if not step.prefilling:
+        at_once = (layer.method.execution_tokens or new) if past < prompt else 1
+        outs = []
+        for first in range(0, new, at_once):
+            if new > at_once:  # each is a step of its own
+                self.executor.begin()
+            step = Step(prompt_tokens=prompt, past_tokens=past + first, new_tokens=min(at_once, new - first))
+            outs.append(self._step(layer, step, handed.span(first, step.new_tokens, step.tokens)))
+        if new == 1 and not step.prefilling:
             self._ahead(layer, step, handed)
-        return out
+        return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
     def _step(self, layer: TieredLayer, step: Step, handed: Handed) -> torch.Tensor:
         plan = plan_layer(layer.leaf, self.terms.shape, step, layer.index)

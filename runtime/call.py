@@ -1,6 +1,6 @@
 """What a policy's torch code is given, and what it consists of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,9 +29,9 @@ class Handed(NamedTuple):
     softcap: float | None = None
     sinks: Tensor | None = None
 
-    def token(self, index: int, tokens: int) -> "Handed":
-        """One of the new tokens as if it came alone; it makes the sequence `tokens` long."""
-        at = slice(index, index + 1)
+    def span(self, first: int, count: int, tokens: int) -> "Handed":
+        """`count` of the new tokens as if they came alone; they make the sequence `tokens` long."""
+        at = slice(first, first + count)
         mask = self.mask
         if mask is not None:
             mask = mask[:, :, at if mask.shape[2] > 1 else slice(None), :tokens]
@@ -70,11 +70,11 @@ class Call:
         return None if self.mask is None else self.mask[:, 0, -1]
 
     def first(self) -> Tensor:
-        """The first real token of each row: int64 (batch,)."""
+        """The first real token of each row, the tokens held where none is real: int64 (batch,)."""
         seen = self.seen
         if seen is None:
             return torch.zeros(self.q.shape[0], dtype=torch.int64, device=self.q.device)
-        return seen.int().argmax(dim=-1)
+        return torch.where(seen.any(dim=-1), seen.int().argmax(dim=-1), seen.shape[-1])
 
     def by_head(self, name: str) -> Tensor:
         """A buffer whose rows are grouped by KV head, as (batch, kv_heads, rows of a head, *row_shape)."""
@@ -96,7 +96,7 @@ class Gather(NamedTuple):
 
 Piece = tuple[Tensor, Tensor]  # destination, source
 Kernel = Callable[[Call], None]
-Route = Callable[[Call], Sequence[Piece | Gather]]
+Route = Callable[[Call], Iterable[Piece | Gather]]
 EndKernel = Callable[[Sequence[Call]], None]
 
 
@@ -104,10 +104,12 @@ EndKernel = Callable[[Sequence[Call]], None]
 class Method:
     """A policy's torch code: a kernel for each `Compute`, a route (what goes where) for each `Copy`, by name.
 
+    A route may be a generator: what it does between two pieces runs on the lane of the copy.
     `ends` are the kernels of whole-model work after the prompt: they get the last prompt call of each of the policy's
     layers. `fused` names operations that another kernel does as well. `extends`: a later turn is more of the prompt;
-    else its tokens are decoded one by one, so that what was built from the prompt stays. `crops`: the newest tokens can
-    be taken back. `unrotates`: kernels need `Call.rotary`.
+    else its tokens are decoded one by one, so that what was built from the prompt stays. `execution_tokens`: a prompt
+    is planned and executed that many tokens at a time (0: as it comes). `crops`: the newest tokens can be taken back.
+    `unrotates`: kernels need `Call.rotary`.
     """
 
     kernels: Mapping[str, Kernel]
@@ -115,6 +117,7 @@ class Method:
     ends: Mapping[str, EndKernel] = field(default_factory=dict)
     fused: frozenset[str] = frozenset()
     extends: bool = False
+    execution_tokens: int = 0
     crops: bool = False
     unrotates: bool = False
 

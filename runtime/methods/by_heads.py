@@ -1,5 +1,7 @@
 """Several policies in one layer, each on its own KV heads: every part sees its heads and its buffers alone."""
 
+from collections.abc import Iterable
+
 import torch
 
 from policies import ByHeads, Policy
@@ -31,8 +33,8 @@ def method(policy: Policy) -> Method:
         return run
 
     def route(index: int, inner: Route) -> Route:
-        def run(call: Call) -> list[Piece | Gather]:
-            return list(inner(part(call, index)))
+        def run(call: Call) -> Iterable[Piece | Gather]:
+            return inner(part(call, index))
 
         return run
 
@@ -53,6 +55,7 @@ def method(policy: Policy) -> Method:
         ends={f"h{i}.{name}": end(i, inner) for i, m in named for name, inner in m.ends.items()},
         fused=frozenset(f"h{i}.{name}" for i, m in named for name in m.fused),
         extends=all(m.extends for m in methods),
+        execution_tokens=min((m.execution_tokens for m in methods if m.execution_tokens), default=0),
         crops=all(m.crops for m in methods),
         unrotates=any(m.unrotates for m in methods),
     )
