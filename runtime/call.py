@@ -17,8 +17,8 @@ class Handed(NamedTuple):
     """What the model hands over in one attention call of one layer.
 
     `q` is (batch, heads, new_tokens, head_dim), `new_k` and `new_v` (batch, kv_heads, new_tokens, head_dim), both
-    rotated; `mask` is (batch, 1, new_tokens or 1, tokens), True where a query may look, or None: causal and without
-    padding.
+    rotated. `mask` is (batch, 1, 1, tokens), True for real tokens, or None where none is padding; among the new tokens
+    attention is causal besides. A model that masks otherwise gives (batch, 1, new_tokens, tokens), which says it all.
     """
 
     q: Tensor

@@ -36,14 +36,23 @@ def attend_raw(call: Call) -> None:
 def attend(call: Call, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Attention of the call's queries to keys and values (batch, kv_heads, tokens, head_dim).
 
-    `mask` is (batch, 1, new_tokens or 1, tokens) or None: every query sees all but the new tokens after its own.
+    `mask` is (batch, 1, 1, tokens), which keys are real, or None: every query sees all of those but the new tokens
+    after its own; or (batch, 1 or heads, new_tokens, tokens), which says everything.
     """
     new, tokens = call.step.new_tokens, keys.shape[2]
-    if mask is None and new > 1:
-        mask = causal_mask(new, tokens, keys.device)
-    if call.softcap is None and call.sinks is None:
+    causal = new > 1 and (mask is None or mask.shape[2] == 1)
+    plain = call.softcap is None and call.sinks is None
+    if plain and causal and mask is None and new == tokens:
+        return scaled_dot_product_attention(
+            call.q, keys, values, is_causal=True, scale=call.scale, enable_gqa=call.shape.group > 1
+        )
+    if plain and not (causal and keys.is_cuda):  # there the kernel below needs no mask of new_tokens x tokens
+        if causal:
+            earlier = causal_mask(new, tokens, keys.device)
+            mask = earlier if mask is None else mask & earlier
+            mask = mask | ~mask.any(-1, keepdim=True)  # a padding row sees nothing: any finite output will do
         return scaled_dot_product_attention(
             call.q, keys, values, attn_mask=mask, scale=call.scale, enable_gqa=call.shape.group > 1
         )
-    part = partial_attention(call.q, keys, values, scale=call.scale, mask=mask, softcap=call.softcap)
+    part = partial_attention(call.q, keys, values, scale=call.scale, mask=mask, causal=causal, softcap=call.softcap)
     return merge([part], sink_logits=call.sinks).to(call.q.dtype)

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from policies import ModelShape, Policy, Step, plan_layer
 from policies.plan import Tier
 from runtime.arena import DTYPES
 from runtime.cache import HANDLE, LONG_PROMPT, Terms, TieredCache
-from runtime.kernels.attention import causal_mask, merge, partial_attention
+from runtime.kernels.attention import merge, partial_attention
 from runtime.methods import method_of
 from runtime.mover import Mover
 from runtime.recorder import Recorder
@@ -202,10 +202,8 @@ def _stock(
     s_aux: torch.Tensor | None,
 ) -> tuple[torch.Tensor, None]:
     """Dense attention for layers that the policy leaves alone: keys and values as Hugging Face's cache gave them."""
-    new, tokens = query.shape[2], key.shape[2]
-    if mask is None and new > 1:
-        mask = causal_mask(new, tokens, key.device)
-    part = partial_attention(query, key, value, scale=scale, mask=mask, softcap=softcap)
+    causal = query.shape[2] > 1 and (mask is None or mask.shape[2] == 1)
+    part = partial_attention(query, key, value, scale=scale, mask=mask, causal=causal, softcap=softcap)
     out = merge([part], sink_logits=s_aux).to(query.dtype)
     return out.transpose(1, 2).contiguous(), None
 
@@ -216,19 +214,26 @@ def _mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Decode needs only the padding; everything else is the boolean mask of scaled dot product attention."""
-    if q_length == 1 and local_size is None:
-        return None if attention_mask is None else attention_mask[:, None, None, :kv_length].bool()
+    """Which tokens are real, (batch, 1, 1, tokens), or None where all are: attention itself is causal.
+
+    What is not merely causal (windows, chunks, packed sequences) keeps the mask of scaled dot product attention.
+    """
+    if local_size is None and mask_function is causal_mask_function:
+        if attention_mask is None or (q_length > 1 and bool(attention_mask.all())):
+            return None
+        return attention_mask[:, None, None, :kv_length].bool()
     mask: torch.Tensor | None = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
         q_offset=q_offset,
         kv_offset=kv_offset,
+        mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,
         **kwargs,
