@@ -12,6 +12,8 @@ from runtime.dense import attend, split
 from runtime.kernels.attention import merge, partial_attention
 from runtime.rotary import rotate, unrotate
 
+QUERIES = 1024  # of a prompt that attend at once
+
 
 def method(policy: Policy) -> Method:
     """Keep sinks and a ring of window tokens; prefill attends under a band mask."""
@@ -89,24 +91,32 @@ def _prefill(call: Call, window: _Window, slots: bool) -> None:
         keys = rotate(keys, *_angles(call, old + first[:, None]))
     keys, values = torch.cat([keys, call.new_k], dim=2), torch.cat([values, call.new_v], dim=2)
     column = torch.cat([old, query], dim=1)[:, None, None]
+    outs = []
+    for start in range(0, step.new_tokens, QUERIES):  # so that no mask is as large as the prompt squared
+        rows = slice(start, min(start + QUERIES, step.new_tokens))
+        seen = slice(0, held + rows.stop)
+        args = (call.q[:, :, rows], keys[:, :, seen], values[:, :, seen], query[:, rows], column[..., seen])
+        outs.append(_band(call, window, slots, *args))
+    call.out = torch.cat(outs, dim=2)
+
+
+def _band(
+    call: Call, window: _Window, slots: bool, q: Tensor, keys: Tensor, values: Tensor, query: Tensor, column: Tensor
+) -> Tensor:
+    """Attention of queries at positions `query` (batch, n) to keys at `column` (batch, 1, 1, tokens; below 0: none)."""
     row = query[:, None, :, None]
     near = (column >= 0) & (column <= row) & (column > row - window.window)
     sinks = (column >= 0) & (column <= row) & (column < window.sinks)
-    if not slots:
-        # A padding row may see nothing: let it see everything rather than divide by zero; nobody reads it.
-        mask = near | sinks
-        call.out = attend(call, keys, values, mask | ~mask.any(-1, keepdim=True))
-        return
-    # A query beyond the window is as far from a sink as the sizes say, wherever it stands.
-    moved = (query - window.size + 1).clamp(min=0)
-    closer = rotate(
-        unrotate(call.q, *_angles(call, query + first[:, None])), *_angles(call, query - moved + first[:, None])
-    )
-    parts = [
-        partial_attention(q, keys, values, scale=call.scale, mask=mask, softcap=call.softcap)
-        for q, mask in ((call.q, near & ~sinks), (closer, sinks))
+    parts = [(q, near | sinks)]
+    if slots:  # a query beyond the window is as far from a sink as the sizes say, wherever it stands
+        first = call.first()[:, None]
+        moved = (query - window.size + 1).clamp(min=0)
+        closer = rotate(unrotate(q, *_angles(call, query + first)), *_angles(call, query - moved + first))
+        parts = [(q, near & ~sinks), (closer, sinks)]
+    attended = [
+        partial_attention(part, keys, values, scale=call.scale, mask=mask, softcap=call.softcap) for part, mask in parts
     ]
-    call.out = merge(parts, sink_logits=call.sinks).to(call.q.dtype)
+    return merge(attended, sink_logits=call.sinks).to(q.dtype)
 
 
 def _angles(call: Call, tokens: Tensor) -> tuple[Tensor, Tensor]:
