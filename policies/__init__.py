@@ -1,6 +1,17 @@
 """Policies: what a KV cache stores, moves and computes, stated once for the simulator and for the runtime."""
 
-from policies.compose import ByContext, ByHeads, ByLayer, LayerPlan, plan_end, plan_ends, plan_layer, resolve, reuse_of
+from policies.compose import (
+    ByContext,
+    ByHeads,
+    ByLayer,
+    LayerPlan,
+    plan_end,
+    plan_ends,
+    plan_layer,
+    resolve,
+    reuse_of,
+    settle,
+)
 from policies.full import Full
 from policies.infllm import InfLLM
 from policies.model import LayerShape, ModelShape
@@ -63,4 +74,5 @@ __all__ = [
     "plan_layer",
     "resolve",
     "reuse_of",
+    "settle",
 ]

@@ -181,6 +181,16 @@ def resolve(policy: Policy, model: ModelShape, step: Step, layer: int) -> Policy
     return policy
 
 
+def settle(policy: Policy, model: ModelShape, prompt_tokens: int, layer: int) -> Policy:
+    """The policy of a layer for a whole conversation: what its first prompt decides stays, however long it grows."""
+    step = Step(prompt_tokens=prompt_tokens, past_tokens=0, new_tokens=prompt_tokens)
+    leaf = resolve(policy, model, step, layer)
+    if not isinstance(leaf, ByHeads):
+        return leaf
+    parts = zip(leaf.parts, leaf.split(model, step, layer), strict=True)
+    return replace(leaf, parts=tuple((heads, part) for (heads, _), (_, _, part) in parts))
+
+
 def plan_layer(policy: Policy, model: ModelShape, step: Step, layer: int) -> LayerPlan:
     """One layer's plan for one step of one sequence: what both drivers walk."""
     leaf = resolve(policy, model, step, layer)

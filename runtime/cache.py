@@ -4,13 +4,13 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from policies import ByHeads, Full, LayerPlan, ModelShape, Policy, Step, plan_ends, plan_layer, resolve
+from policies import Full, LayerPlan, ModelShape, Policy, Step, plan_ends, plan_layer, settle
 from policies.plan import Buffer, Tier, stored_bytes
 from runtime.arena import Arena
 from runtime.call import Call, Handed, Method
@@ -18,7 +18,7 @@ from runtime.executor import Executor
 from runtime.memory import check_fits
 from runtime.methods import method_of
 from runtime.mover import Mover
-from runtime.recorder import Recorder
+from runtime.recorder import At, Recorder
 from runtime.rotary import Rotary
 
 LOG = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class TieredLayer(CacheLayerMixin):
         super().__init__()
         self._cache, self.index = weakref.ref(cache), index
         self.tokens = self.prompt_tokens = 0
+        self.first_prompt_tokens = 0  # of the first turn, which has settled the policy
         self.leaf, self.method = _leaf(cache.terms, LONG_PROMPT, index)
         self._new: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -168,7 +169,7 @@ class TieredCache(Cache):
             self.arena = Arena(keys.device, batch)
             self.max_tokens = prompt + self.terms.max_new_tokens
             self._first_sequence = self.terms.recorder.admit(batch)
-        layer.prompt_tokens = prompt
+        layer.prompt_tokens = layer.first_prompt_tokens = prompt
         layer.leaf, layer.method = _leaf(self.terms, prompt, layer.index)
         if layer.index == self.own[0]:
             self._say_if_dense(layer, prompt)
@@ -276,7 +277,9 @@ class TieredCache(Cache):
             self.arena.allocate(layer.index, [b for b in plan.buffers if b.ring])
         call = self._call(layer, plan, step, handed)
         self.executor.run(plan, layer.method, call)
-        self.terms.recorder.note(self._first_sequence, self.arena.batch, layer.index, step, plan, call.counts)
+        self.terms.recorder.note(
+            At(self._first_sequence, self.arena.batch, layer.index, layer.first_prompt_tokens), step, plan, call.counts
+        )
         if step.last_chunk:
             self._finish(layer, step, call)
         if self.progress:
@@ -322,11 +325,6 @@ class TieredCache(Cache):
 
 
 def _leaf(terms: Terms, prompt: int, layer: int) -> tuple[Policy, Method]:
-    """The policy of a layer for a prompt, once and for all, and its torch code."""
-    step = Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt)
-    leaf = resolve(terms.policy, terms.shape, step, layer)
-    if isinstance(leaf, ByHeads):
-        sizes = [heads for heads, _ in leaf.parts]
-        parts = [part for _, _, part in leaf.split(terms.shape, step, layer)]
-        leaf = replace(leaf, parts=tuple(zip(sizes, parts, strict=True)))
+    """The policy of a layer for a first prompt, and its torch code."""
+    leaf = settle(terms.policy, terms.shape, prompt, layer)
     return leaf, method_of(leaf)

@@ -1,19 +1,32 @@
 """Keeps what each step of each layer drew, without waiting for the device, until somebody asks."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from policies import LayerPlan, Step
-from traces.counts import Drawn, Recording
+from traces.counts import COLUMNS, Drawn, Recording
+
+
+class At(NamedTuple):
+    """Whose step it is: `sequences` of one cache from number `first_sequence` on, on one layer.
+
+    `first_prompt_tokens` is the prompt of their first turn.
+    """
+
+    first_sequence: int
+    sequences: int
+    layer: int
+    first_prompt_tokens: int
 
 
 class Recorder:
     """The steps of all caches of one `offload`, and their counts; a cache's sequences get consecutive numbers."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[int, int, int, Step]] = []  # first sequence, sequences, layer, step
+        self._steps: list[tuple[At, Step]] = []
         self._drawn: dict[str, list[tuple[int, torch.Tensor, int]]] = {}  # index into `_steps`, values, maximum
         self._sequences = 0
 
@@ -22,32 +35,30 @@ class Recorder:
         first, self._sequences = self._sequences, self._sequences + sequences
         return first
 
-    def note(
-        self, first: int, sequences: int, layer: int, step: Step, plan: LayerPlan, counts: dict[str, torch.Tensor]
-    ) -> None:
+    def note(self, at: At, step: Step, plan: LayerPlan, counts: dict[str, torch.Tensor]) -> None:
         """One layer has done one step.
 
         Raises RuntimeError when a count that the plan declares was not drawn, or has another number of heads.
         """
         for count in plan.counts:
             value = counts.get(count.name)
-            if value is None or tuple(value.shape) != (sequences, count.heads):
+            if value is None or tuple(value.shape) != (at.sequences, count.heads):
                 shape = None if value is None else tuple(value.shape)
                 raise RuntimeError(
-                    f"count {count.name!r} has shape {shape} where its plan has {(sequences, count.heads)}"
+                    f"count {count.name!r} has shape {shape} where its plan has {(at.sequences, count.heads)}"
                 )
             self._drawn.setdefault(count.name, []).append((len(self._steps), value, count.maximum))
-        self._steps.append((first, sequences, layer, step))
+        self._steps.append((at, step))
 
     def recording(self) -> Recording:
         """Everything so far."""
-        rows: list[tuple[int, int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         begins = []
-        for first, sequences, layer, step in self._steps:
+        for at, step in self._steps:
             begins.append(len(rows))
-            at = (layer, step.prompt_tokens, step.past_tokens, step.new_tokens)
-            rows += [(first + i, *at) for i in range(sequences)]
-        steps = np.array(rows, dtype=np.int64).reshape(-1, 5)
+            row = (at.layer, at.first_prompt_tokens, step.prompt_tokens, step.past_tokens, step.new_tokens)
+            rows += [(at.first_sequence + i, *row) for i in range(at.sequences)]
+        steps = np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS))
         return Recording(steps, {name: _joined(drawn, begins) for name, drawn in self._drawn.items()})
 
 
@@ -55,7 +66,8 @@ def _joined(drawn: Sequence[tuple[int, torch.Tensor, int]], begins: Sequence[int
     heads = max(value.shape[1] for _, value, _ in drawn)
     row, values, maximum = [], [], []
     for index, value, most in drawn:
-        row.append(begins[index] + np.arange(len(value)))
-        values.append(np.pad(value.cpu().numpy().astype(np.int64), ((0, 0), (0, heads - value.shape[1]))))
-        maximum.append(np.full(len(value), most))
-    return Drawn(*(np.concatenate(part).astype(np.int64) for part in (row, values, maximum)))
+        absent = ((0, 0), (0, heads - value.shape[1]))  # heads that this layer lacks
+        row.append(begins[index] + np.arange(len(value), dtype=np.int64))
+        values.append(np.pad(value.cpu().numpy().astype(np.int64), absent))
+        maximum.append(np.pad(np.full(value.shape, most, dtype=np.int64), absent))
+    return Drawn(np.concatenate(row), np.concatenate(values), np.concatenate(maximum))

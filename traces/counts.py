@@ -2,24 +2,28 @@
 
 The file is a NumPy archive (`.npz`) without pickles. `steps` has one row for each step of one sequence on one layer;
 for each count `NAME.row` says which rows of `steps` drew it, `NAME.value` (n, heads) what each KV head drew, and
-`NAME.maximum` (n,) the most that one head could have drawn.
+`NAME.maximum` (n, heads) the most that it could have drawn, 0 for heads that a layer lacks.
 """
 
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 Whole = NDArray[np.int64]
-COLUMNS = ("sequence", "layer", "prompt_tokens", "past_tokens", "new_tokens")
+# `first_prompt_tokens`: the prompt of the sequence's first turn, which settles what a policy does with it.
+COLUMNS = ("sequence", "layer", "first_prompt_tokens", "prompt_tokens", "past_tokens", "new_tokens")
+LEAST = (0, 0, 1, 1, 0, 1)  # that each column can hold
 FIELDS = ("row", "value", "maximum")
 
 
 class Drawn(NamedTuple):
-    """All values of one count: `row` (n,) into `steps`, `value` (n, heads), `maximum` (n,) per head."""
+    """All values of one count: `row` (n,) into `steps`, `value` and `maximum` (n, heads)."""
 
     row: Whole
     value: Whole
@@ -28,13 +32,13 @@ class Drawn(NamedTuple):
     @property
     def share(self) -> float:
         """The mean value as a share of the maximum."""
-        most = int(self.maximum.sum()) * self.value.shape[1]
+        most = int(self.maximum.sum())
         return int(self.value.sum()) / most if most else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What a run did: `steps` (n, 5) int64 with the columns `COLUMNS`, and the counts by name."""
+    """What a run did: `steps` (n, 6) int64 with the columns `COLUMNS`, and the counts by name."""
 
     steps: Whole
     counts: dict[str, Drawn] = field(default_factory=dict)
@@ -63,30 +67,40 @@ class Recording:
     def load(cls, path: Path) -> "Recording":
         """Read a recording; ValueError, naming the file and what is wrong, when it is none."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
+            with path.open("rb") as file:  # NumPy leaves a file of its own open when it is no archive
+                archive = np.load(file, allow_pickle=False)
+                if not isinstance(archive, NpzFile):
+                    raise ValueError("one array, no archive of several")
+                found = {name: archive[name] for name in archive.files}
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; record one with `kvsim generate --counts-out FILE`") from None
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path}: not a recording of counts ({error})") from None
         return cls._checked(path, found)
 
     @classmethod
-    def _checked(cls, path: Path, found: dict[str, np.ndarray]) -> "Recording":
+    def _checked(cls, path: Path, found: dict[str, NDArray[Any]]) -> "Recording":
         steps = found.pop("steps", None)
-        if steps is None or steps.ndim != 2 or steps.shape[1] != len(COLUMNS) or steps.dtype != np.int64:
+        if steps is None or steps.dtype != np.int64 or steps.ndim != 2 or steps.shape[1] != len(COLUMNS):
             raise ValueError(f"{path}: 'steps' must be int64 rows of {', '.join(COLUMNS)}")
+        if (steps < LEAST).any():
+            raise ValueError(
+                f"{path}: 'steps' has a number below {', '.join(map(str, LEAST))}, the least of its columns"
+            )
         counts = {}
         for name in sorted({key.rpartition(".")[0] for key in found}):
-            parts = [found.get(f"{name}.{part}") for part in FIELDS]
+            parts = [found.pop(f"{name}.{part}", None) for part in FIELDS]
             if any(part is None or part.dtype != np.int64 for part in parts):
                 raise ValueError(f"{path}: count {name!r} needs int64 arrays {', '.join(FIELDS)}")
-            drawn = Drawn(*parts)  # type: ignore[arg-type]  # checked above
-            if not (drawn.value.ndim == 2 and len(drawn.row) == len(drawn.value) == len(drawn.maximum)):
-                raise ValueError(f"{path}: the arrays of count {name!r} do not have one row each per value")
-            if drawn.row.size and not 0 <= drawn.row.min() <= drawn.row.max() < len(steps):
-                raise ValueError(f"{path}: count {name!r} names a row that 'steps' does not have")
-            if (drawn.value < 0).any() or (drawn.value > drawn.maximum[:, None]).any():
+            counts[name] = drawn = Drawn(*parts)  # type: ignore[arg-type]  # checked above
+            if not (drawn.row.ndim == 1 and drawn.value.ndim == 2 and len(drawn.row) == len(drawn.value)):
+                raise ValueError(f"{path}: count {name!r} needs a row of values for each of its rows of 'steps'")
+            if drawn.maximum.shape != drawn.value.shape:
+                raise ValueError(f"{path}: count {name!r} needs a maximum for each value")
+            if len(np.unique(drawn.row)) != len(drawn.row) or not np.isin(drawn.row, np.arange(len(steps))).all():
+                raise ValueError(f"{path}: count {name!r} names a row that 'steps' does not have, or one twice")
+            if (drawn.value < 0).any() or (drawn.value > drawn.maximum).any():
                 raise ValueError(f"{path}: count {name!r} has values outside 0 and its maximum")
-            counts[name] = drawn
+        if found:
+            raise ValueError(f"{path}: {', '.join(map(repr, found))} belong to no count")
         return cls(steps, counts)

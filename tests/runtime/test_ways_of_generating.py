@@ -134,5 +134,8 @@ def test_every_step_is_recorded(model):
         steps = kv.counts.steps
     # Three sequences, three layers, the prompt and the eleven tokens that are fed back.
     assert len(steps) == 3 * 3 * 12
-    assert {tuple(row) for row in steps[:, 2:].tolist()} == {(37, 0, 37), *((37, 37 + i, 1) for i in range(11))}
+    assert {tuple(row) for row in steps[:, 2:].tolist()} == {
+        (37, 37, 0, 37),
+        *((37, 37, 37 + i, 1) for i in range(11)),
+    }
     assert sorted(set(steps[:, 0].tolist())) == [0, 1, 2]
