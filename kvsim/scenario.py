@@ -13,6 +13,7 @@ from kvsim.hardware import load_gpu, load_host
 from kvsim.models import load_model
 from kvsim.names import unknown_name
 from kvsim.results import LATENCIES
+from kvsim.shares import measured_shares
 from kvsim.simulate import Setup
 from kvsim.units import parse_bytes, parse_duration_s, parse_tokens
 from policies import ModelShape, parse_policy
@@ -77,8 +78,9 @@ Share = Annotated[float, _written(_number), Field(ge=0, le=1)]
 class Scenario(BaseModel):
     """The options of `kvsim simulate` and `kvsim compare`; a scenario file has these keys, a flag the same with dashes.
 
-    Sizes, durations and counts may be text with a unit. `host` None is the one that the GPU is commonly sold in, and
-    the dtypes None are the model's own. Build it with `scenario`, which says what is wrong in one line.
+    Sizes, durations and numbers may be text with a unit, `counts` the file of a recorded run. `host` None is the one
+    that the GPU is commonly sold in, and the dtypes None are the model's own. Build it with `scenario`, which says what
+    is wrong in one line.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -107,7 +109,7 @@ class Scenario(BaseModel):
     prefix_cache_nvme: Annotated[None, BeforeValidator(_refuse_nvme)] = None
     kv_dtype: str | None = None
     weight_dtype: str | None = None
-    counts: dict[str, Share] = _default("counts")
+    counts: Annotated[dict[str, Share], _written(lambda text: measured_shares(Path(text)))] = _default("counts")
     slo: Annotated[dict[str, Bound], AfterValidator(_known_latencies)] = Field(default_factory=dict)
     warmup: Seconds = 0.0
 

@@ -9,6 +9,7 @@ import typer
 
 from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_rich, print_table
 from kvsim.names import unknown_name
+from kvsim.shares import parse_shares
 from kvsim.units import format_bytes, format_count, format_s, parse_tokens
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def explain(
     ] = 0.9,
     counts: Annotated[
         str | None,
-        typer.Option(metavar="NAME=SHARE,...", help="What data decide, as shares of its maximum: miss=0.4."),
+        typer.Option(metavar="NAME=SHARE,...|FILE", help="What data decide, as shares of its maximum, or a recording."),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -75,7 +76,11 @@ def explain(
         rows = _paper_rows(policy or ["full"], shape, gpu, contexts, tp, size)
     else:
         options = {"tp": tp, "utilization": gpu_memory_utilization}
-        rows = list(_rows(policy, shape, gpu, host, contexts, size, options, _shares(counts)))
+        rows = list(
+            _rows(
+                policy, shape, gpu, host, contexts, size, options, parse_shares([counts]) if counts is not None else {}
+            )
+        )
     _print(rows, with_batch=batch is not None, json=json)
 
 
@@ -192,22 +197,6 @@ def _batch(text: str) -> int:
     if size < 1:
         raise ValueError(f"--batch {text} must be max or at least 1")
     return size
-
-
-def _shares(text: str | None) -> dict[str, float]:
-    shares: dict[str, float] = {}
-    for item in text.split(",") if text else ():
-        name, _, value = item.partition("=")
-        try:
-            share = float(value)
-        except ValueError:
-            raise ValueError(f"--counts {item!r} must be a name and a share of its maximum, such as miss=0.4") from None
-        if not 0 <= share <= 1:
-            raise ValueError(f"--counts {item!r}: the share must be from 0 to 1")
-        if name in shares:
-            raise ValueError(f"--counts gives {name!r} twice")
-        shares[name] = share
-    return shares
 
 
 def _warn(text: str) -> None:

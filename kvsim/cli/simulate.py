@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvsim.cli.output import JsonFlag
+from kvsim.shares import parse_shares
 
 if TYPE_CHECKING:
     from kvsim.scenario import Scenario
@@ -69,7 +70,7 @@ def replay(
     weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of all weights.")] = None,
     counts: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=SHARE,...", help="What data decide, as shares of its maximum: miss=0.4."),
+        typer.Option(metavar="NAME=SHARE,...|FILE", help="What data decide, as shares of its maximum, or a recording."),
     ] = None,
     slo: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TIME,...", help="Bounds that goodput counts: ttft=10s,tpot=100ms.")
@@ -121,9 +122,10 @@ def _scenario(ctx: typer.Context, file: Path | None, several: bool) -> "Scenario
     given = {
         name: value for name, value in ctx.params.items() if name not in OF_THE_COMMAND and _on_command_line(ctx, name)
     }
-    for name in ("counts", "slo"):
-        if name in given:
-            given[name] = _pairs(name, given[name])
+    if "counts" in given:
+        given["counts"] = parse_shares(given["counts"])
+    if "slo" in given:
+        given["slo"] = _bounds(given["slo"])
     asked = scenario(given, file)
     if several and "policy" not in asked.model_fields_set:
         raise ValueError(
@@ -139,17 +141,16 @@ def _on_command_line(ctx: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _pairs(option: str, texts: Sequence[str]) -> dict[str, str]:
-    pairs: dict[str, str] = {}
+def _bounds(texts: Sequence[str]) -> dict[str, str]:
+    bounds: dict[str, str] = {}
     for item in ",".join(texts).split(","):
         name, equals, value = item.partition("=")
         if not equals:
-            instead = " (a file of recorded counts is not supported yet)" if option == "counts" else ""
-            raise ValueError(f"--{option} {item!r} must be written name=value{instead}")
-        if name in pairs:
-            raise ValueError(f"--{option} gives {name!r} twice")
-        pairs[name] = value
-    return pairs
+            raise ValueError(f"--slo {item!r} must be written name=value")
+        if name in bounds:
+            raise ValueError(f"--slo gives {name!r} twice")
+        bounds[name] = value
+    return bounds
 
 
 def _check_counts(asked: "Scenario", setups: Sequence["Setup"], trace: "Trace") -> None:

@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
@@ -16,6 +17,7 @@ from kvsim.__main__ import main
 from kvsim.results import summarize
 from kvsim.scenario import scenario
 from kvsim.simulate import simulate
+from traces.counts import Drawn, Recording
 
 LONG = "mooncake-synthetic"  # prompts of up to 123,192 tokens, with block ids
 BASE = ("--trace", "azure-2023-code", "--model", "llama-3.1-8b", "--gpu", "h100-sxm")
@@ -188,6 +190,42 @@ def test_counts_change_what_is_moved(capsys: pytest.CaptureFixture[str]) -> None
     assert some - none == pytest.approx(all_of_it - some, rel=0.01)
 
 
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A run that missed 30 of 100 chunks."""
+    steps = np.array([[0, 0, 9, 9, 9, 1]], dtype=np.int64)
+    miss = Drawn(np.zeros(1, np.int64), np.array([[10, 20]], np.int64), np.full((1, 2), 50, np.int64))
+    Recording(steps, {"miss": miss}).save(tmp_path / "run.npz")
+    Recording(steps).save(tmp_path / "nothing.npz")
+    return tmp_path / "run.npz"
+
+
+@pytest.mark.parametrize("given", ["flag", "scenario"])
+def test_a_recorded_run_gives_the_shares(recorded: Path, given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("compare", *SMALL, *TWO, "--json")
+    typed = json.loads(out_of(capsys, *args, "--counts", "miss=0.3"))["runs"]
+    if given == "flag":
+        extra = ("--counts", str(recorded))
+    else:
+        (recorded.parent / "s.yaml").write_text(f"counts: {recorded}\n", encoding="utf-8")
+        extra = ("--scenario", str(recorded.parent / "s.yaml"))
+    measured = json.loads(out_of(capsys, *args, *extra))["runs"]
+    assert [run["inputs"]["counts"] for run in measured] == [{"miss": 0.3}] * 2
+    assert [without_clocks(run) for run in measured] == [without_clocks(run) for run in typed]
+
+
+def test_a_recording_that_does_not_fit_is_refused(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, nothing = str(recorded), str(recorded.parent / "nothing.npz")
+    error = error_of(capsys, "simulate", *SMALL, "--policy", "squeezed-attention", "--counts", run)
+    assert error == "error: unknown count 'miss'; known: keep"
+    assert "no count was drawn in this run" in error_of(capsys, "simulate", *SMALL, "--counts", nothing)
+    error = error_of(capsys, "simulate", *SMALL, "--policy", "shadowkv", "--counts", run, "--counts", "keep=0.1")
+    assert error == f"error: --counts {run!r} is neither NAME=SHARE nor the one file of a recorded run"
+    (recorded.parent / "s.yaml").write_text("counts: none.npz\n", encoding="utf-8")
+    error = error_of(capsys, "simulate", *SMALL, "--scenario", str(recorded.parent / "s.yaml"))
+    assert "counts='none.npz': none.npz: no such file; record one with" in error
+
+
 def test_warnings_go_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     base = ("--trace", LONG, "--limit", "10", "--gpu", "h100-sxm", "--json")
     assert main(["simulate", *base, "--model", "llama-3-8b"]) == 0
@@ -246,10 +284,12 @@ def test_a_count_that_no_prompt_reaches(tmp_path: Path, capsys: pytest.CaptureFi
         (["--policy", "quest:budget_tokens=7"], "error: quest: budget_tokens=7 is not a multiple of page_tokens=16"),
         (["--policy", "no.such:Class"], "error: policy no.such:Class: cannot import 'no.such'"),
         (["--policy", "full@heads=2+sink-window@heads=2"], "error: head groups of 4 KV heads do not fit"),
-        (["--counts", "miss"], "error: --counts 'miss' must be written name=value"),
-        (["--counts", "recorded.json"], "error: --counts 'recorded.json' must be written name=value (a file"),
-        (["--counts", "miss=2"], "error: command line: counts.miss='2': Input should be less than or equal to 1"),
-        (["--counts", "miss=nan"], "error: command line: counts.miss=nan: Input should be a finite number"),
+        (["--counts", "miss"], "error: --counts 'miss' is neither NAME=SHARE nor the one file of a recorded run"),
+        (["--counts", "none.npz"], "error: --counts 'none.npz' is neither NAME=SHARE nor the one file"),
+        (["--counts", "miss=0.4,none.npz"], "error: --counts 'none.npz' is neither NAME=SHARE nor the one file"),
+        (["--counts", "occupied"], "error: occupied: not a recording of counts ("),
+        (["--counts", "miss=2"], "error: --counts 'miss=2': the share must be from 0 to 1"),
+        (["--counts", "miss=nan"], "error: --counts 'miss=nan': the share must be from 0 to 1"),
         (["--counts", "a=1,a=1"], "error: --counts gives 'a' twice"),
         (["--counts", "mis=0.4", "--policy", "shadowkv"], "error: unknown count 'mis'; did you mean 'miss'? known: "),
         (["--slo", "ttft=0s"], "error: command line: slo.ttft='0s': Input should be greater than 0"),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from kvsim.hardware import load_gpu, load_host
 from kvsim.makespan import BUSY
 from kvsim.models import load_model
 from policies import POLICIES, parse_policy
+from traces.counts import Drawn, Recording
 
 KEYS = {"schema_version", "policy", "context_tokens", "kv_bytes", "hbm_bytes", "ddr_bytes", "concurrency"}
 KEYS |= {"prefill_s", "decode_s_per_token", "context_switch_s", "bound_by"}
@@ -207,6 +209,14 @@ def test_fewer_misses_decode_sooner(capsys: pytest.CaptureFixture[str]) -> None:
     assert seconds[0] < seconds[2]
 
 
+def test_a_recorded_run_gives_the_shares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    miss = Drawn(np.zeros(1, np.int64), np.array([[7, 3]], np.int64), np.full((1, 2), 20, np.int64))
+    Recording(np.array([[0, 0, 9, 9, 9, 1]], np.int64), {"miss": miss}).save(tmp_path / "run.npz")
+    args = ("--context", "100k", "--policy", "shadowkv", "--counts")
+    assert explain(capsys, *args, str(tmp_path / "run.npz")) == explain(capsys, *args, "miss=0.25")
+    assert explain(capsys, *args, "miss=0.25") != explain(capsys, *args, "miss=0.4")
+
+
 def test_quantised_caches_and_weights_make_room(capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--model", "yi-34b-200k", "--context", "50k", "--policy", "full")
     (plain,) = explain(capsys, *args)
@@ -223,7 +233,8 @@ def test_quantised_caches_and_weights_make_room(capsys: pytest.CaptureFixture[st
     [
         (["--policy", "shadowvk"], "unknown policy 'shadowvk'; did you mean 'shadowkv'?"),
         (["--policy", "shadowkv", "--counts", "mis=0.4"], "unknown count 'mis'; did you mean 'miss'? known: miss"),
-        (["--policy", "shadowkv", "--counts", "miss"], "--counts 'miss' must be a name and a share"),
+        (["--policy", "shadowkv", "--counts", "miss"], "--counts 'miss' is neither NAME=SHARE nor the one file of a"),
+        (["--policy", "shadowkv", "--counts", "miss=x"], "--counts 'miss=x' must be a name and a share of its"),
         (["--policy", "shadowkv", "--counts", "miss=1.5"], "--counts 'miss=1.5': the share must be from 0 to 1"),
         (["--policy", "shadowkv", "--counts", "miss=0,miss=1"], "--counts gives 'miss' twice"),
         (["--policy", "full", "--batch", "0"], "--batch 0 must be max or at least 1"),
