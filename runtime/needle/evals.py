@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 EVALS = Path(__file__).parent / "evals.npz"
+NEWLINE, QUESTION = 201, (6105, 410, 286)  # the tokens of a line's end and of "Question"
 TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "vt", "kv_recall")
 
 
@@ -19,6 +20,15 @@ class Example(NamedTuple):
     prompt: np.ndarray  # int64 (prompt_tokens,)
     answer: np.ndarray  # int64 (answer_tokens,)
     scored: np.ndarray  # bool (answer_tokens,)
+
+    @property
+    def question_tokens(self) -> int:
+        """How many tokens at the prompt's end ask: from the line "Question:" on, or the last line where none is."""
+        ids = self.prompt.tolist()
+        starts = [i for i in range(len(ids) - len(QUESTION)) if tuple(ids[i : i + len(QUESTION)]) == QUESTION]
+        if starts:
+            return len(ids) - starts[-1]
+        return ids[::-1].index(NEWLINE)
 
     def correct(self, produced: np.ndarray) -> bool:
         """Whether `produced` (answer_tokens,) or longer has every scored token in its place."""

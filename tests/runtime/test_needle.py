@@ -87,3 +87,17 @@ def test_one_wrong_scored_token_is_wrong() -> None:
 def test_an_unknown_task_lists_the_known() -> None:
     with pytest.raises(ValueError, match=r"'vtx' is unknown; the tasks are niah_single, .*kv_recall"):
         load_evals(("vtx",))
+
+
+@pytest.mark.parametrize(
+    ("task", "tail"),
+    [("niah_single", 6), ("vt", 6), ("niah_multiquery", 4), ("kv_recall", 4)],
+)
+def test_the_question_is_the_end_of_the_prompt(task: str, tail: int) -> None:
+    """It starts after a line's end, names what is asked, and leaves the needle in the context."""
+    for example in load_evals((task,), max_tokens=8192):
+        asked = example.question_tokens
+        assert tail < asked < 80 if task != "kv_recall" else 1 < asked < 12
+        # What the answer says stands in the context, not in the question.
+        wanted = example.answer[example.scored][:1].tolist()
+        assert set(wanted) <= set(example.prompt[:-asked].tolist())

@@ -1,0 +1,264 @@
+"""What a policy loses: exact-match accuracy of needle-28m under each policy, beside the memory it keeps and moves.
+
+    python benchmarks/quality.py [--device cuda] [--lengths 8192 16384 32768] [--examples 10] [--policies NAME ...]
+    python benchmarks/quality.py --page      writes docs/quality.md from the results
+
+Every cell is the share of examples whose scored tokens greedy decoding produces in place. A policy is judged twice: the
+question stands at the end of the prompt (seen), or the cache is built from the context alone and the question follows
+as a turn of its own (unseen), as where a cache is reused. Budgets are shares of the context. Results are merged into
+the file, so that policies can be measured one after the other.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from policies import parse_policy  # noqa: E402
+from policies.plan import Tier  # noqa: E402
+from runtime import offload  # noqa: E402
+from runtime.needle import Example, expand, load_evals  # noqa: E402
+
+OUT = ROOT / "benchmarks" / "results" / "quality.json"
+PAGE = ROOT / "docs" / "quality.md"
+LENGTHS = (8192, 16384, 32768)
+MODES = ("seen", "unseen")
+TASKS = ("niah_single", "niah_multikey", "niah_multiquery", "vt", "kv_recall")
+WAYS = {  # what each row of the table is called, and its policy for a context of n tokens: n_16 is a sixteenth of it
+    "full": "full",
+    "offload-all": "offload-all",
+    "sink-window 1/8": "sink-window:window_tokens={n_8}",
+    "snapkv 1/16": "snapkv:budget_tokens={n_16}",
+    "snapkv 1/8": "snapkv:budget_tokens={n_8}",
+    "quest 1/16": "quest:budget_tokens={n_16}",
+    "quest 1/8": "quest:budget_tokens={n_8}",
+    "quest 1/4": "quest:budget_tokens={n_4}",
+    "infllm 1/8": "infllm:window_tokens={n_16},top_k={n_2048},cache_blocks={n_1024}",
+    "squeezed-attention keep=0.05": "squeezed-attention:keep=0.05",
+    "squeezed-attention keep=0.1": "squeezed-attention:keep=0.1",
+    "squeezed-attention keep=0.1, 2 levels": "squeezed-attention:keep=0.1,levels=2",
+    "squeezed-attention 1/10, DDR": "squeezed-attention:budget_tokens={n_10},tier=ddr",
+    # The authors' 24 outlier chunks for each 1,024 tokens of budget, in proportion below, where their code has none.
+    "shadowkv 1/64": "shadowkv:budget_tokens={n_64},rank=40,outlier_chunks={o_64}",
+    "shadowkv 1/16": "shadowkv:budget_tokens={n_16},rank=40,outlier_chunks={o_16}",
+    "shadowkv 1/8": "shadowkv:budget_tokens={n_8},rank=40,outlier_chunks={o_8}",
+    "shadowkv 1/4": "shadowkv:budget_tokens={n_4},rank=40,outlier_chunks={o_4}",
+    "retrieval-attention flat, top 100": "retrieval-attention:index=flat",
+    "retrieval-attention graph, 3 % scanned": "retrieval-attention:scanned=0.03",
+    "retrieval-attention graph, 10 % scanned": "retrieval-attention:scanned=0.1",
+}
+
+
+def policy_text(way: str, tokens: int) -> str:
+    """A row's policy for a context of `tokens`."""
+    shares = {f"n_{k}": tokens // k for k in (4, 8, 10, 16, 64, 1024, 2048)}
+    outliers = {f"o_{k}": tokens // k * 24 // 1024 for k in (4, 8, 16, 64)}
+    return WAYS[way].format(**shares, **outliers)
+
+
+def groups(lengths: Sequence[int], most: int) -> Iterable[list[Example]]:
+    """Examples of one task and one length, which run as one batch."""
+    found: defaultdict[tuple[str, int], list[Example]] = defaultdict(list)
+    for example in load_evals(TASKS):
+        if example.length_tokens in lengths:
+            found[example.task, example.length_tokens].append(example)
+    return (group[:most] for group in found.values())
+
+
+def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tuple[list[bool], dict[str, float]]:
+    """Which examples a policy answers, and the bytes of one sequence: kept per tier, moved for each generated token."""
+    device, tokens = model.device, max(len(e.prompt) for e in examples)
+    ids = torch.zeros(len(examples), tokens, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        ids[row, -len(example.prompt) :] = torch.from_numpy(example.prompt)
+        mask[row, -len(example.prompt) :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    new = max(len(e.answer) for e in examples)
+    asked = max(e.question_tokens for e in examples)
+    with torch.no_grad(), offload(model, parse_policy(text), max_new_tokens=asked + new) as kv:
+        cache = kv.cache()
+        if mode == "unseen":
+            cut = tokens - asked
+            model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], past_key_values=cache, logits_to_keep=1)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+        )
+        steps = kv.counts.steps
+        decoded = max(1, len({tuple(row) for row in steps[steps[:, 3] >= steps[:, 2]][:, [0, 3]].tolist()}))
+        moved = sum(n for (src, dst), n in kv.moved_bytes.items() if {src, dst} == {Tier.HBM, Tier.DDR})
+        held = kv.footprint_bytes
+    produced = out[:, tokens:].cpu().numpy()
+    right = [example.correct(row) for example, row in zip(examples, produced, strict=True)]
+    figures = {
+        "hbm_bytes": held[Tier.HBM] / len(examples),
+        "ddr_bytes": held[Tier.DDR] / len(examples),
+        # Offloading the prompt is part of it: what a user's bus carries, spread over the tokens decoded.
+        "moved_bytes_per_token": moved / decoded,
+    }
+    return right, figures
+
+
+def measure(model: Any, way: str, lengths: Sequence[int], most: int) -> list[dict[str, Any]]:
+    """One row for each mode, task and length."""
+    rows = []
+    for mode in MODES:
+        for group in groups(lengths, most):
+            length = group[0].length_tokens
+            text = policy_text(way, length)
+            began = time.perf_counter()
+            right, figures = answers(model, text, group, mode)
+            rows.append(
+                {
+                    "way": way,
+                    "policy": text,
+                    "mode": mode,
+                    "task": group[0].task,
+                    "length_tokens": length,
+                    "examples": len(group),
+                    "right": sum(right),
+                    "seconds": time.perf_counter() - began,
+                    **figures,
+                }
+            )
+    return rows
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new rows, and the old ones of ways that were not measured now."""
+    measured = {row["way"] for row in new["rows"]}
+    kept = [row for row in old.get("rows", []) if row["way"] not in measured]
+    order = list(WAYS)
+    return {**new, "rows": sorted(kept + new["rows"], key=lambda row: order.index(row["way"]))}
+
+
+def page(report: dict[str, Any]) -> str:
+    """The results as a page."""
+    cells: defaultdict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0])
+    held: dict[str, dict[str, Any]] = {}
+    for row in report["rows"]:
+        cell = cells[row["way"], row["mode"], row["task"]]
+        cell[0] += row["right"]
+        cell[1] += row["examples"]
+        if row["mode"] == "seen" and row["length_tokens"] == max(LENGTHS):
+            held.setdefault(row["way"], row)
+    lines = [INTRODUCTION.format(**report)]
+    for mode in MODES:
+        title = "The question seen" if mode == "seen" else "The question not seen"
+        lines += [
+            f"\n## {title}\n\n",
+            "| policy | " + " | ".join(TASKS) + " | HBM kept | DDR kept | moved per token |\n",
+        ]
+        lines.append("|---|" + "---:|" * (len(TASKS) + 3) + "\n")
+        for way in dict.fromkeys(row["way"] for row in report["rows"]):
+            scores = [cells[way, mode, task] for task in TASKS]
+            shown = " | ".join(f"{right / of:.2f}" if of else "-" for right, of in scores)
+            sizes = held[way]
+            lines.append(
+                f"| {way} | {shown} | {_mib(sizes['hbm_bytes'])} | {_mib(sizes['ddr_bytes'])} | "
+                f"{_kib(sizes['moved_bytes_per_token'])} |\n"
+            )
+    return "".join(lines)
+
+
+INTRODUCTION = """\
+# What a policy loses
+
+Written by `python benchmarks/quality.py --page` from `benchmarks/results/quality.json` ({device}, {date}, commit
+{commit}).
+
+needle-28m is a small Llama trained to retrieve over 32,768 tokens (`runtime/needle/README.md`). Each figure is the
+share of examples answered exactly, over contexts of 8K, 16K and 32K with up to ten examples each: differences under ten
+points are noise. Budgets are shares of the context. *Kept* is what one sequence of 32K holds per tier (full attention:
+256 MiB), *moved* what PCIe carries for each decoded token at 32K on `niah_single`, the prompt's offloading included.
+The two tables differ in when the cache is built: with the question at the prompt's end, or before the question, which
+then follows as a turn of its own; the second is the honest case for a cache that is reused.
+"""
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB" if nbytes else "0"
+
+
+def _kib(nbytes: float) -> str:
+    return f"{nbytes / 2**10:,.0f} KiB" if nbytes else "0"
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """Measure, or write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--examples", type=int, default=10)
+    parser.add_argument("--policies", nargs="+", default=list(WAYS), metavar="NAME", help="beginnings of table rows")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no policy after this time")
+    parser.add_argument("--commit", default=None, help="where there is no git")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--page", action="store_true")
+    arguments = parser.parse_args()
+    old = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.page:
+        PAGE.write_text(page(old), encoding="utf-8")
+        return
+    began = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(expand(Path(folder) / "needle"), dtype=dtype)
+        model = model.eval().to(arguments.device)
+        report = {
+            "schema_version": 1,
+            "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {platform.machine()}",
+            "date": time.strftime("%Y-%m-%d"),
+            "dtype": str(dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "commit": arguments.commit or _git("describe", "--always", "--dirty", "--abbrev=12"),
+            "command": "python benchmarks/quality.py " + " ".join(sys.argv[1:]),
+        }
+        for way in WAYS:
+            if not any(way.startswith(name) for name in arguments.policies):
+                continue
+            if time.perf_counter() - began > arguments.seconds:
+                sys.stdout.write(f"{way}: no time left\n")
+                continue
+            rows = measure(model, way, arguments.lengths, arguments.examples)
+            old = merged(old, {**report, "rows": rows})
+            arguments.out.write_text(json.dumps(old, indent=1) + "\n")
+            for mode in MODES:
+                mine = [r for r in rows if r["mode"] == mode]
+                by_task = {t: [r for r in mine if r["task"] == t] for t in TASKS}
+                shares = [
+                    f"{sum(r['right'] for r in rs) / sum(r['examples'] for r in rs):.2f}"
+                    for rs in by_task.values()
+                    if rs
+                ]
+                sys.stdout.write(f"{way:40s} {mode:7s} {' '.join(shares)}  {sum(r['seconds'] for r in mine):6.1f} s\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
