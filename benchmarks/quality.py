@@ -93,8 +93,9 @@ def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tu
     with torch.no_grad(), offload(model, parse_policy(text), max_new_tokens=asked + new) as kv:
         cache = kv.cache()
         if mode == "unseen":
-            cut = tokens - asked
-            model(input_ids=ids[:, :cut], attention_mask=mask[:, :cut], past_key_values=cache, logits_to_keep=1)
+            context = {"input_ids": ids[:, :-asked], "attention_mask": mask[:, :-asked]}
+            positions = (context["attention_mask"].cumsum(1) - 1).clamp(min=0)  # as `generate` counts them
+            model(**context, position_ids=positions, past_key_values=cache, logits_to_keep=1)
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,

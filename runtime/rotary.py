@@ -43,6 +43,8 @@ class Rotary:
         if not self.tokens:
             shape = (cos.shape[0], self.capacity_tokens, cos.shape[-1])
             self._cos, self._sin = cos.new_zeros(shape), cos.new_zeros(shape)
+        if cos.shape[0] > self._cos.shape[0]:  # until now one row served the whole batch
+            self._cos, self._sin = (old.repeat(cos.shape[0], 1, 1) for old in (self._cos, self._sin))
         end = self.tokens + cos.shape[1]
         self._cos[:, self.tokens : end] = cos
         self._sin[:, self.tokens : end] = sin

@@ -139,3 +139,37 @@ def test_every_step_is_recorded(model):
         *((37, 37, 37 + i, 1) for i in range(11)),
     }
     assert sorted(set(steps[:, 0].tolist())) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen", "says"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (torch.OutOfMemoryError("CUDA out of memory"), MemoryError, "out of GPU memory under offload-all .* fewer max"),
+    ],
+)
+def test_what_breaks_off_leaves_nothing_behind(model, raised, seen, says):
+    """Whatever ends a prefill early: memory is given back, host memory is erased, the model is as before."""
+    calls = iter(range(2))
+    inputs, hosts = prompts(), []
+    with torch.no_grad():
+        before = model(**inputs).logits
+
+    def break_off(*_):
+        if next(calls) == 1:
+            hosts.extend(cache.arena.host_tensors())
+            raise raised
+
+    hook = model.model.layers[2].register_forward_hook(break_off)
+    try:
+        with pytest.raises(seen, match=says), offload(model, parse_policy("offload-all"), max_new_tokens=16) as kv:
+            cache = kv.cache()
+            generate(model, inputs, past_key_values=cache)
+    finally:
+        hook.remove()
+    assert hosts
+    assert not any(tensor.any() for tensor in hosts)
+    assert sum(kv.footprint_bytes.values()) == 0
+    assert model.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)
