@@ -144,7 +144,7 @@ def test_every_step_is_recorded(model):
 @pytest.mark.parametrize(
     ("raised", "seen", "says"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt("by hand"), KeyboardInterrupt, "by hand"),
         (torch.OutOfMemoryError("CUDA out of memory"), MemoryError, "out of GPU memory under offload-all .* fewer max"),
     ],
 )
@@ -161,12 +161,8 @@ def test_what_breaks_off_leaves_nothing_behind(model, raised, seen, says):
             raise raised
 
     hook = model.model.layers[2].register_forward_hook(break_off)
-    try:
-        with pytest.raises(seen, match=says), offload(model, parse_policy("offload-all"), max_new_tokens=16) as kv:
-            cache = kv.cache()
-            generate(model, inputs, past_key_values=cache)
-    finally:
-        hook.remove()
+    with hook, pytest.raises(seen, match=says), offload(model, parse_policy("offload-all"), max_new_tokens=16) as kv:
+        generate(model, inputs, past_key_values=(cache := kv.cache()))
     assert hosts
     assert not any(tensor.any() for tensor in hosts)
     assert sum(kv.footprint_bytes.values()) == 0
