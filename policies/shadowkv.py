@@ -51,9 +51,10 @@ class ShadowKV(Policy):
         return max(0, prompt_tokens // self.chunk_tokens - LOCAL_CHUNKS) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:
-        """There must be more chunks than are selected or outliers anyway."""
+        """There must be more chunks than are selected or outliers anyway, and as many tokens as the rank."""
         least = self.budget_chunks + self.outliers + 1
-        return (-(-least // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT + LOCAL_CHUNKS) * self.chunk_tokens
+        aligned = -(-least // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        return max((aligned + LOCAL_CHUNKS) * self.chunk_tokens, self.rank_of(model, layer))
 
     def rank_of(self, model: ModelShape, layer: int) -> int:
         """The rank in use: a decomposition cannot exceed the width of the concatenated keys."""
@@ -63,7 +64,7 @@ class ShadowKV(Policy):
         """Raw keys and values until the prompt is complete; then low-rank keys, landmarks, exact rows, slots, values.
 
         `*_exact` hold outliers, local and generated tokens, one row per token and head; `*_slots` and `values_host`
-        one row per chunk and head.
+        one row per chunk and head; `chunk_ids` the outliers first, then the chunk of each landmark.
         """
         shape, heads = model.layers[layer], model.layers[layer].kv_heads
         views = activations(model, step, layer)
@@ -77,7 +78,7 @@ class ShadowKV(Policy):
             Buffer("u", Tier.HBM, prompt, (rank,), model.dtype),
             Buffer("sv", Tier.HBM, heads, (rank, shape.head_dim), model.dtype),
             Buffer("landmarks", Tier.HBM, heads * (chunks - self.outliers), (shape.head_dim,), model.dtype),
-            Buffer("landmark_ids", Tier.HBM, heads, (chunks - self.outliers,), "int64"),
+            Buffer("chunk_ids", Tier.HBM, heads, (chunks,), "int64"),
             Buffer("k_exact", Tier.HBM, exact, (shape.head_dim,), model.kv_dtype),
             Buffer("v_exact", Tier.HBM, exact, (shape.v_head_dim,), model.kv_dtype),
             Buffer("k_slots", Tier.HBM, slots, k_row, model.kv_dtype),
@@ -121,10 +122,15 @@ class ShadowKV(Policy):
                 rows=raw,
                 flops_per_row=5 * shape.head_dim,
                 reads=(Access("raw_keys", raw),),
-                writes=(Access("landmarks", landmarks),),
                 after=("attend",),
             ),
-            Compute(name="outliers", work=Work.TOPK, rows=Rows(heads * chunks), after=("landmark",)),
+            Compute(
+                name="outliers",  # the others keep their landmark
+                work=Work.TOPK,
+                rows=Rows(heads * chunks),
+                writes=(Access("chunk_ids", Rows(heads)), Access("landmarks", landmarks)),
+                after=("landmark",),
+            ),
             Compute(
                 name="fill",  # the slots get what the last query of the prompt would choose
                 work=Work.ELEMENTWISE,
@@ -140,7 +146,6 @@ class ShadowKV(Policy):
                     Access("k_slots", slots),
                     Access("v_slots", slots),
                     Access("slot_ids", Rows(heads)),
-                    Access("landmark_ids", Rows(heads)),
                 ),
                 after=("outliers",),
             ),
@@ -183,7 +188,11 @@ class ShadowKV(Policy):
                 name="select",
                 work=Work.TOPK,
                 rows=Rows(heads * indexed),
-                reads=(Access("head_scores", Rows(heads)), Access("slot_ids", Rows(heads))),
+                reads=(
+                    Access("head_scores", Rows(heads)),
+                    Access("chunk_ids", Rows(heads)),
+                    Access("slot_ids", Rows(heads)),
+                ),
                 writes=(Access("slot_ids", Rows(heads)),),
                 after=("aggregate",),
                 draws=("miss",),

@@ -48,17 +48,33 @@ class SnapKV(Policy):
         if not step.prefilling:
             return (*activations(model, step, layer), *compressed)
         raw = (*activations(model, step, layer), *raw_buffers(model, step, layer))
+        if self._early_queries(step):
+            raw += (Buffer("early_q", Tier.HBM, self.observation_tokens, (shape.heads, shape.head_dim), model.dtype),)
         if not step.last_chunk:
             return raw
         scores = Buffer("scores", Tier.HBM, shape.heads * self.observation_tokens, (step.tokens,), "fp32", ring=1)
         return (*raw, scores, *compressed)
 
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        """Dense; at the end the last queries score all keys, scores are summed and pooled, the best gathered."""
+        """Dense; at the end the last queries score all keys, scores are summed and pooled, the best gathered.
+
+        Where the last chunk is shorter than the observation window, the chunks before it leave their part of its
+        queries, so that the choice does not depend on how a prompt was cut.
+        """
         ops = raw_prefill(model, step, layer)
-        if not step.last_chunk:
-            return ops
         shape, tokens, window = model.layers[layer], step.tokens, self.observation_tokens
+        early = Rows(self._early_queries(step))
+        if not step.last_chunk:
+            if not early.fixed:
+                return ops
+            keep = Compute(
+                name="keep_queries",
+                work=Work.ELEMENTWISE,
+                reads=(Access("q", early),),
+                writes=(Access("early_q", early),),
+                after=("qkv",),
+            )
+            return (*ops, keep)
         kept = Rows(self._heads(model, layer) * (self.budget_tokens + step.generated_tokens))
         rows = Rows(shape.heads * window)
         return (
@@ -70,6 +86,7 @@ class SnapKV(Policy):
                 flops_per_row=2 * shape.heads * shape.head_dim,
                 reads=(
                     Access("q", Rows(min(window, step.new_tokens))),
+                    *((Access("early_q", early),) if early.fixed else ()),
                     Access("raw_keys", Rows(shape.kv_heads * tokens)),
                 ),
                 writes=(Access("scores", rows),),
@@ -101,6 +118,11 @@ class SnapKV(Policy):
             append(step, ("keys", "values"), ("new_k", "new_v"), heads),
             attend(shape, step, Rows(held), (Access("keys", Rows(heads * held)), Access("values", Rows(heads * held)))),
         )
+
+    def _early_queries(self, step: Step) -> int:
+        """Queries of the observation window that earlier chunks have left, or that this one leaves to the last."""
+        first = step.prompt_tokens - self.observation_tokens
+        return max(0, step.past_tokens - first if step.last_chunk else min(step.new_tokens, step.tokens - first))
 
     def _heads(self, model: ModelShape, layer: int) -> int:
         shape = model.layers[layer]

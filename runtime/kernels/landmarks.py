@@ -6,12 +6,18 @@ from torch import Tensor
 from runtime.kernels.select import top_ids
 
 
-def chunk_means(keys: Tensor, chunk_tokens: int) -> Tensor:
+def chunk_means(keys: Tensor, chunk_tokens: int, seen: Tensor | None = None) -> Tensor:
     """Mean key of each chunk, in the dtype of `keys`: `(..., tokens, head_dim)` -> `(..., chunks, head_dim)`.
 
-    Raises ValueError unless tokens is a multiple of `chunk_tokens`.
+    Tokens that bool `seen`, broadcastable to `(..., tokens)`, leaves out (padding) do not count; a chunk without any
+    other has mean 0. Raises ValueError unless tokens is a multiple of `chunk_tokens`.
     """
-    return _chunked(keys, chunk_tokens).mean(dim=-2, dtype=torch.float32).to(keys.dtype)
+    chunks = _chunked(keys, chunk_tokens)
+    if seen is None:
+        return chunks.mean(dim=-2, dtype=torch.float32).to(keys.dtype)
+    counted = _chunked(seen[..., None], chunk_tokens)
+    total = chunks.masked_fill(~counted, 0).sum(dim=-2, dtype=torch.float32)
+    return (total / counted.sum(dim=-2).clamp(min=1)).to(keys.dtype)
 
 
 def chunk_bounds(keys: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
@@ -26,15 +32,19 @@ def chunk_bounds(keys: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
     return low, _chunked(full, page_tokens).amax(dim=-2)
 
 
-def outlier_chunks(keys: Tensor, means: Tensor, n: int) -> Tensor:
+def outlier_chunks(keys: Tensor, means: Tensor, n: int, seen: Tensor | None = None) -> Tensor:
     """Ids of the n chunks that their mean describes worst, ascending int64: `(batch, kv_heads, n)`.
 
     keys `(batch, kv_heads, chunks * chunk_tokens, head_dim)`, means `(batch, kv_heads, chunks, head_dim)`. A chunk is
     described as well as its least similar key: the minimum over its keys of the cosine to the mean (ShadowKV, Sun et
-    al. 2024). Raises ValueError unless 0 <= n <= chunks.
+    al. 2024). `seen` as in `chunk_means`; a chunk without any token that counts is none of the n, and where there are
+    too few others the ids end in -1. Raises ValueError unless 0 <= n <= chunks.
     """
-    chunks = _chunked(keys, keys.shape[-2] // means.shape[-2]).float()
+    chunk_tokens = keys.shape[-2] // means.shape[-2]
+    chunks = _chunked(keys, chunk_tokens).float()
     cosine = torch.nn.functional.cosine_similarity(chunks, means[..., None, :].float(), dim=-1)
+    if seen is not None:
+        cosine = cosine.masked_fill(~_chunked(seen[..., None], chunk_tokens)[..., 0], torch.inf)
     return top_ids(-cosine.amin(dim=-1), n)
 
 

@@ -169,6 +169,24 @@ def test_snapkv_prefill_scores_all_keys_with_the_last_queries() -> None:
     assert read(plan, "compress") == {"raw_keys": 2048 * KV // 2, "raw_values": 2048 * KV // 2}
 
 
+def test_snapkv_observes_the_same_queries_however_a_prompt_is_cut() -> None:
+    n, row = 10_000, 32 * 128 * 2  # bytes of one token's query over all heads
+
+    def chunk(past: int, new: int) -> LayerPlan:
+        return planned("snapkv", Step(prompt_tokens=n, past_tokens=past, new_tokens=new))
+
+    # The window is tokens 9,968 to 9,999. A last chunk of 20 has 20 of them; the chunk before it leaves 12.
+    assert read(chunk(9980, 20), "observe") == {"q": 20 * row, "early_q": 12 * row, "raw_keys": n * KV // 2}
+    assert read(chunk(8000, 1980), "keep_queries") == {"q": 12 * row}
+    assert held(chunk(8000, 1980), "early_q") == held(chunk(9980, 20), "early_q") == 32 * row
+    # Several short chunks leave what each has.
+    assert read(chunk(9975, 3), "keep_queries") == {"q": 3 * row}
+    # Nothing is left where the last chunk holds the whole window, or where the window has not begun.
+    for plan in (chunk(9968, 32), chunk(0, n), chunk(0, 9968)):
+        assert held(plan, "early_q") == 0
+        assert "keep_queries" not in {op.name for op in plan.ops}
+
+
 def test_quest_reads_bounds_of_all_pages_and_a_budget_of_tokens() -> None:
     step = Step.decoding(CONTEXT - 1, 1)  # 8,192 pages, the last one full
     plan = planned("quest", step)
@@ -309,7 +327,7 @@ def test_shadowkv_at_122k_fits_six_times_as_often() -> None:
     landmarks = (15_608 - 48) * 8 * 128 * 2
     exact = (48 * 8 + 64 + 1) * KV
     slots = 2048 * KV
-    ids = 8 * 8 * (15_608 - 48) + 8 * 8 * 256
+    ids = 8 * 8 * 15_608 + 8 * 8 * 256  # int64 for each chunk, outliers included, and for each slot
     assert held(plan, "u", "sv") == low_rank
     assert held(plan, "landmarks") == landmarks
     assert held(plan, "k_exact", "v_exact") == exact

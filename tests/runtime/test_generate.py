@@ -54,6 +54,9 @@ EXACT = [
     "full@layers=0-1+offload-all",
     "quest:budget_tokens=64",
     "quest:page_tokens=1,budget_tokens=64,dense_layers=0",
+    "snapkv:budget_tokens=64",
+    "snapkv:budget_tokens=37,observation_tokens=8",
+    "snapkv:budget_tokens=37,observation_tokens=8,per=query_head",
 ]
 
 
@@ -74,12 +77,12 @@ def stock(model):
     return {batch: generate(model, prompts(batch)) for batch in (1, 3)}
 
 
-def prompts(batch: int, tokens: int = 37):
-    """Ids and mask of `batch` prompts, left-padded by 0, 5 and 19 tokens."""
+def prompts(batch: int, tokens: int = 37, pads: tuple[int, ...] = (0, 5, 19)):
+    """Ids and mask of `batch` prompts, left-padded by `pads`."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(3, 101, (batch, tokens), generator=generator)
     mask = torch.ones_like(ids)
-    for row, pad in zip(range(batch), (0, 5, 19), strict=False):
+    for row, pad in zip(range(batch), pads, strict=False):
         ids[row, :pad], mask[row, :pad] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
 
@@ -98,7 +101,50 @@ def test_tokens_equal_stock_generate(model, stock, policy, batch):
     assert torch.equal(got, stock[batch])
 
 
-@pytest.mark.parametrize("policy", ["full", "offload-all", "offload-all:write_back=all"])
+def test_shadowkv_at_full_rank_that_selects_everything(model):
+    """Rows of padding leave a budget of seven chunks nothing to leave out; then every slot is emptied and rebuilt.
+
+    Greedy tokens are those of stock `generate`. Logits, smaller than 1, may differ by what turning keys back,
+    decomposing and rebuilding them adds in each of four layers: some ten roundings of 6e-8, together 2.4e-6.
+    """
+    inputs = prompts(3, pads=(2, 5, 19))
+    policy = parse_policy("shadowkv:chunk_tokens=2,budget_tokens=14,rank=36,outlier_chunks=0")
+    expected = generate(model, inputs)
+    position = inputs["attention_mask"].cumsum(1).sub(1).clamp(min=0)
+    longer = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], dim=1)
+    new = {"input_ids": expected[:, 37:38], "position_ids": position[:, -1:] + 1, "attention_mask": longer}
+    with torch.no_grad():
+        both = torch.cat([position, new["position_ids"]], dim=1)
+        stock = model(input_ids=expected[:, :38], attention_mask=longer, position_ids=both).logits[:, -1]
+        with offload(model, policy, max_new_tokens=32) as kv:
+            assert torch.equal(generate(model, inputs, past_key_values=kv.cache()), expected)
+            cache = kv.cache()
+            model(**inputs, position_ids=position, past_key_values=cache)
+            for layer in cache.own:
+                kept = cache.arena.kept(layer)
+                kept["slot_ids"].fill_(-1)
+                kept["k_slots"].fill_(torch.nan)
+                kept["v_slots"].fill_(torch.nan)
+            logits = model(**new, past_key_values=cache).logits[:, -1]
+            if cache.own:  # a model may slide everywhere; of eight chunks 1, 2 and all 8 are padding
+                assert [set(row) for row in kv.counts.counts["miss"].value[-3:].tolist()] == [{7}, {6}, {0}]
+    torch.testing.assert_close(logits, stock, atol=2.4e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("full", "offload-all", "offload-all:write_back=all"),
+        *(
+            "snapkv:budget_tokens=20,observation_tokens=8",
+            "snapkv:budget_tokens=20,observation_tokens=8,per=query_head",
+        ),
+        *(
+            "shadowkv:chunk_tokens=1,budget_tokens=16,rank=8,outlier_chunks=3",
+            "shadowkv:chunk_tokens=2,budget_tokens=6",
+        ),
+    ],
+)
 def test_bytes_are_those_of_the_plans(policy):
     """What the mover counted and what the arena allocated, against the plans of the very same steps."""
     config = transformers.LlamaConfig(**SIZES)
@@ -109,12 +155,16 @@ def test_bytes_are_those_of_the_plans(policy):
         generate(model, prompts(batch), new, past_key_values=cache)
         steps = [Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt)]
         steps += [Step.decoding(prompt, g) for g in range(1, new)]
+        recorded, totals = kv.counts.steps.tolist(), kv.counts.totals()
+        of_plans = [(s.prompt_tokens, s.past_tokens, s.new_tokens) for s in steps]
+        asked = [(row, layer, prompt, *s) for row in range(batch) for layer in range(4) for s in of_plans]
+        assert sorted(map(tuple, recorded)) == asked
         expected: Counter[tuple[Tier, Tier]] = Counter()
-        for step in steps:
-            for layer in range(4):
-                plan = plan_layer(kv.policy, kv.shape, step, layer)
-                for link, nbytes in moved_bytes(plan.ops, plan.buffers, {}).items():
-                    expected[link] += batch * nbytes
+        for (_, layer, _, prompt_tokens, past, new_tokens), drawn in zip(recorded, totals, strict=True):
+            step = Step(prompt_tokens=prompt_tokens, past_tokens=past, new_tokens=new_tokens)
+            plan = plan_layer(kv.policy, kv.shape, step, layer)
+            assert set(drawn) == {count.name for count in plan.counts}
+            expected.update(moved_bytes(plan.ops, plan.buffers, drawn))
         assert kv.moved_bytes == expected
         last = Step.decoding(prompt, room)
         stored = stored_bytes([plan_layer(kv.policy, kv.shape, last, layer).buffers for layer in range(4)])

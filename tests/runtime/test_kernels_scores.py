@@ -100,6 +100,26 @@ def test_chunk_means_and_the_chunks_that_they_describe_worst():
         assert worst[b, h].tolist() == sorted(sorted(range(6), key=lambda c: least[c])[:2])
 
 
+def test_padding_counts_for_no_mean_and_is_no_outlier():
+    """Rows padded by a part of a chunk or by whole ones give what their real tokens alone give, whatever lies there."""
+    keys = normal(2, 2, 24, 8)
+    for pad in (0, 1, 7, 21, 24):
+        seen = torch.arange(24).expand(2, 1, 24) >= pad
+        padded = keys.masked_fill(~seen[..., None], torch.nan)
+        means = chunk_means(padded, 4, seen)
+        worst = outlier_chunks(padded, means, 3, seen)
+        for b, h in [(b, h) for b in range(2) for h in range(2)]:
+            least = {}
+            for c in range(pad // 4, 6):
+                rows = keys[b, h, max(pad, c * 4) : c * 4 + 4].double()
+                if len(rows):
+                    torch.testing.assert_close(means[b, h, c].double(), rows.mean(0), atol=1e-6, rtol=1e-6)
+                    least[c] = min(float(row @ rows.mean(0) / (row.norm() * rows.mean(0).norm())) for row in rows)
+            assert not means[b, h, : pad // 4].any()
+            expected = sorted(sorted(least, key=lambda c: (round(least[c], 6), c))[:3])
+            assert worst[b, h].tolist() == expected + [-1] * (3 - len(expected))
+
+
 def test_chunks_must_be_whole_for_a_mean():
     with pytest.raises(ValueError, match="10 tokens are no multiple of chunk_tokens=4"):
         chunk_means(normal(1, 1, 10, 8), 4)

@@ -8,7 +8,10 @@ transformers = pytest.importorskip("transformers")
 from policies import parse_policy  # noqa: E402
 from runtime import offload  # noqa: E402
 
-EXACT = ["full", "offload-all", "sink-window", "quest:budget_tokens=96", "full@heads=4+offload-all@heads=4"]
+EXACT = [
+    *("full", "offload-all", "sink-window", "quest:budget_tokens=96", "full@heads=4+offload-all@heads=4"),
+    *("snapkv:budget_tokens=37,observation_tokens=8", "snapkv:budget_tokens=37,observation_tokens=8,per=query_head"),
+]
 
 
 @pytest.fixture(scope="module")
