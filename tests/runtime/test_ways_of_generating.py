@@ -172,3 +172,13 @@ def test_what_breaks_off_leaves_nothing_behind(model, raised, seen, says):
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
+
+
+def test_a_prompt_below_the_minimum_is_left_dense_and_said_so_once(model, caplog):
+    expected = generate(model, prompts())
+    with (
+        caplog.at_level("WARNING", logger="runtime"),
+        offload(model, parse_policy("snapkv:budget_tokens=40,observation_tokens=8"), max_new_tokens=16) as kv,
+    ):
+        assert torch.equal(generate(model, prompts(), past_key_values=kv.cache()), expected)
+    assert [r.getMessage() for r in caplog.records] == ["snapkv leaves a prompt of 37 tokens dense: it begins at 40"]
