@@ -44,6 +44,9 @@ WAYS = {  # what each row of the table is called, and its policy for a context o
     "sink-window 1/8": "sink-window:window_tokens={n_8}",
     "snapkv 1/16": "snapkv:budget_tokens={n_16}",
     "snapkv 1/8": "snapkv:budget_tokens={n_8}",
+    # The authors' LongBench settings.
+    "snapkv 1/16, max pooling": "snapkv:budget_tokens={n_16},kernel_tokens=7,pooling=max",
+    "snapkv 1/8, max pooling": "snapkv:budget_tokens={n_8},kernel_tokens=7,pooling=max",
     "quest 1/16": "quest:budget_tokens={n_16}",
     "quest 1/8": "quest:budget_tokens={n_8}",
     "quest 1/4": "quest:budget_tokens={n_4}",

@@ -14,7 +14,9 @@ class SnapKV(Policy):
     """Keeps `budget_tokens` of the prompt: the last `observation_tokens` and, pooled, what they attended to most.
 
     `per="kv_head"` averages the queries of a group and stores KV heads (kvpress); `"query_head"` selects for each
-    query head and stores all of them, as the authors' code does, which costs the group size in memory.
+    query head and stores all of them, as the authors' code does, which costs the group size in memory. `pooling` is
+    over `kernel_tokens` neighbours: `"average"` (the default of the authors' code and of kvpress) or `"max"` (the
+    authors' LongBench settings, with 7), which keeps what stands around a peak.
     """
 
     name: ClassVar[str] = "snapkv"
@@ -23,10 +25,12 @@ class SnapKV(Policy):
     budget_tokens: int = 2048
     observation_tokens: int = 32
     kernel_tokens: int = 5
+    pooling: str = "average"
     per: str = "kv_head"
 
     def __post_init__(self) -> None:
         at_least(self, observation_tokens=1, kernel_tokens=1, budget_tokens=self.observation_tokens + 1)
+        one_of(self, "pooling", "average", "max")
         one_of(self, "per", "kv_head", "query_head")
         if self.kernel_tokens % 2 == 0:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 from policies import Policy, SnapKV
 from runtime.call import Call, Method
@@ -13,8 +14,8 @@ from runtime.kernels.select import top_ids
 def method(policy: Policy) -> Method:
     """Keep `policy`'s budget of the prompt's tokens and all generated ones, in the order of the text.
 
-    Weights are summed over the observation window, pooled by an average and, for `per="kv_head"`, averaged over a
-    group's query heads (kvpress; a mean over the window would order alike). Padding neither votes nor is chosen.
+    Weights are summed over the observation window (kvpress: the mean, which orders alike), pooled and, for
+    `per="kv_head"`, averaged over a group's query heads. Padding neither votes nor is chosen.
     """
     if not isinstance(policy, SnapKV):
         raise TypeError(f"not a snapkv policy: {policy!r}")
@@ -73,12 +74,13 @@ class _Kernels:
         self._softmax(call, weights.view(len(q), call.shape.heads, self.window, -1))
 
     def pool(self, call: Call) -> None:
-        """Sum over the window, average over neighbours: (batch, heads of the cache, tokens before the window)."""
+        """Sum over the window, pool neighbours: (batch, heads of the cache, tokens before the window)."""
         batch, tokens = len(call.q), call.step.tokens
         weights = call.state["scores"].view(batch, call.shape.heads, self.window, tokens)
         votes = weights[..., : tokens - self.window].sum(dim=2)
         size = self.policy.kernel_tokens
-        votes = torch.nn.functional.avg_pool1d(votes, size, stride=1, padding=size // 2)
+        pool = max_pool1d if self.policy.pooling == "max" else avg_pool1d
+        votes = pool(votes, size, stride=1, padding=size // 2)
         if self.policy.per == "kv_head":
             votes = votes.unflatten(1, (call.shape.kv_heads, -1)).mean(dim=2)
         call.scratch["votes"] = votes

@@ -158,6 +158,7 @@ def test_what_is_wrong_is_named(text: str, message: str) -> None:
         ("sink-window:positions=far", "sink-window: positions='far' must be one of slot, original"),
         ("snapkv:budget_tokens=32", "snapkv: budget_tokens=32 must be at least 33"),
         ("snapkv:kernel_tokens=4", "snapkv: kernel_tokens=4 must be odd"),
+        ("snapkv:pooling=mean", "snapkv: pooling='mean' must be one of average, max"),
         ("quest:budget_tokens=100", "quest: budget_tokens=100 is not a multiple of page_tokens=16; use 96 or 112"),
         ("quest:budget_tokens=5", "quest: budget_tokens=5 is not a multiple of page_tokens=16; use 16"),
         (

@@ -1,5 +1,7 @@
 """SnapKV inside the runtime against a float64 oracle that votes, keeps and attends token by token."""
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -40,7 +42,8 @@ def kept_tokens(one, row):
             for token in range(pad, min(first, t + 1)):
                 vote[token] += weights[token - pad]
         reach = policy.kernel_tokens // 2
-        votes.append([sum(vote[max(0, t - reach) : t + reach + 1]) / policy.kernel_tokens for t in range(first)])
+        near = [vote[max(0, t - reach) : t + reach + 1] for t in range(first)]
+        votes.append([max(v) if policy.pooling == "max" else sum(v) / policy.kernel_tokens for v in near])
     kept = []
     for m in range(len(votes)):
         voters = [m] if policy.per == "query_head" else range(m // group * group, (m // group + 1) * group)
@@ -97,6 +100,16 @@ def test_softcap_and_sinks(per, softcap, sinks):
 def test_the_window_observes_the_same_however_a_prompt_is_cut(chunks):
     """The last chunk has more queries than the window, as many, or fewer; then earlier chunks have left theirs."""
     follow(layer(POLICY["kv_head"], 4, 2, 40, 2, pads=(0, 9), seed=3, chunked=True), *chunks)
+
+
+@pytest.mark.parametrize("per", POLICY)
+def test_max_pooling_keeps_what_stands_around_a_peak(per):
+    """Plateaus tie within a head, and the first of their tokens win; over a group's mean they hardly ever do."""
+    policy = replace(POLICY[per], pooling="max", kernel_tokens=5)
+    one = layer(policy, 4, 2, 40, 3, pads=(0, 6), seed=9)
+    one.k[0, :, 20] = one.q[0, ::2, 34:40].mean(1) * 4  # draws the votes of each group's first head
+    kept = follow(one)
+    assert all({18, 19, 20, 21, 22} <= set(kept[0][m]) for m in (0, 2))
 
 
 @pytest.mark.parametrize("per", POLICY)
