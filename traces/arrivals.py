@@ -1,10 +1,11 @@
-"""Arrival times of a stationary renewal process with gamma or Weibull gaps, the two families ServeGen fits."""
+"""Arrival times: renewal processes with gamma or Weibull gaps (ServeGen's families), and spreading coarse clocks."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
-from traces.schema import Floats, TraceError
+from traces.schema import Floats, Trace, TraceError
 
 FAMILIES = ("gamma", "weibull")
 
@@ -43,6 +44,18 @@ def renewal_s(rng: np.random.Generator, *, rate_rps: float, family: str, shape: 
         pieces.append(pieces[-1][-1] + np.cumsum(gaps) * scale_s)
     times = np.concatenate(pieces)
     return times[: np.searchsorted(times, span_s)]
+
+
+def spread(trace: Trace, spread_s: float, seed: int) -> Trace:
+    """The trace with every arrival later by a uniform draw from [0, spread_s), for clocks with ticks of that length."""
+    if not (math.isfinite(spread_s) and spread_s >= 0):
+        raise TraceError(f"spread_s={spread_s}: must be finite and not negative; 0 keeps recorded arrivals")
+    if not spread_s:
+        return trace
+    # Sorting the shifted times and leaving the rows in place keeps the recorded order of the requests.
+    shifted = trace.arrival_s + np.random.default_rng(seed).uniform(0, spread_s, len(trace))
+    note = f"arrivals spread by up to {spread_s:g} s (seed {seed})"
+    return replace(trace, arrival_s=np.sort(shifted), notes=(*trace.notes, note))
 
 
 def _weibull_cv(shape: float) -> float:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from traces import agentic, azure, mooncake, servegen, tabular
+from traces import agentic, azure, bench, mooncake, otel, servegen, sglang_log, tabular, vllm_log
 from traces.archive import members
+from traces.log_text import is_log, log_lines
 from traces.options import parse_pairs, unknown
 from traces.schema import Trace, TraceError
-from traces.table import SUFFIXES, read_table
+from traces.table import READ_ONLY, SUFFIXES, read_table
 
-OptionsT = TypeVar("OptionsT", mooncake.Options, agentic.Options, servegen.Options)
+OptionsT = TypeVar(
+    "OptionsT",
+    mooncake.Options,
+    agentic.Options,
+    servegen.Options,
+    bench.Options,
+    vllm_log.Options,
+    sglang_log.Options,
+)
 
 ARCHIVES = (".tar", ".tar.gz", ".tar.xz")
 DATA = Path(__file__).parent / "data"
@@ -87,7 +97,8 @@ def names() -> list[Bundled]:
 def load(text: str, *, limit: int | None = None, seed: int = 0, skip_bad_rows: bool = False) -> Trace:
     """The trace that the text names: a bundled name or a path, either followed by `:key=value,key=value` options.
 
-    A path's format is told from its columns (or members): Mooncake, Azure, plain table, ServeGen or agentic archive.
+    A path's format is told from its columns, members or lines: Mooncake, Azure, plain table, result of a serving
+    benchmark (vLLM, SGLang), OpenTelemetry spans, ServeGen or agentic archive, request log of a vLLM or SGLang server.
     `limit` keeps the first requests by arrival; `seed` drives what is sampled. Raises TraceError for an unknown name or
     option and for a malformed file, whose bad rows `skip_bad_rows` counts instead.
     """
@@ -101,7 +112,8 @@ def load(text: str, *, limit: int | None = None, seed: int = 0, skip_bad_rows: b
         if skip_bad_rows:
             raise TraceError(f"{path}: skip_bad_rows is for tables of requests; archives are read whole or not at all")
         return _load_archive(path, name, options, seed=seed, limit=limit)
-    trace = _load_table(path, name, options, seed=seed, skip_bad_rows=skip_bad_rows)
+    read = _load_log if is_log(path) else _load_table
+    trace = read(path, name, options, seed=seed, skip_bad_rows=skip_bad_rows)
     return trace if limit is None else trace.head(limit)
 
 
@@ -113,7 +125,7 @@ def _resolve(text: str) -> tuple[Path, str, str]:
         return files[head], head, options
     path = Path(head)
     if not path.exists():
-        if path.parent != Path() or path.name.endswith((*SUFFIXES, *ARCHIVES, ".npz")):
+        if path.parent != Path() or path.name.endswith((*SUFFIXES, *READ_ONLY, *ARCHIVES, ".npz", ".log")):
             raise TraceError(f"{head}: no such file; give a path, or one of {', '.join(files)}")
         raise unknown("trace", head, files)
     return path, path.name, options
@@ -136,7 +148,14 @@ def _load_table(path: Path, name: str, options: str, *, seed: int, skip_bad_rows
     if columns >= set(mooncake.COLUMNS.required):
         spread = _options(mooncake.Options, options)
         return mooncake.load(table, spread, name=name, seed=seed, skip_bad_rows=skip_bad_rows)
+    if columns >= set(bench.COLUMNS):
+        chosen = _options(bench.Options, options)
+        return bench.load(table, chosen, name=name, seed=seed, skip_bad_rows=skip_bad_rows)
     parse_pairs(options, {}, f"{name} option")
+    if columns >= set(bench.SUMMARY):
+        raise bench.undetailed(table.source, table.lines[0])
+    if otel.COLUMN in columns:
+        return otel.load(table, name=name, skip_bad_rows=skip_bad_rows)
     if columns >= set(azure.COLUMNS):
         return azure.load(table, name=name, skip_bad_rows=skip_bad_rows)
     if columns >= set(tabular.PLAIN.required):
@@ -148,6 +167,21 @@ def _load_table(path: Path, name: str, options: str, *, seed: int, skip_bad_rows
         f"{path}: missing column {', '.join(missing)}; it has {', '.join(sorted(columns)) or 'none'}; "
         f"a trace has {' or '.join('/'.join(required) for required in known)}"
     )
+
+
+def _load_log(path: Path, name: str, options: str, *, seed: int, skip_bad_rows: bool) -> Trace:
+    for _, line in log_lines(path):
+        if vllm_log.is_request(line):
+            read = partial(vllm_log.load, log_lines(path), _options(vllm_log.Options, options))
+            break
+        if sglang_log.is_request(line):
+            read = partial(sglang_log.load, log_lines(path), _options(sglang_log.Options, options))
+            break
+    else:
+        raise TraceError(
+            f"{path}: no requests in the log; run vLLM with --enable-log-requests, SGLang with --log-requests"
+        )
+    return read(source=str(path), name=name, seed=seed, skip_bad_rows=skip_bad_rows)
 
 
 def _options(kind: type[OptionsT], text: str) -> OptionsT:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-
-from traces.schema import Trace, TraceError
+from traces.arrivals import spread
+from traces.schema import Trace
 from traces.table import Table
 from traces.tabular import Columns, from_table
 
@@ -24,17 +22,8 @@ class Options:
 
     spread_s: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.spread_s) and self.spread_s >= 0):
-            raise TraceError(f"spread_s={self.spread_s}: must be finite and not negative; 0 keeps recorded arrivals")
-
 
 def load(table: Table, options: Options, *, name: str, seed: int = 0, skip_bad_rows: bool = False) -> Trace:
     """The trace of a table with Mooncake's columns; a partial last block has an id too."""
     trace = from_table(table, name=name, skip_bad_rows=skip_bad_rows, columns=COLUMNS, block_tokens=BLOCK_TOKENS)
-    if not options.spread_s:
-        return trace
-    # Sorting the shifted times and leaving the rows in place keeps the recorded order of the requests.
-    shifted = trace.arrival_s + np.random.default_rng(seed).uniform(0, options.spread_s, len(trace))
-    note = f"arrivals spread by up to {options.spread_s:g} s (seed {seed})"
-    return replace(trace, arrival_s=np.sort(shifted), notes=(*trace.notes, note))
+    return spread(trace, options.spread_s, seed)

@@ -1,4 +1,4 @@
-"""Reads a CSV, JSON-lines or Parquet file (text also gzipped) into named columns that remember their line numbers."""
+"""Reads a CSV, JSON-lines, JSON or Parquet file (text also gzipped) into named columns that remember their lines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from traces.archive import whole_file
 from traces.schema import TraceError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
+READ_ONLY = (".json", ".json.gz")
 _MAX_CELL_CHARS = 1 << 30
 
 
@@ -34,23 +35,24 @@ class Table:
 
 def read_table(path: Path, *, skip_bad_rows: bool = False) -> Table:
     """The columns of the file; raises TraceError for a broken file, or row unless those are skipped and counted."""
-    if not path.name.endswith(SUFFIXES):
-        raise TraceError(f"{path}: unknown file type; use one of {', '.join(SUFFIXES)}")
+    if not path.name.endswith((*SUFFIXES, *READ_ONLY)):
+        raise TraceError(f"{path}: unknown file type; use one of {', '.join((*SUFFIXES, *READ_ONLY))}, or .log")
     if path.suffix == ".parquet":
         table = _read_parquet(path)
     else:
-        with whole_file(path), _open_text(path) as lines:
-            read = _read_csv if ".csv" in path.suffixes else _read_jsonl
+        with whole_file(path), open_text(path) as lines:
+            read = _read_csv if ".csv" in path.suffixes else _read_json if ".json" in path.suffixes else _read_jsonl
             table = read(lines, str(path), skip_bad_rows)
     if not table.lines:
         raise TraceError(f"{path}: empty trace: no rows were read ({table.skipped_rows} skipped); needs at least one")
     return table
 
 
-def _open_text(path: Path) -> TextIO:
+def open_text(path: Path, errors: str = "strict") -> TextIO:
+    """The text of a file, gzipped or not; `errors` as for `open`."""
     if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", errors=errors, newline="")
+    return path.open(encoding="utf-8-sig", errors=errors, newline="")
 
 
 def _read_csv(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
@@ -96,9 +98,34 @@ def _read_jsonl(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
             continue
         rows.append(row)
         table.lines.append(number)
-    names = dict.fromkeys(name for row in rows for name in row)
-    table.columns = {name: [row.get(name) for row in rows] for name in names}
+    table.columns = _by_column(rows)
     return table
+
+
+def _read_json(lines: TextIO, source: str, _skip_bad_rows: bool) -> Table:
+    """JSON objects one after another, each over as many lines as it likes."""
+    table, rows, text, at = Table(source=source), [], lines.read(), 0
+    decoder = json.JSONDecoder()
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        number = text.count("\n", 0, at) + 1
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise TraceError.at(source, number, "file", "malformed", f"must be JSON objects; {error}") from error
+        if not isinstance(row, dict):
+            raise TraceError.at(source, number, "file", type(row).__name__, "must be JSON objects, one after another")
+        rows.append(row)
+        table.lines.append(number)
+    table.columns = _by_column(rows)
+    return table
+
+
+def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _read_parquet(path: Path) -> Table:

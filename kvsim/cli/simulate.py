@@ -23,7 +23,9 @@ OF_THE_COMMAND = ("scenario", "out", "json")  # every other option belongs to th
 
 def replay(
     ctx: typer.Context,
-    trace: Annotated[str | None, typer.Option(metavar="TRACE", help="A bundled trace, or a file.")] = None,
+    trace: Annotated[
+        str | None, typer.Option(metavar="TRACE", help="A bundled trace, or a file, also a server's log.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")
     ] = None,

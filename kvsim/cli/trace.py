@@ -12,7 +12,10 @@ from kvsim.units import format_count, format_s, parse_duration_s, parse_tokens
 app = typer.Typer(no_args_is_help=True)
 
 TraceArgument = Annotated[
-    str, typer.Argument(metavar="TRACE", help="A bundled trace (name or name:key=value,...), or a file.")
+    str,
+    typer.Argument(
+        metavar="TRACE", help="A bundled trace (name or name:key=value,...), or a file, also a server's log."
+    ),
 ]
 LimitOption = Annotated[
     int | None, typer.Option("--limit", metavar="N", parser=parse_tokens, help="Read the first N requests only.")
@@ -68,7 +71,7 @@ def show_info(
 
 @app.command("convert")
 def convert_trace(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A bundled trace, or a file.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="A bundled trace, or a file, also a server's log.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="A .jsonl, .csv (either also .gz) or .parquet file.")],
     limit: LimitOption = None,
     seed: SeedOption = 0,
