@@ -64,9 +64,9 @@ class Arena:
         """What a layer keeps from step to step."""
         return {name: held.tensor for name, held in self._own.get(layer, {}).items()}
 
-    def host_tensors(self) -> list[torch.Tensor]:
-        """What lies in host memory."""
-        return [held.tensor for held in self._all() if held.tier is not Tier.HBM]
+    def held(self) -> list[tuple[Tier, torch.Tensor]]:
+        """Every tensor and the tier that it lies in."""
+        return [(held.tier, held.tensor) for held in self._all()]
 
     def release_passing(self) -> None:
         """Free what only the prompt needed."""

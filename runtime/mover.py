@@ -20,10 +20,15 @@ class Mover:
     @property
     def moved_bytes(self) -> Counter[tuple[Tier, Tier]]:
         """Bytes moved so far; waits for the device where a kernel counts."""
-        moved = Counter(self._copied)
+        return self._copied + self.gathered_bytes
+
+    @property
+    def gathered_bytes(self) -> Counter[tuple[Tier, Tier]]:
+        """What of them gather kernels have counted where they ran."""
+        gathered: Counter[tuple[Tier, Tier]] = Counter()
         for (src, dst, row_bytes), rows in self._gathered.items():
-            moved[src, dst] += int(rows) * row_bytes
-        return moved
+            gathered[src, dst] += int(rows) * row_bytes
+        return gathered
 
     def move(self, pieces: Iterable[Piece | Gather], src: Tier, dst: Tier) -> int | None:
         """Copy or gather each piece, asynchronously beside a GPU; the bytes moved, None where a device counts them.

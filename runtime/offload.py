@@ -30,8 +30,7 @@ class Offload:
     """One model under one policy: makes caches, and counts what they move."""
 
     def __init__(self, model: Any, policy: Policy, max_new_tokens: int) -> None:
-        self._model = model
-        self.policy, self.max_new_tokens = policy, max_new_tokens
+        self.model, self.policy, self.max_new_tokens = model, policy, max_new_tokens
         self.shape = shape_of(model)
         self.mover, self.recorder = Mover(), Recorder()
         self._caches: list[weakref.ref[TieredCache]] = []
@@ -50,9 +49,14 @@ class Offload:
             mover=self.mover,
             recorder=self.recorder,
         )
-        cache = TieredCache(self._model.config.get_text_config(), terms, self._model.device, prompt_tokens)
+        cache = TieredCache(self.model.config.get_text_config(), terms, self.model.device, prompt_tokens)
         self._caches.append(weakref.ref(cache))
         return cache
+
+    @property
+    def caches(self) -> list[TieredCache]:
+        """All caches that are still in use."""
+        return [cache for reference in self._caches if (cache := reference()) is not None]
 
     @property
     def moved_bytes(self) -> Counter[tuple[Tier, Tier]]:
@@ -68,16 +72,14 @@ class Offload:
     def footprint_bytes(self) -> Counter[Tier]:
         """Bytes that all living caches hold per tier."""
         total: Counter[Tier] = Counter()
-        for reference in self._caches:
-            if (cache := reference()) is not None:
-                total.update(cache.arena.allocated_bytes)
+        for cache in self.caches:
+            total.update(cache.arena.allocated_bytes)
         return total
 
     def release(self) -> None:
         """Give back the memory of all caches."""
-        for reference in self._caches:
-            if (cache := reference()) is not None:
-                cache.release()
+        for cache in self.caches:
+            cache.release()
 
 
 @contextmanager

@@ -27,18 +27,11 @@ def gather_rows(src: Tensor, ids: Tensor, dst: Tensor, slots: Tensor, counter: T
 
 
 def _copy_rows_eager(src: Tensor, ids: Tensor, dst: Tensor, slots: Tensor, counter: Tensor) -> None:
-    valid = ids >= 0
-    # What is to be skipped repeats the head's first copy instead, or, where there is none, rewrites slot 0.
-    first = valid.int().argmax(dim=-1, keepdim=True)
-    ids = torch.where(valid, ids, ids.gather(-1, first)).clamp(min=0).long()
-    slots = torch.where(valid, slots, slots.gather(-1, first)).long()
-    slots = torch.where(valid.any(dim=-1, keepdim=True), slots, 0)
-    shape = (*ids.shape, src.shape[-1])
-    rows = src.gather(2, ids[..., None].expand(shape))
-    kept = dst.gather(2, slots[..., None].expand(shape))
-    copied = torch.where(valid.any(dim=-1)[..., None, None], rows, kept)
-    dst.scatter_(2, slots[..., None].expand(shape), copied)
-    counter += valid.sum()
+    # A CPU may look at the ids: they stay where they are, and what crosses is the rows that they name.
+    ids, slots = torch.tensor(ids.tolist()), torch.tensor(slots.tolist())
+    row, head, at = (ids >= 0).nonzero(as_tuple=True)
+    dst[row, head, slots[row, head, at]] = src[row, head, ids[row, head, at]]
+    counter += len(at)
 
 
 def _check(src: Tensor, ids: Tensor, dst: Tensor, slots: Tensor, counter: Tensor) -> None:
