@@ -30,16 +30,16 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(error.format_message().replace("Value error, ", ""), error.exit_code)
     except TargetUnmet as error:
         return _fail(str(error), 3)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if sys.flags.dev_mode:
             raise
         return _fail(_explain(error), 2)
 
 
-def _explain(error: ValueError | OSError) -> str:
+def _explain(error: ValueError | OSError | MemoryError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def _fail(message: str, code: int) -> int:

@@ -147,7 +147,7 @@ class TieredCache(Cache):
         self.executor = Executor(device, terms.mover)
         self.arena: Arena = Arena(device, 0)
         self.max_tokens = 0
-        self.progress: Callable[[int], None] | None = None  # told each layer that has done a step
+        self.progress: Callable[[Step], None] | None = None  # told each step that a layer has done
         self._half_angles = config.model_type == "gpt_oss"
         self._rotaries: dict[int, Rotary] = {}  # by layer; layers that share angles share one
         self._extended: list[tuple[torch.Tensor, Rotary]] = []  # in this step
@@ -283,7 +283,7 @@ class TieredCache(Cache):
         if step.last_chunk:
             self._finish(layer, step, call)
         if self.progress:
-            self.progress(layer.index)
+            self.progress(step)
         assert call.out is not None  # noqa: S101 - the executor has checked it
         return call.out
 

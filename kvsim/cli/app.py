@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvsim.cli import explain, hardware, model, simulate, trace
+from kvsim.cli import explain, generate, hardware, model, simulate, trace, validate
 from kvsim.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -13,6 +13,8 @@ app.command("simulate", help="Replay a trace of requests under one policy, on a 
 app.command("compare", help="Replay a trace under several policies, and set their results side by side.")(
     simulate.replay
 )
+app.command("generate")(generate.generate)
+app.command("validate")(validate.validate)
 app.add_typer(trace.app, name="trace", help="Request traces: bundled, generated and converted ones.")
 app.add_typer(hardware.app, name="hardware", help="The catalogue of GPUs and hosts.")
 app.add_typer(model.app, name="model", help="The catalogue of model shapes.")

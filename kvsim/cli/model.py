@@ -1,10 +1,12 @@
 """`kvsim model`: the catalogue of model shapes, and what any `config.json` weighs and caches."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import JsonFlag, print_facts, print_json, print_table
 from kvsim.units import format_bytes, format_count, parse_tokens
 from policies.model import LayerShape, ModelShape
@@ -66,6 +68,17 @@ def show_model(
     used = [name for name in groups[0] if any(group[name] for group in groups)]
     rows = ([str(group[name]) for name in used] for group in groups)
     print_table(dict.fromkeys((name.replace("_", " ") for name in used), "right"), rows)
+
+
+@app.command("needle")
+def unpack_needle(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; made when it does not exist.")],
+) -> None:
+    """Unpack needle-28m, the trained long-context model that comes with kvsim, as a Hugging Face folder."""
+    require_runtime()
+    from runtime.needle import expand
+
+    typer.echo(f"needle-28m is in {expand(folder)}")
 
 
 def _summary(model: ModelShape) -> dict[str, Any]:

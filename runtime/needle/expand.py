@@ -16,12 +16,16 @@ def expand(dest: Path) -> Path:
     """Write needle-28m as a Hugging Face folder and return it; an expanded folder is left as it is.
 
     Every matrix becomes int8 * scale (one fp32 scale a row), rounded to bf16; norms are bf16 already. The weights are
-    written last and renamed into place, so a folder that has them is whole. `ValueError` if `dest` is a file.
+    written last and renamed into place, so a folder that has them is whole. `ValueError` if `dest` is a file, or has
+    another model in it.
     """
     if dest.exists() and not dest.is_dir():
         raise ValueError(f"dest={dest} is a file; name a folder, which need not exist")
     weights = dest / "model.safetensors"
     if weights.exists():
+        config = dest / "config.json"
+        if not config.is_file() or config.read_bytes() != (PACKED / "config.json").read_bytes():
+            raise ValueError(f"dest={dest} has another model in it; name a folder that has none")
         return dest
     dest.mkdir(parents=True, exist_ok=True)
     for name in COPIED:

@@ -1,0 +1,81 @@
+"""Loads a model from a folder of this machine: no download, no code from the folder, no pickle."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from runtime.arena import DTYPES
+from runtime.needle import expand
+
+NEEDLE = "needle-28m"
+
+
+@contextmanager
+def model_folder(where: str) -> Iterator[Path]:
+    """The folder `where`, or that of needle-28m, which is unpacked for as long as the context lasts.
+
+    Raises ValueError when there is no model.
+    """
+    if where == NEEDLE:
+        with TemporaryDirectory(prefix=NEEDLE) as unpacked:
+            yield expand(Path(unpacked))
+        return
+    folder = Path(where)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{where}: no folder with a config.json; name a model's folder, or {NEEDLE}")
+    yield folder
+
+
+def load_model(folder: Path, device: str | None = None, dtype: str | None = None) -> Any:
+    """The causal language model of a folder, ready to generate.
+
+    `device` None: the first GPU, or the CPU where there is none. `dtype` None: as stored on a GPU, fp32 on a CPU.
+    Raises ValueError for a folder, device or dtype that will not do, MemoryError when the weights do not fit.
+    """
+    where = _device(device)
+    floating = [name for name, known in DTYPES.items() if known.is_floating_point]
+    if dtype is not None and dtype not in floating:
+        raise ValueError(f"dtype {dtype!r} is unknown; the runtime computes in {', '.join(floating)}")
+    kind = DTYPES[dtype] if dtype is not None else torch.float32 if where.type == "cpu" else "auto"
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+        return model.to(where).eval()
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{folder}: the weights do not fit into the memory of {where}") from error
+    except OSError as error:
+        raise ValueError(f"{folder}: no model to load ({' '.join(str(error).split())})") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; ValueError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(f"{folder}: no tokenizer to load ({' '.join(str(error).split())})") from error
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} must be cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; use cpu")
+    return device

@@ -1,0 +1,190 @@
+"""`kvsim generate` and `kvsim model needle`: text, figures, recordings, and how a run ends early."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from kvsim.__main__ import main  # noqa: E402
+from kvsim.cli import generate as command  # noqa: E402
+from policies import parse_policy  # noqa: E402
+from runtime import Offload, offload  # noqa: E402
+from runtime.loading import load_model  # noqa: E402
+from traces.counts import Recording  # noqa: E402
+
+QUESTION = "Remember: the magic number is 4821. What is the magic number? The magic number is"
+TOKENS = 23  # of the question
+
+
+@pytest.fixture
+def question(tmp_path: Path) -> Path:
+    path = tmp_path / "question.txt"
+    path.write_text(QUESTION, encoding="utf-8")
+    return path
+
+
+def report(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
+    assert main(["generate", *args, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    printed: dict = json.loads(out)
+    return printed
+
+
+def test_the_shipped_model_answers(question: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt-file", str(question), "--max-new-tokens", "4"]) == 0
+    out, err = capsys.readouterr()
+    answer, _, figures = out.partition("\n")
+    assert (answer, err) == (" 4821", "")
+    assert "full: needle-28m in fp32 on " in figures
+    for name in ("prompt", "output", "TTFT", "TPOT p50", "held in hbm"):
+        assert f"\n  {name} " in figures, name
+
+
+def test_figures_and_recording(
+    tiny_llama: Path, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counts = tmp_path / "run.npz"
+    args = ("--model", str(tiny_llama), "--prompt-file", str(question), "--policy", "offload-all")
+    said = report(capsys, *args, "--max-new-tokens", "6", "--counts-out", str(counts))
+    assert (said["prompt_tokens"], said["output_tokens"], len(said["tokens"])) == (TOKENS, 6, 6)
+    # Keys and values of 2 heads of 8 fp32 numbers: 128 bytes a token and layer. Room for the prompt and 6 tokens; down
+    # go the prompt and 5 tokens that are fed back, up comes at each of those steps what was there before.
+    assert said["held_bytes"] == {"ddr": 3 * 128 * (TOKENS + 6), "hbm": 2 * 128 * (TOKENS + 6)}
+    fetched = sum(TOKENS + i for i in range(5))
+    assert said["moved_bytes"] == {"hbm->ddr": 3 * 128 * (TOKENS + 5), "ddr->hbm": 3 * 128 * fetched}
+    assert said["ttft_s"] > 0 < said["tpot_s"]
+    steps = Recording.load(counts).steps
+    assert len(steps) == 3 * 6  # layers, and steps of each: the prompt and five tokens
+    in_chunks = report(capsys, *args, "--max-new-tokens", "6", "--prefill-chunk", "9")
+    assert in_chunks["text"] == said["text"]
+    # The second chunk brings back the first 9 tokens, the third 18.
+    assert in_chunks["moved_bytes"]["ddr->hbm"] == 3 * 128 * (fetched + 9 + 18)
+
+
+def test_one_token_has_no_time_between(tiny_llama: Path, question: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--model", str(tiny_llama), "--prompt-file", str(question), "--max-new-tokens", "1")
+    assert report(capsys, *args)["tpot_s"] is None
+    assert main(["generate", *args]) == 0
+    assert "TPOT p50     -\n" in capsys.readouterr().out
+
+
+class Terminal(StringIO):
+    """A stream that takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("stream", "shown"), [(Terminal(), True), (StringIO(), False)])
+def test_progress_is_shown_on_a_terminal_alone(
+    tiny_llama: Path, question: Path, stream: StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", stream)
+    args = ("--model", str(tiny_llama), "--prompt-file", str(question), "--max-new-tokens", "2", "--prefill-chunk", "5")
+    assert main(["generate", *args]) == 0
+    assert ("prompt and index" in stream.getvalue()) is shown
+    assert ("100%" in stream.getvalue()) is shown
+
+
+def test_ctrl_c_during_the_prompt(
+    tiny_llama: Path, question: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, offloads = [], []
+
+    @contextmanager
+    def interrupting(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
+        def show(done: int) -> None:
+            told.append(done)
+            signal.raise_signal(signal.SIGINT)
+
+        yield show
+
+    init = Offload.__init__
+    monkeypatch.setattr(Offload, "__init__", lambda self, *args: (offloads.append(self), init(self, *args))[1])
+    monkeypatch.setattr(command, "progress_bar", interrupting)
+    args = ["generate", "--model", str(tiny_llama), "--prompt-file", str(question), "--policy", "offload-all"]
+    assert main(args) == 130
+    assert capsys.readouterr().out == ""
+    assert told == [TOKENS // 3]  # the first of three layers has done the prompt
+    (kv,) = offloads
+    assert sum(kv.footprint_bytes.values()) == 0
+    assert kv.model.config._attn_implementation == "sdpa"
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(kv.model(ids).logits, load_model(tiny_llama, "cpu")(ids).logits)
+
+
+def test_memory_that_is_not_there(
+    tiny_llama: Path, question: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("runtime.memory.free_host_bytes", lambda: 1000)
+    assert main(["generate", "--model", str(tiny_llama), "--prompt-file", str(question), "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(
+        f"error: the cache needs {3 * 128 * (TOKENS + 128):,} bytes of host memory and 1,000 are free"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prompt-file", "none.txt"], "none.txt: No such file or directory"),
+        (["--prompt-file", "empty.txt"], "the prompt is empty; give it at least one token"),
+        (["--prompt-file", "binary.txt"], "binary.txt: not UTF-8 ("),
+        (["--prompt-file", "long.txt"], "exceed the 2048 positions of llama; cut the prompt"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["--prefill-chunk", "-1"], "token count '-1' is not a finite number"),
+        (["--policy", "qwest"], "unknown policy 'qwest'; did you mean 'quest'?"),
+        (["--policy", "quest:per=query_head,page_tokens=0"], "quest: page_tokens=0 must be at least 1"),
+        (["--model", "empty"], "empty: no folder with a config.json; name a model's folder, or needle-28m"),
+        (["--model", "pickled"], "pickled: no model to load ("),
+        (["--dtype", "bf17"], "dtype 'bf17' is unknown; the runtime computes in fp32, bf16, fp16"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tiny_llama: Path,
+    tmp_path: Path,
+    args: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in {"q": b"question", "empty": b"", "binary": b"\xff\xfe", "long": b"many words " * 2048}.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    (tmp_path / "pickled").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "pickled" / name).write_bytes((tiny_llama / name).read_bytes())
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    given = ["--prompt-file", "q.txt", "--model", str(tiny_llama)]
+    assert main(["generate", *given, *args]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_needle_is_unpacked(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):  # the second time it is there
+        assert main(["model", "needle", str(tmp_path / "needle")]) == 0
+        assert capsys.readouterr().out == f"needle-28m is in {tmp_path / 'needle'}\n"
+    assert len(load_file(tmp_path / "needle" / "model.safetensors")) == 2 + 8 * 9
+    assert main(["model", "needle", str(tiny_llama)]) == 2
+    assert capsys.readouterr().err == f"error: dest={tiny_llama} has another model in it; name a folder that has none\n"
+
+
+def test_a_model_is_loaded_in_the_dtype_that_is_asked_for(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama, "cpu", "bf16")
+    assert (model.dtype, model.training) == (torch.bfloat16, False)
+    with offload(model, parse_policy("full")) as kv:
+        assert kv.shape.kv_dtype == "bf16"
