@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PLAN_OPTIONS = ("plan", "model", "context", "kv_dtype", "weight_dtype")
 PAPER_OPTIONS = ("paper", "model", "gpu", "context", "policy", "batch", "tp", "kv_dtype", "weight_dtype", "json")
+SP_OPTIONS = ("sp", "model", "gpu", "host", "context", "kv_dtype", "weight_dtype", "json")
 BATCH_COLUMNS = ("batch", "output_tokens_per_s")
 
 
@@ -42,6 +43,10 @@ def explain(
         str | None, typer.Option(metavar="max|N", help="Add the throughput of N sequences, or of as many as fit.")
     ] = None,
     tp: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share every layer.")] = 1,
+    sp: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Compare the ways to prefill one prompt split over N GPUs instead."),
+    ] = None,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file.")
     ] = "ddr5-dual-xeon",
@@ -70,6 +75,10 @@ def explain(
     for tokens in contexts:
         if tokens > shape.max_positions:
             _warn(f"warning: {tokens:,} tokens are beyond the {shape.max_positions:,} positions of {shape.name}")
+    if sp is not None:
+        _refuse_others(ctx, "--sp", SP_OPTIONS)
+        _print_schemes(shape, gpu, host, contexts, sp, json=json)
+        return
     size = None if batch in (None, "max") else _batch(batch or "")
     if paper:
         _refuse_others(ctx, "--paper", PAPER_OPTIONS)
@@ -164,6 +173,57 @@ def _cells(costs: "Costs") -> list[str]:
         f"{costs.batch:,}",
         "does not fit" if rate is None else f"{rate:.4g}",
     ]
+
+
+def _print_schemes(
+    model: "ModelShape", gpu: str, host: str, contexts: Sequence[int], devices: int, *, json: bool
+) -> None:
+    """For each scheme and context what the busiest device sends for all layers, and the time of the whole prefill."""
+    from kvsim.hardware import load_gpu, load_host
+    from kvsim.machine import Machine
+    from kvsim.sequence_parallel import VOLUMES, Split, prefill_s, volume
+
+    card, server = load_gpu(gpu), load_host(host)
+    if devices > server.gpus_max:
+        raise ValueError(f"--sp {devices} does not fit host {server.name!r}; it takes 1 to {server.gpus_max} GPUs")
+    machine = Machine(gpu=card, host=server)
+    rows: list[dict[str, Any]] = []
+    for tokens in contexts:
+        for scheme in VOLUMES:
+            try:
+                seconds = prefill_s(model, machine, tokens, devices, scheme)
+                sent = [volume(scheme, Split(layer, tokens, devices, model.kv_dtype)) for layer in model.layers]
+            except ValueError as error:
+                _warn(f"note: {scheme} is left out: {error}")
+                continue
+            rows.append(
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "scheme": scheme,
+                    "devices": devices,
+                    "context_tokens": tokens,
+                    "forward_bytes": sum(v.forward_bytes for v in sent),
+                    "backward_bytes": sum(v.backward_bytes for v in sent),
+                    "buffer_bytes": max(v.buffer_bytes for v in sent),
+                    "prefill_s": seconds,
+                }
+            )
+    if json:
+        typer.echo(jsonlib.dumps(rows, indent=2, allow_nan=False))
+        return
+    headings = ["context", "sent forward", "sent back", "received at a time", "prefill"]
+    print_table(
+        {"scheme": "left", **dict.fromkeys(headings, "right")},
+        (
+            [
+                row["scheme"],
+                format_count(row["context_tokens"]),
+                *(format_bytes(row[f"{name}_bytes"]) for name in ("forward", "backward", "buffer")),
+                format_s(row["prefill_s"]),
+            ]
+            for row in rows
+        ),
+    )
 
 
 def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
