@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from policies import Full, LayerPlan, ModelShape, Policy, Step, plan_ends, plan_layer, settle
 from policies.plan import Buffer, Tier, stored_bytes
-from runtime.arena import Arena
+from runtime.arena import DTYPES, Arena
 from runtime.call import Call, Handed, Method
 from runtime.executor import Executor
 from runtime.memory import check_fits
@@ -149,7 +149,7 @@ class TieredCache(Cache):
         self.max_tokens = 0
         self.progress: Callable[[Step], None] | None = None  # told each step that a layer has done
         self._half_angles = config.model_type == "gpt_oss"
-        self._rotaries: dict[int, Rotary] = {}  # by layer; layers that share angles share one
+        self.rotaries: dict[int, Rotary] = {}  # by layer; layers that share angles share one
         self._extended: list[tuple[torch.Tensor, Rotary]] = []  # in this step
         self._last_calls: dict[int, Call] = {}  # of the prompt, for whole-model work
         self._first_sequence = 0
@@ -164,25 +164,43 @@ class TieredCache(Cache):
         batch, tokens = keys.shape[0], keys.shape[2]
         prompt = self.prompt_tokens or tokens
         if self.arena.batch == 0:
-            self._check_positions(prompt)
-            check_fits(self._needed_bytes(batch, prompt, tokens), keys.device)
-            self.arena = Arena(keys.device, batch)
-            self.max_tokens = prompt + self.terms.max_new_tokens
-            self._first_sequence = self.terms.recorder.admit(batch)
+            self._admit(batch, prompt, tokens, keys.device)
+        self.arena.allocate(layer.index, self._settle(layer, prompt, tokens), passing=True)
+
+    def reopen(self, batch: int, prompt: int) -> None:
+        """Allocate every layer as after a first prompt of so many tokens, for a state that is to be put there.
+
+        Raises what `open` raises.
+        """
+        self.prompt_tokens = prompt
+        self._admit(batch, prompt, prompt, self.device)
+        for layer in (self.layers[index] for index in self.own):
+            layer.dtype, layer.device, layer.is_initialized = DTYPES[self.terms.shape.kv_dtype], self.device, True
+            self._settle(layer, prompt, prompt)
+
+    def _admit(self, batch: int, prompt: int, first: int, device: torch.device) -> None:
+        self._check_positions(prompt)
+        check_fits(self._needed_bytes(batch, prompt, first), device)
+        self.arena = Arena(device, batch)
+        self.max_tokens = prompt + self.terms.max_new_tokens
+        self._first_sequence = self.terms.recorder.admit(batch)
+
+    def _settle(self, layer: TieredLayer, prompt: int, first: int) -> list[Buffer]:
+        """Decide a layer's policy by its first prompt, and allocate what it keeps; what only the prompt needs."""
         layer.prompt_tokens = layer.first_prompt_tokens = prompt
         layer.leaf, layer.method = _leaf(self.terms, prompt, layer.index)
         if layer.index == self.own[0]:
             self._say_if_dense(layer, prompt)
-        kept, passing = self._buffers(layer.leaf, layer.index, prompt, tokens)
+        kept, passing = self._buffers(layer.leaf, layer.index, prompt, first)
         self.arena.allocate(layer.index, kept)
-        self.arena.allocate(layer.index, passing, passing=True)
+        return passing
 
     def release(self) -> None:
         """Give all memory back, host memory zeroed."""
         self.executor.join()
         self.arena.release()
         self.arena = Arena(self.device, 0)
-        for table in (self._rotaries, self._extended, self._last_calls):
+        for table in (self.rotaries, self._extended, self._last_calls):
             table.clear()
 
     def reorder(self, rows: torch.Tensor) -> None:
@@ -230,13 +248,13 @@ class TieredCache(Cache):
             self._extended.clear()
         for known, rotary in self._extended:
             if known is cos:
-                self._rotaries[index] = rotary
+                self.rotaries[index] = rotary
                 return
-        if index not in self._rotaries:
+        if index not in self.rotaries:
             prompt = self.prompt_tokens or cos.shape[1]
-            self._rotaries[index] = Rotary(prompt + self.terms.max_new_tokens, half=self._half_angles)
-        self._rotaries[index].extend(cos, sin)
-        self._extended.append((cos, self._rotaries[index]))
+            self.rotaries[index] = self.new_rotary(prompt + self.terms.max_new_tokens)
+        self.rotaries[index].extend(cos, sin)
+        self._extended.append((cos, self.rotaries[index]))
 
     def run(self, layer: TieredLayer, handed: Handed) -> torch.Tensor:
         """Plan and execute one attention call.
@@ -292,7 +310,7 @@ class TieredCache(Cache):
             shape=self.terms.shape.layers[layer.index],
             step=step,
             state=self.arena.tensors(layer.index, plan.buffers),
-            rotary=self._rotaries.get(layer.index),
+            rotary=self.rotaries.get(layer.index),
             **handed._asdict(),
         )
 
@@ -317,9 +335,13 @@ class TieredCache(Cache):
         self.executor.join()
         self.arena.release_passing()
 
+    def new_rotary(self, capacity_tokens: int) -> Rotary:
+        """An empty table of angles as the model hands them over."""
+        return Rotary(capacity_tokens, half=self._half_angles)
+
     def cropped(self, layer: TieredLayer, gone: int) -> None:
         """A layer has taken back tokens; angles that layers share go once."""
-        rotary = self._rotaries.get(layer.index)
+        rotary = self.rotaries.get(layer.index)
         if rotary is not None and rotary.tokens > layer.tokens:
             rotary.drop(gone)
 

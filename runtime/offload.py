@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from runtime.methods import method_of
 from runtime.mover import Mover
 from runtime.recorder import Recorder
 from runtime.rotary import ROTATES_HALVES
+from runtime.saved import load_cache, save_cache
 from traces.counts import Recording
 
 NAME = "kvsim_tiers"  # of the attention function; without the words that Transformers treats specially
@@ -51,6 +53,19 @@ class Offload:
         )
         cache = TieredCache(self.model.config.get_text_config(), terms, self.model.device, prompt_tokens)
         self._caches.append(weakref.ref(cache))
+        return cache
+
+    def save(self, cache: TieredCache, path: str | Path) -> None:
+        """Write a cache whose prompt is complete into a file, from which `load` goes on; see `runtime.saved`."""
+        save_cache(cache, self.model, Path(path))
+
+    def load(self, path: str | Path) -> TieredCache:
+        """The cache that `save` wrote, under the same model, policy and dtype: pass all ids again, as in a later turn.
+
+        Raises ValueError, naming both, where one of them differs, and for a file that is no saved cache.
+        """
+        cache = self.cache()
+        load_cache(cache, self.model, Path(path))
         return cache
 
     @property

@@ -40,6 +40,10 @@ class Rotary:
         """Take the angles of new tokens, (batch or 1, new_tokens, rotated dimensions or half as many)."""
         if self.half:
             cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+        self.restore(cos, sin)
+
+    def restore(self, cos: Tensor, sin: Tensor) -> None:
+        """Take the angles of more tokens, (batch or 1, tokens, rotated dimensions), as `so_far` gives them."""
         if not self.tokens:
             shape = (cos.shape[0], self.capacity_tokens, cos.shape[-1])
             self._cos, self._sin = cos.new_zeros(shape), cos.new_zeros(shape)
@@ -49,6 +53,10 @@ class Rotary:
         self._cos[:, self.tokens : end] = cos
         self._sin[:, self.tokens : end] = sin
         self.tokens = end
+
+    def so_far(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of all tokens, (batch or 1, tokens, rotated dimensions) each."""
+        return self._cos[:, : self.tokens].contiguous(), self._sin[:, : self.tokens].contiguous()
 
     def drop(self, tokens: int) -> None:
         """Forget the last `tokens`."""
