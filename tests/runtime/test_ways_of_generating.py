@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from policies import parse_policy  # noqa: E402
+from policies.plan import Tier  # noqa: E402
 from runtime import offload  # noqa: E402
 
 EXACT = [
@@ -160,7 +161,7 @@ def test_what_breaks_off_leaves_nothing_behind(model, raised, seen, says):
 
     def break_off(*_):
         if next(calls) == 1:
-            hosts.extend(cache.arena.host_tensors())
+            hosts.extend(tensor for tier, tensor in cache.arena.held() if tier is Tier.DDR)
             raise raised
 
     hook = model.model.layers[2].register_forward_hook(break_off)
