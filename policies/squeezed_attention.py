@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.dense import activations, append, pair_flops, raw_buffers, raw_prefill
+from policies.dense import activations, append, attend, causal_pairs, pair_flops
 from policies.model import ModelShape
 from policies.plan import Access, Buffer, Compute, Copy, Count, Engine, Plan, Rows, Step, Tier, Work, part_of
 from policies.policy import Policy, Reuse, at_least, one_of, share_of
@@ -15,9 +15,10 @@ class SqueezedAttention(Policy):
     """The prompt is the fixed prefix: its keys are clustered, and a key is read when its cluster's score is above a
     threshold calibrated so that the share `keep` of all keys of all layers passes. Generated tokens are always read.
 
-    `levels=2` scores `coarse_share` centroids first and of the fine ones only those below a coarse survivor.
-    `tier="ddr"` keeps keys and values in host memory and gathers the chosen rows. `budget_tokens` replaces the
-    threshold by a fixed number of keys per KV head.
+    The score is the largest of a group's query heads (the authors' code has no groups). `levels=2` scores
+    `coarse_share` centroids first and of the fine ones only those below a coarse survivor. `tier="ddr"` keeps keys and
+    values in host memory and gathers the chosen rows. `budget_tokens` replaces the threshold of the fine centroids by a
+    fixed number of keys per KV head, those of the highest scores.
     """
 
     name: ClassVar[str] = "squeezed-attention"
@@ -59,104 +60,127 @@ class SqueezedAttention(Policy):
         coarse = part_of(keys, self.coarse_share) if self.levels == 2 else 0
         return Centroids(model.layers[layer], keys, part_of(keys, self.centroid_share), coarse)
 
+    @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The levels that have a threshold."""
+        return (("fine",) if self.budget_tokens is None else ()) + (("coarse",) if self.levels == 2 else ())
+
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
-        """Keys and values of the prefix in their tier, exact rows and the index in HBM."""
+        """`kv`: one row per token and KV head, of a prompt or, in HBM, of everything; the index in HBM.
+
+        From host memory: `prefix` is there; `exact`, the observation window and what was generated, stays.
+        """
         shape, heads = model.layers[layer], model.layers[layer].kv_heads
-        views = activations(model, step, layer)
+        row = (2, shape.head_dim) if shape.head_dim == shape.v_head_dim else (shape.head_dim + shape.v_head_dim,)
+        in_host, state = self.tier == "ddr", activations(model, step, layer)
+        if step.prefilling or not in_host:
+            ring = int(in_host and step.whole_prompt)
+            state += (Buffer("kv", Tier.HBM, heads * step.tokens, row, model.kv_dtype, ring),)
+        if step.prefilling and not step.whole_prompt and self.calibrated:
+            window = min(step.tokens, self.observation_tokens)
+            state += (Buffer("observed", Tier.HBM, window, (shape.heads, shape.head_dim), model.dtype),)
+        if step.prefilling and not step.last_chunk:
+            return state
+        index = self.index(model, step.prompt_tokens, layer)
+        state += index.buffers(model.dtype)
+        if self.calibrated:
+            state += (Buffer("thresholds", Tier.HBM, len(self.calibrated), (1,), "fp32"),)
         if step.prefilling:
-            views += raw_buffers(model, step, layer)
-            if not step.last_chunk:
-                return views
-        index, home = self.index(model, step.prompt_tokens, layer), Tier(self.tier)
-        exact, chosen = heads * self._exact_tokens(step), heads * min(index.keys, 2 * self._kept(index.keys))
-        # Rows that were raw and stay in HBM keep their place: at the end of a chunked prompt raw buffers count them.
-        same = step.last_chunk and not step.whole_prompt and home is Tier.HBM
-        state = (
-            Buffer("k_exact", Tier.HBM, exact, (shape.head_dim,), model.kv_dtype, view=same),
-            Buffer("v_exact", Tier.HBM, exact, (shape.v_head_dim,), model.kv_dtype, view=same),
-            Buffer("keys", home, heads * index.keys, (shape.head_dim,), model.kv_dtype, view=same),
-            Buffer("values", home, heads * index.keys, (shape.v_head_dim,), model.kv_dtype, view=same),
-            *index.buffers(model.dtype),
-        )
-        # Selections are ragged: what exceeds these rows comes in a second wave.
-        state += (Buffer("chosen", Tier.HBM, chosen, (1,), "int32", ring=1),)
-        if home is Tier.DDR:
+            state += (Buffer("prompt_keys", Tier.HBM, heads * step.tokens, (shape.head_dim,), model.kv_dtype, 0, True),)
+            if self.calibrated:
+                scores = (index.centroids(self.calibrated),)
+                state += (Buffer("calibrated", Tier.HBM, heads, scores, "fp32"),)
+        most = index.keys if self.budget_tokens is None else self._kept(index.keys)
+        state += (Buffer("chosen", Tier.HBM, heads * most, (1,), "int32", ring=1),)
+        if in_host:
+            # Selections are ragged: what exceeds the staged rows comes in further waves.
+            staged = min(most, 2 * self._kept(index.keys))
             state += (
-                Buffer("k_staged", Tier.HBM, chosen, (shape.head_dim,), model.kv_dtype, ring=1),
-                Buffer("v_staged", Tier.HBM, chosen, (shape.v_head_dim,), model.kv_dtype, ring=1),
+                Buffer("exact", Tier.HBM, heads * self._exact_tokens(step), row, model.kv_dtype),
+                Buffer("prefix", Tier.DDR, heads * index.keys, row, model.kv_dtype),
+                Buffer("staged", Tier.HBM, heads * staged, row, model.kv_dtype, ring=1),
             )
-        return (*views, *state)
+        return state
 
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Dense; at the end cluster the keys and score them with the observation window for the threshold."""
-        moves = ("offload_keys", "offload_values") if self.tier == "ddr" and step.last_chunk else ()
-        ops = raw_prefill(model, step, layer, moves)
+        shape, heads = model.layers[layer], model.layers[layer].kv_heads
+        moves, held = self.tier == "ddr" and step.last_chunk, Rows(heads * step.tokens)
+        free = ("offload@-1",) if moves and step.whole_prompt else ()
+        pairs = Rows(causal_pairs(step.past_tokens, step.new_tokens))
+        ops: Plan = (
+            append(step, ("kv",), ("new_k", "new_v"), heads, free),
+            attend(shape, step, pairs, (Access("kv", held),)),
+        )
+        window = Rows(min(self.observation_tokens, step.new_tokens))
+        chunked = bool(self.calibrated) and not step.whole_prompt
+        if chunked:
+            ops += (
+                Compute(
+                    name="keep_queries",
+                    work=Work.ELEMENTWISE,
+                    reads=(Access("q", window),),
+                    writes=(Access("observed", window),),
+                    after=("qkv",),
+                ),
+            )
         if not step.last_chunk:
             return ops
-        heads, index = model.layers[layer].kv_heads, self.index(model, step.prompt_tokens, layer)
+        index = self.index(model, step.prompt_tokens, layer)
+        ops += index.build("prompt_keys", self.kmeans_iterations)
+        if self.calibrated:
+            queries = Access("observed" if chunked else "q", Rows(self.observation_tokens))
+            ops += (index.calibrate(self.calibrated, queries),)
+        if not moves:
+            return ops
         exact, prefix = Rows(heads * self._exact_tokens(step)), Rows(heads * index.keys)
-        build = index.build(
-            self.kmeans_iterations, self.observation_tokens, min(self.observation_tokens, step.new_tokens)
-        )
         set_aside = Compute(
             name="set_aside",
             work=Work.ELEMENTWISE,
-            reads=(Access("raw_keys", exact), Access("raw_values", exact)),
-            writes=(Access("k_exact", exact), Access("v_exact", exact)),
-            after=("attend",),
+            reads=(Access("kv", exact),),
+            writes=(Access("exact", exact),),
+            after=("append",),
         )
-        if moves:
-            copies = tuple(
-                Copy(name=name, src=f"raw_{home}", dst=home, rows=prefix, after=("append",))
-                for name, home in zip(moves, ("keys", "values"), strict=True)
-            )
-            return (*ops, *build, set_aside, *copies)
-        store = Compute(
-            name="store",
-            work=Work.ELEMENTWISE,
-            reads=(Access("raw_keys", prefix), Access("raw_values", prefix)),
-            writes=(Access("keys", prefix), Access("values", prefix)),
-            after=("attend",),
-        )
-        return (*ops, *build, set_aside, store)
+        return (*ops, set_aside, Copy(name="offload", src="kv", dst="prefix", rows=prefix, after=("append",)))
 
     def prefill_end(self, model: ModelShape, step: Step) -> Plan:
-        """The thresholds: on each level a quantile over the scores of all layers, heads and keys."""
-        if not step.last_chunk or self.budget_tokens is not None:
+        """The thresholds: on each level a quantile over the scores of all layers, heads and keys.
+
+        All keys of a cluster have its score, so what is sorted are the centroids, each weighing as many as its keys.
+        """
+        if not step.last_chunk or not self.calibrated:
             return ()
-        keys = sum(x.kv_heads for x in model.layers) * (step.prompt_tokens - self.observation_tokens)
-        return (Compute(name="threshold", work=Work.TOPK, rows=Rows(keys * self.levels)),)
+        scores = sum(
+            shape.kv_heads * self.index(model, step.prompt_tokens, layer).centroids(self.calibrated)
+            for layer, shape in enumerate(model.layers)
+        )
+        return (Compute(name="threshold", work=Work.TOPK, rows=Rows(scores)),)
 
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Score centroids, keep the keys above the threshold, attend to them and to all exact rows."""
         shape, heads = model.layers[layer], model.layers[layer].kv_heads
         index, exact = self.index(model, step.prompt_tokens, layer), Rows(heads * self._exact_tokens(step))
-        fixed = self.budget_tokens is not None
+        fixed, in_host = self.budget_tokens is not None, self.tier == "ddr"
         kept = Rows(heads * self._kept(index.keys)) if fixed else Rows(0, (("keep", 1),))
         select = Compute(
             name="select",  # labels to scores, compare, compact to a list of indices
             work=Work.ELEMENTWISE,
             rows=Rows(heads * index.keys),
             flops_per_row=1,
-            reads=(Access("labels", Rows(heads)), Access("scores", Rows(shape.heads))),
+            reads=(Access("labels", Rows(heads)), Access("scores", Rows(heads))),
             writes=(Access("chosen", kept),),
             after=("score",),
             draws=() if fixed else ("keep",),
         )
-        fetch = tuple(
-            Copy(
-                name=f"fetch_{home}",
-                src=home,
-                dst=staged,
-                rows=kept,
-                engine=Engine.GATHER,
-                ids=("chosen",),
-                after=("select",),
-            )
-            for home, staged in (("keys", "k_staged"), ("values", "v_staged"))
-            if self.tier == "ddr"
+        fetch = Copy(
+            name="fetch",
+            src="prefix",
+            dst="staged",
+            rows=kept,
+            engine=Engine.GATHER,
+            ids=("chosen",),
+            after=("select",),
         )
-        sparse = ("k_staged", "v_staged") if fetch else ("keys", "values")
         attention = Compute(
             name="attend",
             work=Work.ATTENTION,
@@ -165,15 +189,14 @@ class SqueezedAttention(Policy):
             flops_per_row=pair_flops(shape, step) // heads,
             reads=(
                 Access("q", Rows(1)),
-                Access("k_exact", exact),
-                Access("v_exact", exact),
-                *(Access(name, kept, scattered=not fetch) for name in sparse),
+                Access("exact" if in_host else "kv", exact),
+                Access("staged" if in_host else "kv", kept, scattered=not in_host),
             ),
             writes=(Access("out", Rows(1)),),
-            after=("append", "select", *(op.name for op in fetch)),
+            after=("append", "select", *(("fetch",) if in_host else ())),
         )
-        new = append(step, ("k_exact", "v_exact"), ("new_k", "new_v"), heads)
-        return (new, *index.lookup(), select, *fetch, attention)
+        new = append(step, ("exact" if in_host else "kv",), ("new_k", "new_v"), heads)
+        return (new, *index.lookup(), select, *((fetch,) if in_host else ()), attention)
 
     def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
         """`keep`: keys above the threshold; `survive`: fine centroids below a coarse survivor."""

@@ -21,7 +21,7 @@ class Centroids(NamedTuple):
             Buffer("centroids", Tier.HBM, heads * self.fine, (head_dim,), dtype),
             Buffer("labels", Tier.HBM, heads, (self.keys,), "int32"),
             Buffer("sizes", Tier.HBM, heads, (self.fine,), "int32"),
-            Buffer("scores", Tier.HBM, self.shape.heads, (self.fine,), "fp32", ring=1),
+            Buffer("scores", Tier.HBM, heads, (self.fine,), "fp32", ring=1),  # the largest of a group's query heads
         )
         if not self.coarse:
             return fine
@@ -32,29 +32,37 @@ class Centroids(NamedTuple):
             Buffer("coarse_sizes", Tier.HBM, heads, (self.coarse,), "int32"),
         )
 
-    def build(self, iterations: int, queries: int, held_queries: int) -> Plan:
-        """k-means on each level, then the scores of the last `queries` of the prefix, from which the threshold comes.
+    def build(self, keys: str, iterations: int) -> Plan:
+        """k-means of the rows of `keys`, and of its centroids on two levels."""
+        fine = self._cluster("cluster", keys, self.keys, "", self.fine, iterations, "attend")
+        if not self.coarse:
+            return (fine,)
+        return (
+            fine,
+            self._cluster("cluster_coarse", "centroids", self.fine, "coarse_", self.coarse, iterations, "cluster"),
+        )
 
-        `held_queries` of them are of this step.
-        """
+    def calibrate(self, levels: tuple[str, ...], queries: Access) -> Compute:
+        """Scores of the centroids of `levels` ("fine", "coarse"), averaged over `queries`: thresholds come of them."""
         heads = self.shape.kv_heads
-        ops = [self._cluster("cluster", "raw_keys", self.keys, "", self.fine, iterations, "attend")]
-        centroids = [Access("centroids", Rows(heads * self.fine))]
-        if self.coarse:
-            ops.append(
-                self._cluster("cluster_coarse", "centroids", self.fine, "coarse_", self.coarse, iterations, "cluster")
-            )
-            centroids.append(Access("coarse_centroids", Rows(heads * self.coarse)))
-        calibrate = Compute(
+        prefix = {"fine": "", "coarse": "coarse_"}
+        return Compute(
             name="calibrate",
             work=Work.MATMUL,
-            rows=Rows(queries * (self.fine + self.coarse)),
+            rows=Rows(queries.rows.fixed * self.centroids(levels)),
             flops_per_row=2 * self.shape.heads * self.shape.head_dim,
-            reads=(Access("q", Rows(held_queries)), *centroids),
-            writes=(Access("scores", Rows(self.shape.heads)),),
-            after=(ops[-1].name,),
+            reads=(
+                queries,
+                *(Access(f"{prefix[level]}centroids", Rows(heads * self.centroids((level,)))) for level in levels),
+                *(Access(f"{prefix[level]}sizes", Rows(heads)) for level in levels),
+            ),
+            writes=(Access("calibrated", Rows(heads)),),
+            after=("cluster_coarse" if self.coarse else "cluster",),
         )
-        return (*ops, calibrate)
+
+    def centroids(self, levels: tuple[str, ...]) -> int:
+        """Centroids per KV head on these levels."""
+        return sum(self.coarse if level == "coarse" else self.fine for level in levels)
 
     def _cluster(
         self, name: str, source: str, points: int, prefix: str, centroids: int, iterations: int, after: str
@@ -81,7 +89,7 @@ class Centroids(NamedTuple):
         Two passes over each level: the denominator of the softmax, then the scores.
         """
         heads, flops = self.shape.kv_heads, 2 * 2 * self.shape.group * self.shape.head_dim
-        q, scores = Access("q", Rows(1)), (Access("scores", Rows(self.shape.heads)),)
+        q, scores = Access("q", Rows(1)), (Access("scores", Rows(heads)),)
         if not self.coarse:
             fine = Access("centroids", Rows(2 * heads * self.fine))
             sizes = Access("sizes", Rows(heads))

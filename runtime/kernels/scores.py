@@ -1,4 +1,4 @@
-"""Scores of chunks against the queries: landmark attention mass and upper bounds of the logits."""
+"""Scores of chunks and clusters against the queries: landmark attention mass, upper bounds, shares of centroids."""
 
 from typing import Literal
 
@@ -41,6 +41,34 @@ def bound_scores(
     bounds = _grouped_logits(q.clamp(min=0), high) + _grouped_logits(q.clamp(max=0), low)
     scores = _reduced(bounds.amax(dim=3), reduce)
     return scores if valid is None else scores.masked_fill(~valid.expand(scores.shape), -torch.inf)
+
+
+def centroid_scores(
+    q: Tensor,
+    centroids: Tensor,
+    sizes: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """Log of the attention weight of one key of each cluster, were all keys their centroids.
+
+    q `(batch, heads, new_tokens, head_dim)`, centroids `(batch, kv_heads, clusters, head_dim)`, sizes `(batch,
+    kv_heads, clusters)` keys each; the result is fp32 `(batch, kv_heads, clusters)`, -inf for empty clusters. Per query
+    head exp(q . c) / sum_j sizes_j exp(q . c_j) (Squeezed Attention, Hooper et al. 2024, section 4.2), the largest of
+    a group's heads, then the mean over the new tokens, or over those that bool `counted` (batch, new_tokens) names.
+    In logs nothing underflows, so scores that differ stay apart. Errors as in `landmark_scores`.
+    """
+    logits = _grouped_logits(q, centroids) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    total = torch.logsumexp(logits + sizes.log()[:, :, None, None], dim=-1, keepdim=True)
+    shares = (logits - total).amax(dim=2).masked_fill((sizes == 0)[:, :, None], -torch.inf)
+    if counted is None:
+        counted = torch.ones_like(shares[:, 0, :, 0], dtype=torch.bool)
+    shares = shares.masked_fill(~counted[:, None, :, None], -torch.inf)
+    return torch.logsumexp(shares, dim=2) - counted.sum(dim=1).clamp(min=1).log()[:, None, None]
 
 
 def _grouped_logits(q: Tensor, rows: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ def top_ids(scores: Tensor, k: int) -> Tensor:
     return _compact(torch.arange(n, device=scores.device).expand(scores.shape), chosen, k)
 
 
+def true_ids(chosen: Tensor) -> Tensor:
+    """Where each row is True, as int64 ids in ascending order, padded with -1: bool `(..., n)` -> `(..., n)`."""
+    n = chosen.shape[-1]
+    return _compact(torch.arange(n, device=chosen.device).expand(chosen.shape), chosen, n)
+
+
 def replace_in_place(resident_ids: Tensor, new_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make the slots hold `new_ids`: `(fetch_ids, slots, n_missed)`, and `resident_ids` is updated.
 

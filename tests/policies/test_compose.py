@@ -137,19 +137,22 @@ def test_a_layer_that_reads_another_ones_cache_needs_it_dense() -> None:
 
 
 def test_the_threshold_of_squeezed_attention_pools_its_own_layers_and_heads() -> None:
-    step = Step(prompt_tokens=1100, past_tokens=0, new_tokens=1100)  # 1,000 keys are clustered
+    step = Step(prompt_tokens=1100, past_tokens=0, new_tokens=1100)  # 1,000 keys are clustered around 50 centroids
 
     def searched(policy: Policy, model: ModelShape = LLAMA) -> list[int]:
         return [op.rows.fixed for op in plan_end(policy, model, step) if isinstance(op, Compute)]
 
     squeezed = SqueezedAttention()
-    assert searched(squeezed) == [32 * 8 * 1000]
-    assert searched(ByLayer(parts=((0, 1, Full()), (10, 19, SnapKV())), otherwise=squeezed)) == [20 * 8 * 1000]
-    assert searched(ByHeads(parts=((2, Full()), (6, squeezed)))) == [32 * 6 * 1000]
+    assert searched(squeezed) == [32 * 8 * 50]
+    assert searched(ByLayer(parts=((0, 1, Full()), (10, 19, SnapKV())), otherwise=squeezed)) == [20 * 8 * 50]
+    assert searched(ByHeads(parts=((2, Full()), (6, squeezed)))) == [32 * 6 * 50]
     gemma = load_model("gemma-3-4b")  # 5 of 34 layers are full, with 4 KV heads
-    assert searched(squeezed, gemma) == [5 * 4 * 1000]
-    assert searched(ByHeads(parts=((1, Full()), (3, squeezed))), gemma) == [5 * 3 * 1000]
-    assert searched(ByLayer(parts=((0, 7, SqueezedAttention(keep=0.2)),), otherwise=squeezed)) == [8 * 8000, 24 * 8000]
+    assert searched(squeezed, gemma) == [5 * 4 * 50]
+    assert searched(ByHeads(parts=((1, Full()), (3, squeezed))), gemma) == [5 * 3 * 50]
+    assert searched(ByLayer(parts=((0, 7, SqueezedAttention(keep=0.2)),), otherwise=squeezed)) == [
+        8 * 8 * 50,
+        24 * 8 * 50,
+    ]
     assert plan_end(squeezed, LLAMA, Step(prompt_tokens=1100, past_tokens=0, new_tokens=1000)) == ()
     assert plan_end(Full(), LLAMA, step) == ()
 

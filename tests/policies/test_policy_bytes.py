@@ -271,10 +271,10 @@ def test_squeezed_centroids_are_a_fortieth_of_the_cache() -> None:
     step = Step.decoding(128_100, 1)  # 128,000 clustered keys, 6,400 centroids
     plan = planned("squeezed-attention", step)
     assert held(plan, "centroids") == 6400 * 8 * 128 * 2 == 128_000 * KV // 40
-    assert held(plan, "keys", "values") == 128_000 * KV
-    assert held(plan, "k_exact", "v_exact") == (100 + 1) * KV
-    assert held(plan, "labels", "sizes") == 8 * 4 * (128_000 + 6400)
-    assert stored("squeezed-attention", step)[Tier.DDR] == 0
+    assert held(plan, "kv") == (128_100 + 1) * KV
+    index = 6400 * 8 * 128 * 2 + 8 * 4 * (128_000 + 6400) + 4  # centroids; labels and sizes; the threshold
+    rings = 8 * 4 * (6400 + 128_000)  # of one layer: scores, and indices of as many keys as may pass
+    assert stored("squeezed-attention", step) == {Tier.HBM: 32 * (128_101 * KV + index) + rings}
 
 
 def test_squeezed_decode_looks_up_twice_and_reads_a_tenth() -> None:
@@ -282,7 +282,9 @@ def test_squeezed_decode_looks_up_twice_and_reads_a_tenth() -> None:
     assert work(plan, "score") == 2 * 2 * 32 * 128 * 6400
     assert read(plan, "score")["centroids"] == 2 * 6400 * 8 * 128 * 2
     assert work(plan, "attend") == PAIR * (12_800 + 101)
-    assert sum(read(plan, "attend").values()) == (12_800 + 101) * KV + 8192
+    attend = next(op for op in plan.ops if op.name == "attend")
+    assert isinstance(attend, Compute)  # exact rows lie together, chosen ones where they are
+    assert [access.rows.at(expected(plan)) * KV // 8 for access in attend.reads[1:]] == [101 * KV, 12_800 * KV]
     assert moved(plan) == {}
 
 
@@ -297,6 +299,9 @@ def test_squeezed_from_host_memory_gathers_the_chosen_rows() -> None:
     step = Step.decoding(128_100, 1)
     plan = planned("squeezed-attention:tier=ddr", step)
     assert stored("squeezed-attention:tier=ddr", step)[Tier.DDR] == 32 * 128_000 * KV
+    assert held(plan, "exact") == (100 + 1) * KV
+    assert held(plan, "staged") == 2 * 12_800 * KV  # what passes beyond twice the share comes in further waves
+    assert held(planned("squeezed-attention:tier=ddr,budget_tokens=512", step), "staged") == 512 * KV
     assert moved(plan) == {UP: 12_800 * KV}
     assert moved(planned("squeezed-attention:tier=ddr,budget_tokens=512", step)) == {UP: 512 * KV}
     assert moved(planned("squeezed-attention:tier=ddr", whole(128_100))) == {DOWN: 128_000 * KV}
@@ -308,15 +313,35 @@ def test_squeezed_prefill_clusters_each_head_and_pools_all_layers() -> None:
     assert work(plan, "calibrate") == 100 * 2 * 32 * 128 * 6400
     (threshold,) = plan_end(parse_policy("squeezed-attention"), LLAMA, whole(128_100))
     assert isinstance(threshold, Compute)
-    assert threshold.rows.fixed == 32 * 8 * 128_000
+    assert threshold.rows.fixed == 32 * 8 * 6400  # the keys of a cluster share its score
     assert plan_end(parse_policy("squeezed-attention:budget_tokens=64"), LLAMA, whole(128_100)) == ()
 
 
-def test_squeezed_counts_a_chunked_prompt_once_while_it_is_indexed() -> None:
-    last = Step(prompt_tokens=128_100, past_tokens=120_000, new_tokens=8100)
-    index = held(planned("squeezed-attention", last), "centroids", "labels", "sizes")
-    rings = 32 * 6400 * 4 + 8 * 25_600 * 4  # scores of one layer, indices of twice the chosen keys
-    assert stored("squeezed-attention", last)[Tier.HBM] == 32 * (128_100 * KV + index) + rings
+def test_squeezed_keeps_a_budget_without_a_threshold() -> None:
+    for levels, queries in ((1, 0), (2, 100 * 1280)):  # on two levels the coarse one has its threshold still
+        text = f"squeezed-attention:budget_tokens=64,levels={levels}"
+        plan = planned(text, whole(128_100))
+        assert work(plan, "calibrate") == queries * 2 * 32 * 128
+        assert held(plan, "thresholds") == 4 * (levels - 1)
+        assert held(plan, "calibrated") == 8 * 1280 * 4 * (levels - 1)
+        rows = [op.rows.fixed for op in plan_end(parse_policy(text), LLAMA, whole(128_100)) if isinstance(op, Compute)]
+        assert rows == [32 * 8 * 1280] * (levels - 1)
+
+
+def test_squeezed_holds_the_queries_that_calibrate_when_a_prompt_comes_in_chunks() -> None:
+    last = Step(prompt_tokens=128_100, past_tokens=128_040, new_tokens=60)
+    plan = planned("squeezed-attention", last)
+    assert held(plan, "observed") == 100 * 32 * 128 * 2  # 40 of the last 100 queries came with an earlier chunk
+    assert work(plan, "calibrate") == 100 * 2 * 32 * 128 * 6400
+    index = held(plan, "centroids", "labels", "sizes", "thresholds", "calibrated", "observed")
+    rings = 8 * 4 * (6400 + 128_000)
+    assert stored("squeezed-attention", last) == {Tier.HBM: 32 * (128_100 * KV + index) + rings}
+    # From host memory: the raw prompt of all layers beside what it leaves in HBM.
+    exact, staged = 100 * KV, 2 * 12_800 * KV
+    held_bytes = stored("squeezed-attention:tier=ddr", last)
+    assert held_bytes[Tier.HBM] == 32 * ((128_100 * KV) + exact + index) + rings + staged
+    one_by_one = stored("squeezed-attention:tier=ddr", whole(128_100))  # one layer's prompt at a time, no queries kept
+    assert one_by_one[Tier.HBM] == held_bytes[Tier.HBM] - 31 * 128_100 * KV - 32 * held(plan, "observed")
 
 
 def test_shadowkv_at_122k_fits_six_times_as_often() -> None:

@@ -34,7 +34,7 @@ LLAMA = MODELS[0]
 CACHED = {  # buffers of raw keys and values, in the cache's own type
     *("kv", "kv_host", "keys", "values", "raw_keys", "raw_values", "k_exact", "v_exact", "k_slots", "v_slots"),
     *("values_host", "k_near", "v_near", "index_values", "local", "rest", "waiting", "cached", "blocks"),
-    *("k_staged", "v_staged"),
+    *("exact", "prefix", "staged"),
 }
 
 
@@ -86,7 +86,7 @@ def test_decode_touches_no_more_rows_than_a_buffer_has(text: str, prompt: int, g
     plan = plan_layer(parse_policy(text), LLAMA, Step.decoding(prompt, generated), 5)
     rows = {buffer.name: buffer.rows for buffer in plan.buffers}
     most = {count.name: count.heads * count.maximum for count in plan.counts}
-    staged = {"chosen", "k_staged", "v_staged"}  # what exceeds them comes in waves
+    staged = {"staged"}  # what exceeds them comes in waves
     for op in plan.ops:
         # Two softmax passes; lists scanned once for each head of a group; rows of U read for each KV head.
         passes = {"score": 2, "score_coarse": 2, "aggregate": 2, "search": 4, "rebuild": 8}.get(op.name, 1)
@@ -105,7 +105,11 @@ def lane(op: Op, buffers: dict[str, Buffer]) -> str:
 
 def races(policy: Policy, model: ModelShape, step: Step, layers: int = 4) -> set[tuple[str, str, str]]:
     """Pairs of operations of two lanes that touch one buffer, one of them writing, with nothing to order them."""
-    same_bytes = {"raw_value_chunks": "raw_values", "closing": "waiting"}  # views under another name
+    same_bytes = {
+        "raw_value_chunks": "raw_values",
+        "closing": "waiting",
+        "prompt_keys": "kv",
+    }  # views under another name
     before: list[set[int]] = []
     touched: list[list[tuple[object, bool]]] = []
     names: list[str] = []
@@ -281,7 +285,8 @@ def test_two_ranks_hold_the_cache_of_one(text: str, step: Step) -> None:
     one, rank = held(LLAMA), held(LLAMA.shard(2))
     assert {name: 2 * rank[name] for name in one.keys() & CACHED} == {name: one[name] for name in one.keys() & CACHED}
     replicated = {name for name in one if 2 * rank[name] != one[name]}
-    assert replicated <= {"u", "chosen", "chosen_host"}  # all heads share ShadowKV's U and InfLLM's choice
+    # All heads share ShadowKV's U, InfLLM's choice and Squeezed Attention's threshold.
+    assert replicated <= {"u", "chosen", "chosen_host", "thresholds"}
 
 
 def test_every_policy_names_its_paper_and_has_a_variant_here() -> None:

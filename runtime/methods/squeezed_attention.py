@@ -1,0 +1,230 @@
+"""Squeezed Attention: a fixed prefix's keys in clusters, of which a query reads those that matter to it."""
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from policies import Policy, SqueezedAttention
+from runtime.call import Call, Gather, Method, Piece
+from runtime.dense import attend
+from runtime.index.clusters import kmeans
+from runtime.kernels.attention import merge, partial_attention, partial_attention_at
+from runtime.kernels.scores import centroid_scores
+from runtime.kernels.select import top_ids, true_ids
+
+PREFIX = {"fine": "", "coarse": "coarse_"}  # of a level's buffers
+
+
+def method(policy: Policy) -> Method:
+    """Cluster the prompt without its observation window, read the keys above the threshold and all exact rows."""
+    if not isinstance(policy, SqueezedAttention):
+        raise TypeError(f"not a squeezed-attention policy: {policy!r}")
+    building, looking_up = _building(policy), _looking_up(policy)
+    return Method(
+        kernels={**building.kernels, **looking_up.kernels},
+        routes={**building.routes, **looking_up.routes},
+        ends=building.ends,
+    )
+
+
+def _building(policy: SqueezedAttention) -> Method:
+    """What a prompt needs: the clusters of its keys, thresholds from its last queries."""
+    window, levels = policy.observation_tokens, policy.calibrated
+    rounds = policy.kmeans_iterations - 1  # kmeans assigns once more than it has rounds
+    keeps = {"fine": policy.keep, "coarse": policy.coarse_keep}
+
+    def keep_queries(call: Call) -> None:
+        tokens = torch.arange(max(call.step.past_tokens, call.step.tokens - window), call.step.tokens)
+        queries = call.q[:, :, -len(tokens) :].transpose(1, 2)
+        call.state["observed"][:, (tokens % window).to(queries.device)] = queries
+
+    def cluster(call: Call) -> None:
+        keys = _split(call, call.by_head("kv")[:, :, : call.step.prompt_tokens - window])[0]
+        ones = torch.ones(keys.shape[1:3], device=keys.device)
+        for row, first in enumerate(_first_tokens(call)):
+            _cluster(call, row, "fine", keys[row, :, first:].float(), ones[:, first:], rounds)
+
+    def cluster_coarse(call: Call) -> None:
+        for row, sizes in enumerate(call.state["sizes"]):
+            _cluster(call, row, "coarse", call.by_head("centroids")[row].float(), sizes.float(), rounds)
+
+    def calibrate(call: Call) -> None:
+        last = torch.arange(call.step.prompt_tokens - window, call.step.prompt_tokens, device=call.q.device)
+        queries = call.q[:, :, -window:]
+        if "observed" in call.state and not call.step.whole_prompt:
+            queries = call.state["observed"][:, last % window].transpose(1, 2)
+        counted = None if call.seen is None else call.seen[:, last]
+        scores = [_scores(call, level, queries=queries, counted=counted) for level in levels]
+        call.state["calibrated"].copy_(torch.cat(scores, dim=-1))
+
+    def threshold(calls: Sequence[Call]) -> None:
+        start = 0
+        for index, level in enumerate(levels):
+            sizes = [call.state[f"{PREFIX[level]}sizes"] for call in calls]
+            end = start + sizes[0].shape[-1]
+            scores = [call.state["calibrated"][..., start:end] for call in calls]
+            pooled = [torch.cat([part.flatten(1) for part in parts], dim=1) for parts in (scores, sizes)]
+            start = end
+            for call in calls:
+                call.state["thresholds"][:, index, 0] = _quantile(pooled[0], pooled[1].long(), keeps[level])
+
+    def set_aside(call: Call) -> None:
+        call.by_head("exact")[:, :, :window] = call.by_head("kv")[:, :, : call.step.prompt_tokens][:, :, -window:]
+
+    def offload(call: Call) -> list[Piece]:
+        raw, prefix = call.by_head("kv"), call.by_head("prefix")
+        rows = prefix.shape[2]
+        return [(prefix[b, h], raw[b, h, :rows]) for b in range(len(raw)) for h in range(raw.shape[1])]
+
+    return Method(
+        kernels={
+            "keep_queries": keep_queries,
+            "cluster": cluster,
+            "cluster_coarse": cluster_coarse,
+            "calibrate": calibrate,
+            "set_aside": set_aside,
+        },
+        routes={"offload": offload},
+        ends={"threshold": threshold},
+    )
+
+
+def _looking_up(policy: SqueezedAttention) -> Method:
+    """What every step needs: the new rows stored, clusters scored, keys chosen, fetched and attended to."""
+    window, levels, in_host = policy.observation_tokens, policy.calibrated, policy.tier == "ddr"
+    budget = policy.budget_tokens
+
+    def append(call: Call) -> None:
+        step, decoding = call.step, not call.step.prefilling
+        name = "exact" if in_host and decoding else "kv"
+        first = window + step.generated_tokens - 1 if name == "exact" else step.past_tokens
+        keys, values = _split(call, call.by_head(name)[:, :, first : first + step.new_tokens])
+        keys.copy_(call.new_k)
+        values.copy_(call.new_v)
+
+    def score_coarse(call: Call) -> None:
+        passed = _scores(call, "coarse") > call.state["thresholds"][:, levels.index("coarse"), :, None]
+        labels = call.state["coarse_labels"]
+        survive = passed.gather(2, labels.clamp(min=0).long()) & (labels >= 0)
+        call.scratch["survive"], call.counts["survive"] = survive, survive.sum(dim=-1)
+
+    def score(call: Call) -> None:
+        call.state["scores"].copy_(_scores(call, "fine", among=call.scratch.get("survive")))
+
+    def select(call: Call) -> None:
+        labels = call.state["labels"]
+        scores = call.state["scores"].gather(2, labels.clamp(min=0).long()).masked_fill(labels < 0, -torch.inf)
+        if budget is None:
+            passed = scores > call.state["thresholds"][:, levels.index("fine"), :, None]
+            call.counts["keep"] = passed.sum(dim=-1)
+            chosen = true_ids(passed)
+        else:
+            chosen = top_ids(scores, min(budget, scores.shape[-1]))
+        call.by_head("chosen").copy_(chosen[..., None])
+
+    def fetch(call: Call) -> Iterator[Gather]:
+        """As many chosen rows at a time as can be staged; each wave is attended to before the next one comes."""
+        chosen, staged = call.by_head("chosen")[..., 0], call.by_head("staged")
+        slots = torch.arange(staged.shape[2], device=chosen.device).expand(*chosen.shape[:2], -1)
+        waves = []
+        for ids in chosen.split(staged.shape[2], dim=2):
+            at = slots[:, :, : ids.shape[2]]
+            # A fixed budget moves its rows even where a padded sequence has fewer keys.
+            asked = ids if budget is None else ids.clamp(min=0)
+            yield Gather(call.by_head("prefix").flatten(3), asked, staged.flatten(3), at)
+            waves.append(_attend_at(call, staged, torch.where(ids < 0, -1, at)))
+        call.scratch["far"], call.scratch["far_lse"] = (torch.stack(parts) for parts in zip(*waves, strict=True))
+
+    def attend_all(call: Call) -> None:
+        step, prefix = call.step, call.step.prompt_tokens - window
+        if step.prefilling:
+            call.out = attend(call, *_split(call, call.by_head("kv")[:, :, : step.tokens]), call.mask)
+            return
+        rows = call.by_head("exact" if in_host else "kv")
+        exact = rows[:, :, : step.tokens - prefix] if in_host else rows[:, :, prefix : step.tokens]
+        mask = None if call.mask is None else call.mask[..., prefix:]
+        near = partial_attention(call.q, *_split(call, exact), scale=call.scale, mask=mask, softcap=call.softcap)
+        if in_host:
+            far = list(zip(call.scratch["far"], call.scratch["far_lse"], strict=True))
+        else:
+            far = [_attend_at(call, rows, call.by_head("chosen")[..., 0])]
+        call.out = merge([near, *far], sink_logits=call.sinks).to(call.q.dtype)
+
+    return Method(
+        kernels={
+            "append": append,
+            "score_coarse": score_coarse,
+            "score": score,
+            "select": select,
+            "attend": attend_all,
+        },
+        routes={"fetch": fetch},
+    )
+
+
+def _split(call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of rows (batch, kv_heads, tokens, *row_shape), as views."""
+    flat = rows.flatten(3)
+    return flat[..., : call.shape.head_dim], flat[..., call.shape.head_dim :]
+
+
+def _attend_at(call: Call, rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return partial_attention_at(call.q, *_split(call, rows), ids, scale=call.scale, softcap=call.softcap)
+
+
+def _first_tokens(call: Call) -> list[int]:
+    """The first real token of each row; waits for the device where there is padding."""
+    return [0] * len(call.q) if call.seen is None else [int(first) for first in call.first()]
+
+
+def _cluster(call: Call, row: int, level: str, points: Tensor, weights: Tensor, rounds: int) -> None:
+    """Cluster the directions of points (kv_heads, n, head_dim), the last of the level, into its buffers.
+
+    A centroid is the mean of its members as they are, by weights (kv_heads, n): the mean of original keys on either
+    level. Points of no weight and those before have no label.
+    """
+    labels, sizes = (call.state[f"{PREFIX[level]}{name}"][row] for name in ("labels", "sizes"))
+    centroids = call.by_head(f"{PREFIX[level]}centroids")[row]
+    n, lists = points.shape[1], centroids.shape[1]
+    labels.fill_(-1)
+    sums = torch.zeros(centroids.shape, device=points.device)
+    counts = torch.zeros(sizes.shape, device=points.device, dtype=torch.float64)  # exact beyond 2**24 keys
+    if n:
+        directions = torch.nn.functional.normalize(points, dim=-1)
+        members = kmeans(directions, min(lists, n), rounds=rounds, seed=0).members
+        labels[:, -n:] = torch.where(weights > 0, members, -1)
+        sums.scatter_add_(1, members[..., None].expand_as(points), points * weights[..., None])
+        counts.scatter_add_(1, members, weights.double())
+    centroids.copy_(sums / counts.clamp(min=1)[..., None])
+    sizes.copy_(counts)
+
+
+def _scores(
+    call: Call, level: str, *, queries: Tensor | None = None, counted: Tensor | None = None, among: Tensor | None = None
+) -> Tensor:
+    """Log scores of a level's clusters, or of those `among` it, which then share all weight."""
+    sizes = call.state[f"{PREFIX[level]}sizes"]
+    return centroid_scores(
+        call.q if queries is None else queries,
+        call.by_head(f"{PREFIX[level]}centroids"),
+        sizes if among is None else sizes.masked_fill(~among, 0),
+        scale=call.scale,
+        softcap=call.softcap,
+        counted=counted,
+    )
+
+
+def _quantile(scores: Tensor, weights: Tensor, share: float) -> Tensor:
+    """The least threshold that at most `share` of all keys exceed: (batch,); -inf when all may pass.
+
+    scores and weights (batch, n): as many keys as the weight says have the score.
+    """
+    exact = Fraction(str(share))
+    ordered, order = scores.sort(dim=1, descending=True)
+    passing = weights.gather(1, order).cumsum(dim=1)
+    most = (2 * passing[:, -1:] * exact.numerator + exact.denominator) // (2 * exact.denominator)  # as `part_of`
+    beyond = passing > most
+    least = ordered.gather(1, beyond.int().argmax(dim=1, keepdim=True))
+    return torch.where(beyond.any(dim=1), least[:, 0], -torch.inf)
