@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from policies.dense import activations, append, attend, causal_pairs, kv_row, pair_flops
-from policies.model import ModelShape
+from policies.dense import activations, attend, causal_pairs, kv_row, pair_flops, windowed_pairs
+from policies.model import LayerShape, ModelShape
 from policies.plan import Access, Buffer, Compute, Copy, Count, Plan, Rows, Step, Sync, Tier, Work
 from policies.policy import Policy, Reuse, at_least, multiple_of
 
@@ -45,26 +45,32 @@ class InfLLM(Policy):
             )
 
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
-        """`local`: the window; `rest`: sinks and the tail that fills no block; `blocks`: one row per block in DDR."""
+        """`local`: the window; `rest`: sinks and the tail that fills no block; `blocks`: one row per block in DDR.
+
+        The authors' code keeps window tokens twice, as a key is rotated in the window and not outside; here a key is
+        turned back when it leaves the window.
+        """
         shape, row, tokens = model.layers[layer], kv_row(model.layers[layer]), step.tokens
-        outside = max(0, tokens - self.window_tokens - self.sink_tokens)
-        rest = min(tokens, self.sink_tokens) + min(outside, self.block_tokens)
+        window = min(tokens, self.window_tokens)
+        tail = min(max(0, tokens - self.window_tokens - self.sink_tokens), self.block_tokens)
         hbm = (
-            Buffer("local", Tier.HBM, self._window(step), row, model.kv_dtype),
-            Buffer("rest", Tier.HBM, rest, row, model.kv_dtype),
-            # A second copy of window tokens, without rotation, waits for the block that they will close into.
-            Buffer("waiting", Tier.HBM, min(tokens, self.window_tokens), row, model.kv_dtype),
+            Buffer("local", Tier.HBM, window, row, model.kv_dtype),
+            Buffer("rest", Tier.HBM, min(tokens, self.sink_tokens) + tail, row, model.kv_dtype),
+            # What local attention gave to each token of the window and the tail, for each query head.
+            Buffer("mass", Tier.HBM, window + tail, (shape.heads,), "fp32"),
         )
-        blocks, lookups = self._blocks(tokens), self._lookups(step)
+        blocks, lookups = self.blocks(tokens), self._lookups(step)
         if not blocks:
             return (*activations(model, step, layer), *hbm)
-        block_row, ids = (self.block_tokens, *row), (min(lookups.blocks, self.top_k),)
-        closed = blocks - self._blocks(step.past_tokens)
+        block_row, cached = (self.block_tokens, *row), min(blocks, self.cache_blocks)
+        ids = (2, min(lookups.blocks, self.top_k))  # for each chosen block its id, if it is missed, and its slot
+        closed = blocks - self.blocks(step.past_tokens)
         return (
             *activations(model, step, layer),
             *hbm,
             Buffer("representatives", Tier.HBM, blocks, (shape.heads, shape.head_dim), model.dtype),
-            Buffer("cached", Tier.HBM, min(blocks, self.cache_blocks), block_row, model.kv_dtype),
+            Buffer("cached", Tier.HBM, cached, block_row, model.kv_dtype),
+            Buffer("resident", Tier.HBM, cached, (2,), "int64"),  # the block in each slot, and when it was last chosen
             Buffer("chosen", Tier.HBM, lookups.number, ids, "int64", ring=1),
             Buffer("chosen_host", Tier.DDR, lookups.number, ids, "int64", ring=1),
             Buffer("blocks", Tier.DDR, blocks, block_row, model.kv_dtype),
@@ -77,8 +83,8 @@ class InfLLM(Policy):
 
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Score the representatives, fetch the chosen blocks that are not cached, attend to near and far at once."""
-        ops = self._attend(model, step, layer)
-        closed = self._blocks(step.tokens) - self._blocks(step.past_tokens)
+        near, closed = self._attend(model, step, layer), self.blocks(step.tokens) - self.blocks(step.past_tokens)
+        ops = (*near, self._weigh(model.layers[layer], step), self._append(step, closed))
         if not closed:
             return ops
         shape = model.layers[layer]
@@ -89,12 +95,12 @@ class InfLLM(Policy):
             flops_per_row=shape.heads * shape.head_dim,
             reads=(Access("closing", Rows(closed)),),
             writes=(Access("representatives", Rows(closed)),),
-            after=("attend",),
+            after=("append",),
         )
         return (
             *ops,
             represent,
-            Copy(name="evict", src="closing", dst="blocks", rows=Rows(closed), after=("represent",)),
+            Copy(name="evict", src="closing", dst="blocks", rows=Rows(closed), after=("append",)),
         )
 
     def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
@@ -105,7 +111,8 @@ class InfLLM(Policy):
         source = "assumption: as ShadowKV's temporal locality (60 % hits); no published hit rate"
         return (Count(name="miss", heads=1, maximum=lookups.chosen, share=0.4, spread=0.1, source=source),)
 
-    def _blocks(self, tokens: int) -> int:
+    def blocks(self, tokens: int) -> int:
+        """Blocks that have closed once a sequence holds `tokens`."""
         return max(0, tokens - self.window_tokens - self.sink_tokens) // self.block_tokens
 
     def _window(self, step: Step) -> int:
@@ -115,16 +122,16 @@ class InfLLM(Policy):
         past, new, unit = step.past_tokens, step.new_tokens, self.execution_tokens
         rounds = -(-new // unit)
         if rounds == 1:
-            blocks = self._blocks(past)
+            blocks = self.blocks(past)
             chosen = min(blocks, self.top_k)
             return _Lookups(1, blocks, blocks, chosen, new * blocks, new * chosen)
-        last = self._blocks(past + (rounds - 1) * unit)
+        last = self.blocks(past + (rounds - 1) * unit)
         if not last:
             return _Lookups(0, 0, 0, 0, 0, 0)
         # Blocks grow evenly from the first round that finds any, by `growth` a round.
         closed_at, growth = self.window_tokens + self.sink_tokens + self.block_tokens, unit // self.block_tokens
         idle = max(0, -((past - closed_at) // unit))
-        first, number = self._blocks(past + idle * unit), rounds - idle
+        first, number = self.blocks(past + idle * unit), rounds - idle
         scored = number * first + growth * (number * (number - 1) // 2)
         few = min(number, max(0, -((first - self.top_k) // growth)))  # rounds that find fewer than `top_k`
         chosen = few * first + growth * (few * (few - 1) // 2) + (number - few) * self.top_k
@@ -133,18 +140,60 @@ class InfLLM(Policy):
             number, last, scored, chosen, unit * scored - absent * last, unit * chosen - absent * min(last, self.top_k)
         )
 
+    def _earlier(self, step: Step) -> Access:
+        """The tokens of the window that were there before the step."""
+        return Access("local", Rows(self._window(step) - step.new_tokens))
+
+    def _weigh(self, shape: LayerShape, step: Step) -> Compute:
+        """Add to each token's mass: its local scores once more, now that the softmax over both parts is known."""
+        return Compute(
+            name="weigh",
+            work=Work.MATMUL,
+            rows=Rows(windowed_pairs(step.past_tokens, step.new_tokens, self.window_tokens)),
+            flops_per_row=2 * shape.heads * shape.head_dim,
+            reads=(Access("q", Rows(step.new_tokens)), self._earlier(step), Access("new_kv", Rows(step.new_tokens))),
+            writes=(Access("mass", self._earlier(step).rows),),
+            after=("attend",),
+        )
+
+    def _append(self, step: Step, closed: int) -> Compute:
+        """New tokens enter the window; those that leave it become sinks, the tail, or blocks that close."""
+        (sinks, tail), (sinks_before, tail_before) = self._outside(step.tokens), self._outside(step.past_tokens)
+        left = max(0, step.tokens - self.window_tokens) - max(0, step.past_tokens - self.window_tokens)
+        kept = Rows(min(step.new_tokens, self.window_tokens))
+        stays = Rows(sinks - sinks_before + tail - (0 if closed else tail_before))
+        return Compute(
+            name="append",
+            work=Work.ELEMENTWISE,
+            reads=(
+                Access("new_kv", Rows(step.new_tokens)),
+                Access("local", Rows(min(left, step.past_tokens, self.window_tokens))),
+                Access("rest", Rows(tail_before if closed else 0)),
+            ),
+            writes=(
+                Access("local", kept),
+                Access("rest", stays),
+                Access("mass", Rows(kept.fixed + tail - (0 if closed else tail_before))),
+                *((Access("closing", Rows(closed)),) if closed else ()),
+            ),
+            after=("weigh",),
+        )
+
+    def _outside(self, tokens: int) -> tuple[int, int]:
+        """Sinks that have left the window, and tokens that have left it and fill no block yet."""
+        gone = max(0, tokens - self.window_tokens)
+        return min(gone, self.sink_tokens), max(0, gone - self.sink_tokens) - self.block_tokens * self.blocks(tokens)
+
     def _attend(self, model: ModelShape, step: Step, layer: int) -> Plan:
         shape, new, lookups = model.layers[layer], step.new_tokens, self._lookups(step)
         # Every earlier token that is in no block is near: sinks, window and the tail between them.
         pairs = Rows(causal_pairs(step.past_tokens, new) - self.block_tokens * lookups.scored_pairs)
-        rest = step.tokens - self._window(step) - self.block_tokens * self._blocks(step.past_tokens)
-        near = (Access("local", Rows(self._window(step))), Access("rest", Rows(rest)))
-        store = append(step, ("local", "waiting"))
+        rest = step.tokens - self._window(step) - self.block_tokens * self.blocks(step.past_tokens)
+        near = (self._earlier(step), Access("new_kv", Rows(new)), Access("rest", Rows(rest)))
         if not lookups.blocks:
-            return (store, attend(shape, step, pairs, near))
+            return (attend(shape, step, pairs, near, after=("qkv",)),)
         scored = Rows(lookups.scored)
         return (
-            store,
             Compute(
                 name="score",
                 work=Work.MATMUL,
@@ -177,7 +226,7 @@ class InfLLM(Policy):
                 rows=pairs,
                 flops_per_row=pair_flops(shape, step),
                 reads=(Access("q", Rows(new)), *near),
-                after=("append",),
+                after=("qkv",),
             ),
             attend(
                 shape,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MASS_QUERIES = 128  # whose weights are held at once where their sum is wanted
 MAX_KERNEL_HEAD_DIM = 256  # beyond it (MLA latents) a tile does not fit in shared memory
 
 
@@ -92,6 +93,33 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], sink_logits: Tensor | None = N
 
         return merge_stacked(outs, lses, sink_logits)[0]
     return _merge_eager(outs, lses, sink_logits)
+
+
+def attention_mass(
+    q: Tensor, k: Tensor, lse: Tensor, *, scale: float, mask: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """The weight that each key gets from all queries, `lse` being what their whole softmax sums to: fp32.
+
+    lse is (batch, heads, new_tokens), the result (batch, heads, tokens); q, k, `mask` and errors as in
+    `partial_attention`.
+    """
+    _check_inputs(q, k, k, softcap)
+    batch, heads, new_tokens, _ = q.shape
+    kv_heads, tokens = k.shape[1:3]
+    group = heads // kv_heads
+    grouped = None if mask is None else _grouped_mask(mask, (batch, kv_heads, group, new_tokens, tokens))
+    keys, mass = k.float().mT, torch.zeros(batch, kv_heads, group, tokens, device=q.device)
+    lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (kv_heads, group))
+    for start in range(0, new_tokens, MASS_QUERIES):
+        at = slice(start, start + MASS_QUERIES)
+        rows = q[:, :, at].float().reshape(batch, kv_heads, -1, q.shape[3])
+        scores = (rows @ keys).unflatten(2, (group, -1)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if grouped is not None:
+            scores = scores.masked_fill(~grouped[:, :, :, at], -torch.inf)
+        mass += torch.exp(scores - lse[:, :, :, at, None]).sum(dim=3)
+    return mass.flatten(1, 2)
 
 
 def causal_mask(new_tokens: int, tokens: int, device: torch.device | str | None = None) -> Tensor:

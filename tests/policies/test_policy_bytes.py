@@ -224,13 +224,15 @@ def test_infllm_keeps_a_window_and_a_block_cache_and_offloads_the_rest() -> None
     blocks = (CONTEXT - 4096 - 128) // 128
     assert blocks == 991
     held_bytes = stored("infllm", step)
-    assert held_bytes[Tier.DDR] - 16 * 8 == 32 * 991 * 128 * KV  # and one ring of 16 ids
+    ids = 2 * 16 * 8  # one ring: 16 blocks to fetch and their slots
+    assert held_bytes[Tier.DDR] - ids == 32 * 991 * 128 * KV
     assert held_bytes[Tier.DDR] / GIB == pytest.approx(15.5, abs=0.05)
-    window = 2 * 4096 * KV  # with a copy of it before rotation
-    per_layer = window + (128 + 0) * KV + 32 * 128 * KV + 991 * 32 * 128 * 2
+    per_layer = 4096 * KV + (128 + 0) * KV + 32 * 128 * KV + 991 * 32 * 128 * 2
     tail = 128 * KV  # a block fills up before it closes
-    assert held_bytes[Tier.HBM] == 32 * (per_layer + tail) + 16 * 8
-    assert 32 * window == GIB
+    mass = (4096 + 128) * 32 * 4  # of each token of window and tail, for each query head
+    resident = 32 * 2 * 8  # id and stamp of each cached block
+    assert held_bytes[Tier.HBM] == 32 * (per_layer + tail + mass + resident) + ids
+    assert 32 * 4096 * KV == GIB // 2
     assert 32 * 32 * 128 * KV == GIB // 2
 
 
@@ -239,8 +241,9 @@ def test_infllm_decode_looks_sixteen_blocks_up() -> None:
     assert work(plan, "score") == 2 * 32 * 128 * 991
     assert work(plan, "attend_near") == PAIR * (4096 + 128 + 1)
     assert work(plan, "attend") == PAIR * 16 * 128
-    # 40 % of 16 blocks are missed, rounded to 6; a block has 0.5 MiB; 16 ids of 8 bytes go down.
-    assert moved(plan) == {UP: 6 * 2**19, DOWN: 16 * 8}
+    assert work(plan, "weigh") == 2 * 32 * 128 * 4096  # scores of the window alone
+    # 40 % of 16 blocks are missed, rounded to 6; a block has 0.5 MiB; 16 ids and slots of 8 bytes go down.
+    assert moved(plan) == {UP: 6 * 2**19, DOWN: 2 * 16 * 8}
     assert plan.counts[0].maximum * 2**19 == 8 * 2**20
 
 
@@ -249,6 +252,11 @@ def test_infllm_moves_a_block_when_it_leaves_the_window() -> None:
     assert moved(planned("infllm", before)) == {}
     assert moved(planned("infllm", closing)) == {DOWN: 128 * KV}
     assert work(planned("infllm", closing), "attend") == PAIR * (4096 + 128 + 128)  # still near in this step
+    # The token that leaves joins 127 others in the block, so the tail is read and nothing stays in it.
+    (append,) = (op for op in planned("infllm", closing).ops if op.name == "append")
+    assert isinstance(append, Compute)
+    assert [access.rows.fixed for access in append.reads] == [1, 1, 127]  # new, leaving, tail
+    assert [access.rows.fixed for access in append.writes] == [1, 0, 1, 1]  # window, rest, mass, closing
 
 
 @pytest.mark.parametrize(("past", "new"), [(0, 7000), (0, 20_000), (5120, 3000), (512 * 20, 512 * 3 + 17), (8192, 1)])

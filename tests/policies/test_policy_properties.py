@@ -33,7 +33,7 @@ MODELS = [load_model(name) for name in ("llama-3.1-8b", "llama-2-7b", "llama-3.1
 LLAMA = MODELS[0]
 CACHED = {  # buffers of raw keys and values, in the cache's own type
     *("kv", "kv_host", "keys", "values", "raw_keys", "raw_values", "k_exact", "v_exact", "k_slots", "v_slots"),
-    *("values_host", "k_near", "v_near", "index_values", "local", "rest", "waiting", "cached", "blocks"),
+    *("values_host", "k_near", "v_near", "index_values", "local", "rest", "cached", "blocks"),
     *("exact", "prefix", "staged"),
 }
 
@@ -286,7 +286,7 @@ def test_two_ranks_hold_the_cache_of_one(text: str, step: Step) -> None:
     assert {name: 2 * rank[name] for name in one.keys() & CACHED} == {name: one[name] for name in one.keys() & CACHED}
     replicated = {name for name in one if 2 * rank[name] != one[name]}
     # All heads share ShadowKV's U, InfLLM's choice and Squeezed Attention's threshold.
-    assert replicated <= {"u", "chosen", "chosen_host", "thresholds"}
+    assert replicated <= {"u", "chosen", "chosen_host", "resident", "thresholds"}
 
 
 def test_every_policy_names_its_paper_and_has_a_variant_here() -> None:
