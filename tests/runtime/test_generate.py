@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from policies import Step, parse_policy, plan_layer  # noqa: E402
+from policies import Full, Step, parse_policy, plan_layer  # noqa: E402
 from policies.plan import Tier, moved_bytes, stored_bytes  # noqa: E402
 from runtime import offload  # noqa: E402
 
@@ -57,6 +57,12 @@ EXACT = [
     "snapkv:budget_tokens=64",
     "snapkv:budget_tokens=37,observation_tokens=8",
     "snapkv:budget_tokens=37,observation_tokens=8,per=query_head",
+    "infllm:window_tokens=57",
+    "infllm:window_tokens=57,block_tokens=4,execution_tokens=8",
+    "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2",
+    "squeezed-attention:keep=1,coarse_keep=1,levels=2,coarse_share=0.1,observation_tokens=4,centroid_share=0.2,tier=ddr",
+    "squeezed-attention:budget_tokens=64,observation_tokens=4,centroid_share=0.2,tier=ddr",
+    "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2@heads=4+full@heads=4",
 ]
 
 
@@ -273,8 +279,8 @@ def test_one_sequence_never_reads_what_another_left():
 def test_what_cannot_be_done_says_so():
     llama = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval().float()
     with (
-        pytest.raises(ValueError, match="does not execute policy 'infllm' yet; it executes full, "),
-        offload(llama, parse_policy("infllm")),
+        pytest.raises(ValueError, match="does not execute policy 'unheard-of' yet; it executes full, "),
+        offload(llama, type("UnheardOf", (Full,), {"name": "unheard-of"})()),
     ):
         pass
     with (

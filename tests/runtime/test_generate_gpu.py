@@ -16,11 +16,17 @@ LAYERS, PROMPT, NEW, ROOM = 6, 700, 24, 64
 EXACT = [
     *("full", "offload-all", "offload-all:write_back=all", "sink-window:positions=original"),
     *("snapkv:budget_tokens=700,observation_tokens=16", "snapkv:budget_tokens=700,per=query_head"),
+    *("infllm", "squeezed-attention:keep=1", "squeezed-attention:keep=1,tier=ddr,levels=2,coarse_keep=1"),
+    "squeezed-attention:budget_tokens=1Ki,tier=ddr",
 ]
 SELECTIVE = [
     "snapkv:budget_tokens=128",
     "shadowkv:budget_tokens=128,rank=48,outlier_chunks=6",
     "shadowkv:chunk_tokens=4,budget_tokens=64,rank=16",
+    "infllm:window_tokens=128,sink_tokens=16,block_tokens=32,top_k=4,cache_blocks=6,execution_tokens=128",
+    "squeezed-attention:keep=0.1",
+    "squeezed-attention:keep=0.1,tier=ddr,levels=2",
+    "squeezed-attention:budget_tokens=64,tier=ddr",
 ]
 
 
@@ -111,7 +117,7 @@ def test_bytes_and_where_they_are(model, policy):
         before = torch.cuda.memory_allocated()
         cache = kv.cache()
         generate(model, 2, past_key_values=cache)
-        assert len(kv.counts.steps) == 2 * LAYERS * NEW
+        assert len(kv.counts.steps) >= 2 * LAYERS * NEW  # InfLLM's prompt is several
         expected: Counter[tuple[Tier, Tier]] = Counter()
         for (_, layer, _, *at), drawn in zip(kv.counts.steps.tolist(), kv.counts.totals(), strict=True):
             step = Step(prompt_tokens=at[0], past_tokens=at[1], new_tokens=at[2])
@@ -120,12 +126,12 @@ def test_bytes_and_where_they_are(model, policy):
         assert kv.moved_bytes == expected
         last = Step.decoding(PROMPT, ROOM)
         stored = stored_bytes([plan_layer(kv.policy, kv.shape, last, layer).buffers for layer in range(LAYERS)])
-        assert kv.footprint_bytes == {tier: 2 * nbytes for tier, nbytes in stored.items()}
+        assert +kv.footprint_bytes == +Counter({tier: 2 * nbytes for tier, nbytes in stored.items()})
         # The allocator rounds each tensor up to 512 bytes; generate's own leftovers are small beside the cache.
         held = torch.cuda.memory_allocated() - before
         assert held >= 2 * stored[Tier.HBM]
         for layer in range(LAYERS):
             for name, tensor in cache.arena.kept(layer).items():
-                on_host = name.endswith("_host")
+                on_host = name.endswith("_host") or name in ("prefix", "blocks")
                 assert tensor.is_cuda is not on_host
                 assert tensor.is_pinned() is on_host

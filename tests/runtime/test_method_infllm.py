@@ -244,8 +244,8 @@ def test_bytes_are_those_of_the_plans(llama, text):
         cache = kv.cache()
         generate(llama, padded(prompt, [0, 5, 57]), past_key_values=cache)
         expected, recording = Counter(), kv.counts
-        for (layer, start, past, new), totals in zip(recording.steps[:, 1:].tolist(), recording.totals(), strict=True):
-            step = Step(prompt_tokens=start, past_tokens=past, new_tokens=new)
+        for (_, layer, _, *at), totals in zip(recording.steps.tolist(), recording.totals(), strict=True):
+            step = Step(prompt_tokens=at[0], past_tokens=at[1], new_tokens=at[2])
             plan = plan_layer(policy, kv.shape, step, layer)
             expected.update(moved_bytes(plan.ops, plan.buffers, totals))
         assert kv.moved_bytes == Counter({link: nbytes for link, nbytes in expected.items() if nbytes})

@@ -330,8 +330,8 @@ def test_bytes_are_those_of_the_plans(llama, text):
 def replayed(kv):
     """The plans of the recorded steps at the recorded counts."""
     moved, recording = Counter(), kv.counts
-    for (layer, prompt, past, new), totals in zip(recording.steps[:, 1:].tolist(), recording.totals(), strict=True):
-        plan = plan_layer(kv.policy, kv.shape, Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new), layer)
+    for (_, layer, _, *at), totals in zip(recording.steps.tolist(), recording.totals(), strict=True):
+        plan = plan_layer(kv.policy, kv.shape, Step(prompt_tokens=at[0], past_tokens=at[1], new_tokens=at[2]), layer)
         moved.update(moved_bytes(plan.ops, plan.buffers, totals))
     return Counter({link: nbytes for link, nbytes in moved.items() if nbytes})
 
