@@ -60,6 +60,50 @@ def test_new_policy_is_known_to_the_command_line_by_its_module() -> None:
     assert [run["requests"]["finished"] for run in runs] == [20, 20]
 
 
+def test_generate_under_a_policy() -> None:
+    pytest.importorskip("torch")
+    out = run("examples/generate.py")
+    # A token's keys and values of a layer: 2 x 2 heads x 8 x 4 bytes = 128. Room for 520 tokens on four layers, and two
+    # staging buffers; down go the prompt and 19 tokens that are fed back, up comes what was there before each of them.
+    assert "holds 266,240 bytes in ddr, 133,120 bytes in hbm" in out
+    assert f"moved {4 * 128 * sum(range(500, 519)):,} bytes ddr->hbm" in out
+    assert f"moved {4 * 128 * 519:,} bytes hbm->ddr" in out
+    assert "20 of 20 tokens as without the policy" in out
+
+
+def test_predicted_bytes() -> None:
+    pytest.importorskip("torch")
+    out = run("examples/predicted_bytes.py")
+    links = re.findall(r"predicted ([\d,]+), moved ([\d,]+), replayed ([\d,]+)", out)
+    assert len(links) == 4
+    assert all(moved == replayed for _, moved, replayed in links)
+    # Of shadowkv's fetches alone data decide: they are predicted from a published hit rate.
+    assert [predicted == moved for predicted, moved, _ in links] == [True, True, False, True]
+
+
+def test_a_policy_of_ones_own_is_simulated_and_run() -> None:
+    pytest.importorskip("torch")
+    simulated_full, simulated, exact, ddr, hbm = run("examples/own_policy.py", "20").splitlines()
+    peaks = [float(re.search(r"([\d.]+) GiB", line)[1]) for line in (simulated_full, simulated)]
+    assert peaks[1] < peaks[0]
+    assert exact == "tokens as without it: True"
+    # 210 tokens of 8 layers with 4 heads of 64 fp32 numbers; in HBM the same of keys, and two layers of staging.
+    assert ddr == f"holds {8 * 210 * 1024:,} bytes in ddr"
+    assert hbm == f"holds {(8 + 2) * 210 * 1024:,} bytes in hbm"
+
+
+def test_a_policy_of_ones_own_moves_what_its_plan_says() -> None:
+    pytest.importorskip("torch")
+    sizes = ("--prompt", "50", "--new", "4", "--json")
+    out = run("-m", "kvsim", "validate", "--bytes", "--policy", "own_policy:ValuesOnHost:staging_layers=1", *sizes)
+    (row,) = json.loads(out)["policies"]
+    assert row["agree"]
+    # Two sequences, eight layers: down the prompt and three tokens, up what was there before each of the three.
+    token = 2 * 8 * 1024
+    assert row["moved_bytes"]["hbm->ddr"] == dict.fromkeys(("runtime", "kvsim", "audit"), token * 53)
+    assert row["moved_bytes"]["ddr->hbm"] == dict.fromkeys(("runtime", "kvsim", "audit"), token * (50 + 51 + 52))
+
+
 def test_the_scenario_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--scenario", str(EXAMPLES / "scenario.yaml"), "--limit", "20", "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]

@@ -131,3 +131,13 @@ def test_without_torch_it_says_what_to_install(
     for command in (["validate", "--bytes"], ["generate", "--prompt-file", __file__], ["model", "needle", "x"]):
         assert main(command) == 2
         assert capsys.readouterr().err.endswith("needs torch: pip install 'kvsim[runtime]'\n")
+
+
+def test_a_policy_from_outside_needs_a_method(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(globals(), "method")
+    assert main(["validate", "--bytes", "--model", str(tiny_llama), "--policy", f"{__name__}:Careless"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert f"which returns a runtime.Method; module {__name__!r} of careless has none" in err
