@@ -279,7 +279,12 @@ def test_one_sequence_never_reads_what_another_left():
 def test_what_cannot_be_done_says_so():
     llama = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval().float()
     with (
-        pytest.raises(ValueError, match="does not execute policy 'unheard-of' yet; it executes full, "),
+        pytest.raises(ValueError, match="does not execute policy 'retrieval-attention' yet; it executes full, "),
+        offload(llama, parse_policy("retrieval-attention")),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"a function method\(policy\) stands beside its class.* unheard-of has none"),
         offload(llama, type("UnheardOf", (Full,), {"name": "unheard-of"})()),
     ):
         pass
