@@ -12,6 +12,9 @@ from runtime import offload  # noqa: E402
 EXACT = [
     *("full", "offload-all", "sink-window", "quest:budget_tokens=96", "full@heads=4+offload-all@heads=4"),
     *("snapkv:budget_tokens=37,observation_tokens=8", "snapkv:budget_tokens=37,observation_tokens=8,per=query_head"),
+    *("infllm", "infllm:execution_tokens=8,block_tokens=4"),
+    "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2",
+    "squeezed-attention:keep=1,coarse_keep=1,levels=2,coarse_share=0.1,observation_tokens=4,centroid_share=0.2,tier=ddr",
 ]
 
 
