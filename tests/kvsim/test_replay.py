@@ -75,8 +75,8 @@ def test_a_ring_stays_as_large_as_the_prompt_needed_it() -> None:
     alone = replay_held_bytes(recording(decode), policy, LLAMA, max_new_tokens=8)
     after = replay_held_bytes(recording((0, 0, 8192, 8192, 0, 8192), decode), policy, LLAMA, max_new_tokens=8)
     # Of the 16 execution blocks of 512 tokens those from token 4,608 on find a block behind 4,096 + 128 + 128 tokens:
-    # 7 of them, each with 16 ids of 8 bytes, where decoding has one such row; the ids lie in HBM and on the host.
-    rows = 6 * 16 * 8
+    # 7 of them, each with 16 ids and 16 slots of 8 bytes, where decoding has one such row; in HBM and on the host.
+    rows = 6 * 2 * 16 * 8
     assert after == {tier: nbytes + rows for tier, nbytes in alone.items()}
 
 
