@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from published import four_costs, minference, mooncake, quest, retrieval_attention, shadowkv
+from published import four_costs, minference, mooncake, quest, retrieval_attention, retroinfer, shadowkv
 from published.comparison import Comparison, Section
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ catalogue figure was taken from one of these papers, the section says so.
 
 def sections() -> list[Section]:
     """All comparisons, grouped by paper."""
-    papers = (four_costs, shadowkv, retrieval_attention, minference, mooncake, quest)
+    papers = (four_costs, shadowkv, retrieval_attention, retroinfer, minference, mooncake, quest)
     return [paper.section() for paper in papers]
 
 

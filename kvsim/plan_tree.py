@@ -25,6 +25,9 @@ def plan_tree(policy: Policy, model: ModelShape, step: Step, layer: int) -> Tree
     plan = plan_layer(policy, model, step, layer)
     totals = {count.name: count.expected() for count in plan.counts}
     tree = Tree(Text(f"{plan.policy.name}: {_step_text(step)}, layer {layer} of {model.name}"))
+    tree.add(Text(f"source: {plan.policy.paper}"))
+    if plan.policy.trained:
+        tree.add(Text(f"needs training: {plan.policy.trained}"))
     _grow(tree, "stored", (_buffer_text(b) for b in plan.buffers if not b.view))
     _grow(tree, "handed over by the model, or a view of other rows", (_buffer_text(b) for b in plan.buffers if b.view))
     _grow_operations(tree.add("operations"), plan, totals)

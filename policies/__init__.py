@@ -13,18 +13,25 @@ from policies.compose import (
     settle,
 )
 from policies.full import Full
+from policies.hip import HiP
 from policies.infllm import InfLLM
+from policies.landmark import Landmark
+from policies.lazyllm import LazyLLM
+from policies.lococo import LoCoCo
+from policies.locret import Locret
 from policies.model import LayerShape, ModelShape
 from policies.offload_all import OffloadAll
 from policies.plan import Step
 from policies.policy import Policy, Reuse
 from policies.quest import Quest
 from policies.retrieval_attention import RetrievalAttention
+from policies.retroinfer import RetroInfer
 from policies.shadowkv import ShadowKV
 from policies.sink_window import SinkWindow
 from policies.snapkv import SnapKV
 from policies.squeezed_attention import SqueezedAttention
 from policies.text import describe, parse
+from policies.xattention import XAttention
 
 POLICIES: dict[str, type[Policy]] = {
     cls.name: cls
@@ -38,6 +45,13 @@ POLICIES: dict[str, type[Policy]] = {
         SqueezedAttention,
         ShadowKV,
         RetrievalAttention,
+        RetroInfer,
+        Locret,
+        LazyLLM,
+        XAttention,
+        HiP,
+        LoCoCo,
+        Landmark,
     )
 }
 
@@ -53,20 +67,27 @@ __all__ = [
     "ByHeads",
     "ByLayer",
     "Full",
+    "HiP",
     "InfLLM",
+    "Landmark",
     "LayerPlan",
     "LayerShape",
+    "LazyLLM",
+    "LoCoCo",
+    "Locret",
     "ModelShape",
     "OffloadAll",
     "Policy",
     "Quest",
     "RetrievalAttention",
+    "RetroInfer",
     "Reuse",
     "ShadowKV",
     "SinkWindow",
     "SnapKV",
     "SqueezedAttention",
     "Step",
+    "XAttention",
     "describe",
     "parse_policy",
     "plan_end",

@@ -27,6 +27,7 @@ class Policy:
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    trained: ClassVar[str] = ""  # what must have been trained beside the model, if anything
     reuse: ClassVar[Reuse] = Reuse.NOTHING
     kinds: ClassVar[tuple[str, ...]] = ("full",)
 

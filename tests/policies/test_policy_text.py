@@ -262,4 +262,5 @@ def test_names_come_from_the_caller() -> None:
     assert list(POLICIES) == [
         *("full", "offload-all", "sink-window", "snapkv", "quest", "infllm"),
         *("squeezed-attention", "shadowkv", "retrieval-attention"),
+        *("retroinfer", "locret", "lazyllm", "xattention", "hip", "lococo", "landmark"),
     ]
