@@ -14,9 +14,9 @@ PROSE = """\
 Llama-3-8B-1048K on one A100-80G in bf16, achievable rates, 120,000 tokens of prompt and 100 generated (the 50th step is
 priced), batches of 4 and 32 as the authors' scripts set them. The figures are those of the abstract and of the project
 page. Of the retrieved clusters 85 % are taken to be in the HBM cache, an assumption; the rows at 79 % and 94 %, between
-which the authors' hit rates are said to lie, show what hangs on it: the fetch of missed clusters takes more than half of a
-step at 85 %. Not planned, so free of charge here: the page tables and the LRU list that CPU threads keep, and the copy
-of the exact rows into the execution buffer."""
+which the authors' hit rates are said to lie, show what hangs on it: the fetch of missed clusters takes more than half
+of a step at 85 %. Not planned, so free of charge here: the page tables and the LRU list that CPU threads keep, and the
+copy of the exact rows into the execution buffer."""
 
 
 def section() -> Section:
