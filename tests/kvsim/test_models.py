@@ -52,6 +52,14 @@ def test_windows_cap_the_cache() -> None:
     assert load_model("mistral-7b-v0.1").kv_bytes(tokens) == 4096 * 131_072
 
 
+def test_longgen_caches_what_its_paper_says() -> None:
+    hybrid, dense = load_model("longgen-7b"), load_model("llama-2-7b")
+    assert hybrid.kv_bytes(131_072) == (12 * 131_072 + 20 * 1024) * 2 * 32 * 128 * 2
+    # arXiv:2410.01485: 62 % less than full attention when it serves 128K.
+    assert 1 - hybrid.kv_bytes(131_072) / dense.kv_bytes(131_072) == pytest.approx(0.62, abs=0.005)
+    assert hybrid.params == dense.params
+
+
 def test_states_are_constant() -> None:
     jamba = load_model("jamba-1.5-mini")
     assert [i for i, x in enumerate(jamba.layers) if x.kind == "full"] == [4, 12, 20, 28]
