@@ -32,6 +32,7 @@ from policies import parse_policy  # noqa: E402
 from policies.plan import Tier  # noqa: E402
 from runtime import offload  # noqa: E402
 from runtime.needle import Example, expand, load_evals  # noqa: E402
+from traces.counts import COLUMNS  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "results" / "quality.json"
 PAGE = ROOT / "docs" / "quality.md"
@@ -107,8 +108,8 @@ def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tu
             min_new_tokens=new,
             do_sample=False,
         )
-        steps = kv.counts.steps
-        decoded = max(1, len({tuple(row) for row in steps[steps[:, 3] >= steps[:, 2]][:, [0, 3]].tolist()}))
+        fed = kv.counts.steps[:, [COLUMNS.index(name) for name in ("sequence", "prompt_tokens", "past_tokens")]]
+        decoded = max(1, len({(sequence, past) for sequence, prompt, past in fed.tolist() if past >= prompt}))
         moved = sum(n for (src, dst), n in kv.moved_bytes.items() if {src, dst} == {Tier.HBM, Tier.DDR})
         held = kv.footprint_bytes
     produced = out[:, tokens:].cpu().numpy()
@@ -187,8 +188,8 @@ def page(report: dict[str, Any]) -> str:
 INTRODUCTION = """\
 # What a policy loses
 
-Written by `python benchmarks/quality.py --page` from `benchmarks/results/quality.json` ({device}, {date}, commit
-{commit}).
+Written by `python benchmarks/quality.py --page` from `benchmarks/results/quality.json` ({device}, {dtype}, {date},
+commit {commit}).
 
 needle-28m is a small Llama trained to retrieve over 32,768 tokens (`runtime/needle/README.md`). Each figure is the
 share of examples answered exactly, over contexts of 8K, 16K and 32K with up to ten examples each: differences under ten

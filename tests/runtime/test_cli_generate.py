@@ -100,6 +100,7 @@ def test_ctrl_c_during_the_prompt(
     tiny_llama: Path, question: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told, offloads = [], []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
 
     @contextmanager
     def interrupting(_label: str, _total: int) -> Iterator[Callable[[int], None]]:
@@ -113,7 +114,10 @@ def test_ctrl_c_during_the_prompt(
     monkeypatch.setattr(Offload, "__init__", lambda self, *args: (offloads.append(self), init(self, *args))[1])
     monkeypatch.setattr(command, "progress_bar", interrupting)
     args = ["generate", "--model", str(tiny_llama), "--prompt-file", str(question), "--policy", "offload-all"]
-    assert main(args) == 130
+    try:
+        assert main(args) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().out == ""
     assert told == [TOKENS // 3]  # the first of three layers has done the prompt
     (kv,) = offloads
