@@ -2,7 +2,7 @@
 
 from runtime.index.base import Found, Index
 from runtime.index.flat import Flat
-from runtime.index.graph import Graph, GraphParameters
+from runtime.index.graph import Graph, GraphParameters, link
 from runtime.index.ivf import Ivf
 
-__all__ = ["Flat", "Found", "Graph", "GraphParameters", "Index", "Ivf"]
+__all__ = ["Flat", "Found", "Graph", "GraphParameters", "Index", "Ivf", "link"]

@@ -1,19 +1,21 @@
-"""RetrievalAttention's query-aware graph: keys that one query of the prompt found lead to each other.
+"""RetrievalAttention's query-aware graph: keys that the prompt's queries score alike lead to each other.
 
 Decode queries are not distributed as keys are, so lists and graphs of keys alone miss what they look for. The prompt's
-own queries are distributed like them: their exact nearest keys say which keys belong together (arXiv:2409.10516,
-section 3.2; the projection onto keys is RoarGraph's, arXiv:2408.08933).
+own queries are distributed like them: what each of them finds says which keys belong together (arXiv:2409.10516,
+section 3.2; the projection onto keys is RoarGraph's, arXiv:2408.08933), and how differently they score two keys says
+how far apart these are.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
 
 from runtime.index.base import Found, check_build, grouped
 from runtime.index.clusters import kmeans
-from runtime.index.links import closest_keys, co_found, exact_nearest, prune, reversed_links
+from runtime.index.links import as_scored, co_found, exact_nearest, prune, reversed_links
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,16 +24,15 @@ class GraphParameters:
 
     degree: int = 16  # links of a key
     scanned: float = 0.02  # share of the keys that a search scans at most; entry points count
-    beam: int = 4  # keys of each head whose links are followed at once
-    stop_gain: float = 0.0  # a head stops when a step adds less than this share to the attention mass found; 0: never
+    stop_gain: float = 0.0  # a head stops when 64 keys add less than this share to the attention mass met; 0: never
     train_queries: int = 8192  # of the prompt, evenly spaced, for each KV head
     nearest: int = 32  # keys that each of them finds
-    hubs: int = 32  # entry points: the keys found most often ...
-    medoids: int = 96  # ... and the keys in the middle of this many clusters
+    candidates: int = 64  # of the keys themselves by inner product, among which the links of a key are chosen
+    entries: int = 32  # keys at which a search begins
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("degree", "beam", "train_queries", "nearest", "hubs", "medoids"):
+        for name in ("degree", "train_queries", "nearest", "candidates", "entries"):
             if getattr(self, name) < (least := 2 if name == "degree" else 1):
                 raise ValueError(f"{name}={getattr(self, name)} is below {least}")
         if not 0 < self.scanned <= 1:
@@ -41,98 +42,80 @@ class GraphParameters:
 
 
 class Graph:
-    """One graph for each KV head, shared by its query heads; all heads are searched at once, step by step."""
+    """One graph for each KV head, shared by its query heads; all heads are searched in one call, in all threads."""
 
     def __init__(
-        self, keys: torch.Tensor, links: torch.Tensor, entries: torch.Tensor, parameters: GraphParameters
+        self,
+        keys: torch.Tensor,
+        links: torch.Tensor,
+        entries: torch.Tensor,
+        parameters: GraphParameters,
+        padding: torch.Tensor | None = None,
     ) -> None:
+        """Search what `link` made of `keys` fp32 (kv_heads, n, head_dim), all in host memory.
+
+        The first `padding` (kv_heads,) keys of each head are never scanned nor found.
+        """
         self.keys, self.links, self.entries, self.parameters = keys, links, entries, parameters
+        self.padding = torch.zeros(len(keys), dtype=torch.int64) if padding is None else padding
 
     @classmethod
     def build(cls, keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters | None = None) -> Self:
         """Link `keys` (kv_heads, n, head_dim) by what `queries` (heads, n_queries, head_dim) of the prompt find.
 
-        Runs where the tensors are; the graph ends up in host memory. One link of each key leads to the key after it in
-        the text, so every key can be reached from every other.
+        Runs where the tensors are; the graph ends up in host memory.
         """
-        check_build(keys, queries)
         parameters = parameters or GraphParameters()
-        keys = keys.float()
-        trained = _evenly(queries.float().view(keys.shape[0], -1, *queries.shape[1:]), parameters.train_queries)
-        graphs = [_link(k, q, parameters) for k, q in zip(keys, trained, strict=True)]
-        links = torch.stack([links for links, _ in graphs]).int().cpu()
-        hubs = torch.stack([hubs for _, hubs in graphs])
-        entries = torch.cat([hubs, _medoids(keys, parameters)], dim=1).cpu()
-        return cls(keys.cpu().contiguous(), links, entries, parameters)
+        links, entries = link(keys, queries, parameters)
+        return cls(keys.float().cpu().contiguous(), links.cpu(), entries.cpu(), parameters)
 
     def search(self, q: torch.Tensor, top_k: int) -> Found:
-        """Follow the links of the best keys met, `beam` of them a step, until the allowance of distances is spent.
+        """Follow the links of the best key met, again and again, until the allowance of distances is spent.
 
-        `q` is (heads, head_dim). No key is scanned twice. Everything scanned stays in the pool, so a search goes on
-        for as long as it may.
+        `q` is (heads, head_dim). No key is scanned twice. Where no links are left to follow, the last key that was not
+        seen is next: a search that may scan everything is exact.
         """
-        query = grouped(q, self.keys, top_k)
-        kv_heads, group, head_dim = query.shape
-        heads, n = len(q), self.keys.shape[1]
-        query = query.reshape(heads, head_dim, 1)
-        allowance = min(n, max(top_k, math.ceil(self.parameters.scanned * n)))
-        first_row = (torch.arange(heads) // group * n)[:, None]  # of the head's keys, in the rows of all KV heads
-        rows, links = self.keys.view(-1, head_dim), self.links.view(kv_heads * n, -1)
-        seen = torch.zeros(heads, n, dtype=torch.bool)
-        scanned = torch.zeros(heads, dtype=torch.int64)
-        # What was scanned, in its order; the last column takes what is not to be kept.
-        pool_ids = torch.full((heads, allowance + 1), -1)
-        pool_scores = torch.full((heads, allowance + 1), -torch.inf)
-        frontier = pool_scores.clone()  # the scores again, without the keys whose links were followed
-        live = torch.ones(heads, 1, dtype=torch.bool)
-        entries = self.entries.repeat_interleave(group, dim=0)
-        met = entries  # ids that the links of this step lead to
-        while live.any():
-            met = met.sort(dim=1).values
-            fresh = ~seen.gather(1, met)
-            fresh[:, 1:] &= met[:, 1:] != met[:, :-1]
-            column = scanned[:, None] + fresh.cumsum(1) - 1
-            fresh &= column < allowance
-            seen.scatter_(1, met, True)
-            scores = (rows[first_row + met] @ query).squeeze(2).masked_fill(~fresh, -torch.inf)
-            if self.parameters.stop_gain:
-                before, added = (torch.logsumexp(part * head_dim**-0.5, 1, True) for part in (pool_scores, scores))
-                live &= added > before + math.log(self.parameters.stop_gain)
-            column = column.masked_fill(~fresh, allowance)
-            pool_ids.scatter_(1, column, met)
-            pool_scores.scatter_(1, column, scores)
-            frontier.scatter_(1, column, scores)
-            scanned += fresh.sum(1)
-            chosen = frontier.topk(min(self.parameters.beam, allowance))
-            frontier.scatter_(1, chosen.indices, -torch.inf)
-            followed = live & (chosen.values > -torch.inf)
-            live &= (scanned < allowance)[:, None] & followed.any(1, keepdim=True)
-            ids = pool_ids.gather(1, chosen.indices).clamp(min=0)
-            met = links[first_row + ids].long()
-            # Where there is nothing to follow, back to an entry point, which has been seen.
-            met = torch.where((followed & live)[..., None], met, entries[:, :1, None]).flatten(1)
-        best = pool_scores.topk(top_k)
-        return Found(pool_ids.gather(1, best.indices).masked_fill(best.values == -torch.inf, -1), best.values, scanned)
+        from runtime.index.descent import best_first  # the compiler takes a while to load
+
+        query = grouped(q, self.keys, top_k).reshape(q.shape).contiguous()
+        allowance = max(top_k, math.ceil(self.parameters.scanned * self.keys.shape[1]))
+        ids = np.full((len(q), top_k), -1, np.int64)
+        scores = np.full((len(q), top_k), -np.inf, np.float32)
+        scanned = np.zeros(len(q), np.int64)
+        index = (t.numpy() for t in (query, self.keys, self.links, self.entries, self.padding))
+        best_first(*index, allowance, self.parameters.stop_gain, ids, scores, scanned)
+        return Found(*map(torch.from_numpy, (ids, scores, scanned)))
 
 
-def _link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> tuple[torch.Tensor, torch.Tensor]:
-    """The links of one KV head (n, degree), and its hubs."""
+def link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `Graph.build` makes, where the tensors are: links, and the keys at which a search begins.
+
+    Both int32, (kv_heads, n, degree) and (kv_heads, entries). A key with fewer links has itself in their place, which
+    costs nothing; where there are fewer queries than entries, the last entry repeats.
+    """
+    check_build(keys, queries)
+    keys = keys.float()
+    trained = _evenly(queries.float().view(keys.shape[0], -1, *queries.shape[1:]), parameters.train_queries)
+    links = torch.stack([_link(k, q, parameters) for k, q in zip(keys, trained, strict=True)])
+    return links.int(), _entries(keys, trained, parameters).int()
+
+
+def _link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> torch.Tensor:
+    """The links of one KV head (n, degree)."""
     n, degree = len(keys), parameters.degree
-    found = exact_nearest(queries, keys, min(parameters.nearest, n))
-    hubs = torch.bincount(found.flatten(), minlength=n).topk(min(parameters.hubs, n)).indices
-    following = (torch.arange(n, device=keys.device) + 1)[:, None] % n
-    if n == 1:
-        return following, hubs
-    close = closest_keys(keys, min(degree * 3 // 2, n - 1))
-    candidates = torch.cat([close, co_found(found, n, degree * 3 // 2), reversed_links(close, degree // 2)], dim=1)
-    return torch.cat([following, prune(keys, candidates, degree - 1)], dim=1), hubs
+    points = as_scored(keys, queries)
+    together = co_found(exact_nearest(queries, keys, min(parameters.nearest, n)), n, 3 * degree)
+    candidates = torch.cat([exact_nearest(keys, keys, min(parameters.candidates, n)), together], dim=1)
+    outgoing = prune(points, candidates, -(-degree * 3 // 4))
+    return prune(points, torch.cat([outgoing, reversed_links(outgoing, 4 * degree)], dim=1), degree)
 
 
-def _medoids(keys: torch.Tensor, parameters: GraphParameters) -> torch.Tensor:
-    """For each cluster the key nearest its centroid: int64 (kv_heads, medoids)."""
-    sample = _evenly(keys[:, None], 64 * parameters.medoids)  # enough keys to place the centroids
-    centroids = kmeans(sample, min(parameters.medoids, sample.shape[1]), rounds=8, seed=parameters.seed).centroids
-    return (centroids @ keys.mT - keys.square().sum(2)[:, None] / 2).argmax(2)
+def _entries(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> torch.Tensor:
+    """The best key of each centre of the queries: int64 (kv_heads, entries)."""
+    sample = _evenly(queries[:, None], 128 * parameters.entries)  # enough queries to place the centres
+    count = min(parameters.entries, sample.shape[1])
+    centres = kmeans(sample, count, rounds=8, seed=parameters.seed).centroids
+    return torch.nn.functional.pad((centres @ keys.mT).argmax(2), (0, parameters.entries - count), mode="replicate")
 
 
 def _evenly(rows: torch.Tensor, most: int) -> torch.Tensor:

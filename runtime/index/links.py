@@ -10,16 +10,16 @@ def exact_nearest(queries: torch.Tensor, keys: torch.Tensor, count: int) -> torc
     return torch.cat([(part @ keys.T).topk(count).indices for part in torch.split(queries, BLOCK)])
 
 
-def closest_keys(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` other keys at the least Euclidean distance from each key: int64 (n, count), closest first."""
-    half_squares = keys.square().sum(1) / 2
-    parts = []
-    for start, part in enumerate(torch.split(keys, BLOCK)):
-        closeness = part @ keys.T - half_squares
-        rows = torch.arange(len(part), device=keys.device)
-        closeness[rows, start * BLOCK + rows] = -torch.inf  # not itself
-        parts.append(closeness.topk(count).indices)
-    return torch.cat(parts)
+def as_scored(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """Place keys (n, head_dim) so that the square of two keys' distance is how differently `queries` score them.
+
+    It is the mean over queries of the square of the difference of both inner products: fp32 (n, head_dim).
+    """
+    moments = queries.double().mT @ queries.double() / len(queries)
+    # A direction that no query has still counts for a little, so that the factor exists.
+    ridge = 1e-6 * moments.diagonal().mean().clamp(min=1e-30)
+    factor = torch.linalg.cholesky(moments + ridge * torch.eye(len(moments), dtype=torch.float64, device=keys.device))
+    return (keys.double() @ factor).float()
 
 
 def co_found(found: torch.Tensor, n: int, count: int) -> torch.Tensor:
@@ -45,37 +45,38 @@ def reversed_links(links: torch.Tensor, count: int) -> torch.Tensor:
     return _table(links.flatten(), source.flatten(), -rank.flatten().float(), n, count)
 
 
-def prune(keys: torch.Tensor, candidates: torch.Tensor, degree: int) -> torch.Tensor:
-    """Choose `degree` links of each key among `candidates` (n, width; -1 = none): int64 (n, degree).
+def prune(points: torch.Tensor, candidates: torch.Tensor, degree: int) -> torch.Tensor:
+    """Choose `degree` links of each of `points` among `candidates` (n, width; -1 = none): int64 (n, degree).
 
     Occlusion, as in HNSW: going outwards, a candidate is taken unless one taken before is closer to it than the key
-    is, so that links lead in different directions. Room left is filled with the closest of the others, then with the
-    key itself, which costs nothing: it has been scanned whenever its links are followed.
+    is, so that links lead in different directions. Room left is filled with the key itself, which costs nothing: it
+    has been scanned whenever its links are followed. More links there would be scanned for little.
     """
     return torch.cat(
-        [_prune(keys, candidates[start : start + BLOCK], start, degree) for start in range(0, len(candidates), BLOCK)]
+        [_prune(points, candidates[start : start + BLOCK], start, degree) for start in range(0, len(candidates), BLOCK)]
     )
 
 
-def _prune(keys: torch.Tensor, candidates: torch.Tensor, start: int, degree: int) -> torch.Tensor:
-    own = torch.arange(start, start + len(candidates), device=keys.device)[:, None]
+def _prune(points: torch.Tensor, candidates: torch.Tensor, start: int, degree: int) -> torch.Tensor:
+    own = torch.arange(start, start + len(candidates), device=points.device)[:, None]
     candidates = candidates.sort(dim=1).values
     repeated = torch.zeros_like(candidates, dtype=torch.bool)
     repeated[:, 1:] = candidates[:, 1:] == candidates[:, :-1]
     candidates = torch.where(repeated | (candidates < 0), own, candidates)
-    away = (keys[candidates] - keys[own]).square().sum(2).masked_fill(candidates == own, torch.inf)
+    away = (points[candidates] - points[own]).square().sum(2).masked_fill(candidates == own, torch.inf)
     away, order = away.sort(dim=1, stable=True)
     candidates = candidates.gather(1, order)
-    ends = keys[candidates]
+    ends = points[candidates]
     squares = ends.square().sum(2)
     between = squares[:, :, None] + squares[:, None] - 2 * ends @ ends.mT
     taken = torch.zeros_like(candidates, dtype=torch.bool)
     for column in range(candidates.shape[1]):
         taken[:, column] = ~(taken & (between[:, column] < away[:, column, None])).any(1)
     taken &= candidates != own
-    rank = torch.arange(candidates.shape[1], device=keys.device)
-    order = (rank + len(rank) * ~taken).masked_fill(candidates == own, 2 * len(rank)).argsort(dim=1, stable=True)
-    return candidates.gather(1, order[:, :degree])
+    place = taken.cumsum(1) - 1
+    kept = taken & (place < degree)
+    chosen = own.repeat(1, degree + 1)  # the last column takes what is not kept
+    return chosen.scatter_(1, place.masked_fill(~kept, degree), candidates)[:, :degree]
 
 
 def _table(source: torch.Tensor, end: torch.Tensor, weight: torch.Tensor, n: int, count: int) -> torch.Tensor:

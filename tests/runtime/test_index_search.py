@@ -7,11 +7,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime.index import Flat, Found, Graph, GraphParameters, Ivf  # noqa: E402
+from runtime.index import Flat, Found, Graph, GraphParameters, Ivf, link  # noqa: E402
 from runtime.index.measure import measure, quality  # noqa: E402
 
 KV_HEADS, GROUP, N, HEAD_DIM = 2, 3, 500, 16
-SMALL = GraphParameters(degree=12, scanned=0.3, hubs=8, medoids=8, nearest=10, train_queries=400)
+SMALL = GraphParameters(degree=12, scanned=0.3, entries=8, nearest=10, candidates=20, train_queries=400)
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_a_head_is_searched_the_same_whether_alone_or_among_others() -> None:
 def test_stopping_on_mass_ends_the_search_of_a_concentrated_head_alone() -> None:
     asked = ASKED.clone()
     asked[0] *= 50  # softmax falls on a key or two
-    asked[1] = 0  # and here on all alike: every step adds its share
+    asked[1] = 0  # and here on all alike: 64 keys more are a share of 64 / 192 at the least
     every = Graph.build(KEYS, QUERIES, replace(SMALL, scanned=0.5))
     stopping = Graph(KEYS, every.links, every.entries, replace(SMALL, scanned=0.5, stop_gain=0.01))
     to_the_end, stopped = every.search(asked, 10), stopping.search(asked, 10)
@@ -123,15 +123,72 @@ def test_stopping_on_mass_ends_the_search_of_a_concentrated_head_alone() -> None
     assert (stopped.scanned <= to_the_end.scanned).all()
 
 
-def test_every_key_can_be_reached_by_its_links() -> None:
-    index = Graph.build(KEYS, QUERIES, SMALL)
-    for links, entries in zip(index.links.long(), index.entries, strict=True):
-        reached = set(entries.tolist())
-        edge = list(reached)
-        while edge:
-            edge = list(set(links[edge].flatten().tolist()) - reached)
-            reached.update(edge)
-        assert reached == set(range(N))
+def walk(index: Graph, head: int, query: np.ndarray, allowance: int) -> list[int]:
+    """The keys in the order in which a search scans them, with plain lists."""
+    kv_head, n = head // GROUP, index.keys.shape[1]
+    scores = index.keys[kv_head].double().numpy() @ query
+    scanned: list[int] = []
+    frontier: list[int] = []
+    met = index.entries[kv_head].tolist()
+    while True:
+        for key in met:
+            if key not in scanned:
+                scanned.append(key)
+                frontier.append(key)
+                if len(scanned) == allowance:
+                    return scanned
+        if frontier:
+            best = max(frontier, key=lambda key: scores[key])
+            frontier.remove(best)
+            met = index.links[kv_head, best].tolist()
+        else:
+            met = [max(set(range(n)) - set(scanned))]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.98])
+def test_a_graph_search_is_best_first(share: float) -> None:
+    index = Graph.build(KEYS, QUERIES, replace(SMALL, scanned=share))
+    found = index.search(ASKED, 15)
+    for head in range(KV_HEADS * GROUP):
+        query = ASKED[head].double().numpy()
+        scanned = walk(index, head, query, int(np.ceil(share * N)))
+        scores = KEYS[head // GROUP].double().numpy() @ query
+        assert found.ids[head].tolist() == sorted(scanned, key=lambda key: -scores[key])[:15]
+
+
+def test_keys_without_links_are_swept_from_the_last_and_padding_is_left_alone() -> None:
+    own = torch.arange(N, dtype=torch.int32)
+    links = own[None, :, None].expand(KV_HEADS, N, 4).contiguous()
+    entries = torch.tensor([[0], [9]], dtype=torch.int32)
+    padding = torch.tensor([0, 10])
+    index = Graph(KEYS, links, entries, replace(SMALL, scanned=0.02), padding)  # 10 keys
+    found = index.search(ASKED, 10)
+    for head in range(KV_HEADS * GROUP):
+        # The entry of the second KV head is padding.
+        swept = {0, *range(N - 9, N)} if head < GROUP else set(range(N - 10, N))
+        assert set(found.ids[head].tolist()) == swept
+    index.parameters = replace(SMALL, scanned=1.0)
+    found = index.search(ASKED, N)
+    assert found.scanned.tolist() == [N] * GROUP + [N - 10] * GROUP
+    assert (found.ids[GROUP:, N - 10 :] == -1).all()
+    assert found.ids[GROUP:, : N - 10].sort(1).values.tolist() == [list(range(10, N))] * GROUP
+
+
+def test_links_and_entries_have_shapes_of_the_sizes_alone() -> None:
+    for n, queries in ((1, QUERIES), (7, QUERIES), (N, QUERIES[:, :1])):
+        links, entries = link(KEYS[:, :n], queries, SMALL)
+        assert (links.shape, entries.shape) == ((KV_HEADS, n, 12), (KV_HEADS, 8))
+        assert links.dtype == entries.dtype == torch.int32
+        assert 0 <= min(links.min(), entries.min()) <= max(links.max(), entries.max()) < n
+
+
+def test_entries_are_the_best_keys_of_queries_far_apart() -> None:
+    centres = 10 * torch.eye(HEAD_DIM)[:4]
+    topic = torch.randint(4, (200,), generator=torch.Generator().manual_seed(4))
+    queries = (centres[topic] + 0.1 * normal(5, 200, HEAD_DIM)).expand(KV_HEADS * GROUP, -1, -1)
+    _, entries = link(KEYS, queries, replace(SMALL, entries=32))
+    for keys, begun in zip(KEYS, entries, strict=True):
+        assert set((centres @ keys.T).argmax(1).tolist()) <= set(begun.tolist())
 
 
 def test_quality_of_a_known_answer() -> None:
