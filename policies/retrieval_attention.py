@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from policies.dense import activations, append, attend, raw_buffers, raw_prefill
 from policies.model import LayerShape, ModelShape
-from policies.plan import Access, Buffer, Compute, Copy, Count, Plan, Processor, Rows, Step, Sync, Tier, Work
+from policies.plan import Access, Buffer, Compute, Copy, Count, Plan, Processor, Rows, Step, Sync, Tier, Work, part_of
 from policies.policy import Policy, Reuse, at_least, one_of, share_of
 from policies.retrieval_index import Flat, Graph, Index, Ivf
 
@@ -15,10 +15,10 @@ class RetrievalAttention(Policy):
     """Sinks, a static window and generated tokens stay in HBM; the CPU finds `top_k` of the other keys for each query
     head and attends to them; only queries and partial outputs cross PCIe.
 
-    `index="graph"` is the paper's query-aware graph, of `degree` neighbours a key for each query head, built from the
-    prompt's own queries; a search computes the distance to `scanned` of the keys. `"ivf"` scans `probe_share` of its
-    lists, `"flat"` everything. `scan_per="query_head"` scans lists once for each query head, `"kv_head"` once for a
-    group in one matrix product.
+    `index="graph"` is the paper's query-aware graph, built from the prompt's own queries: `degree` links of each key,
+    in one graph for each KV head; a search computes the distance to `scanned` of the keys. `"ivf"` scans `probe_share`
+    of its lists, `"flat"` everything. `scan_per="query_head"` scans lists once for each query head, `"kv_head"` once
+    for a group in one matrix product.
     """
 
     name: ClassVar[str] = "retrieval-attention"
@@ -30,13 +30,13 @@ class RetrievalAttention(Policy):
     top_k: int = 100
     index: str = "graph"
     scanned: float = 0.02
-    degree: int = 32
+    degree: int = 16
     lists: int = 512
     probe_share: float = 0.3
     scan_per: str = "kv_head"
 
     def __post_init__(self) -> None:
-        at_least(self, sink_tokens=0, window_tokens=1, top_k=1, degree=1, lists=1)
+        at_least(self, sink_tokens=0, window_tokens=1, top_k=1, degree=2, lists=1)
         share_of(self, "scanned", "probe_share")
         one_of(self, "index", "graph", "ivf", "flat")
         one_of(self, "scan_per", "query_head", "kv_head")
@@ -50,7 +50,10 @@ class RetrievalAttention(Policy):
         return prompt_tokens - self.sink_tokens - self.window_tokens
 
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
-        """`k_near`, `v_near` in HBM; fp32 keys, values and the index's pointers or centroids in DDR."""
+        """`k_near`, `v_near` in HBM; fp32 keys, values and the index's links or lists in DDR.
+
+        `padding_host` says how many of a sequence's keys are padding, which is never found: the first ones.
+        """
         shape, heads = model.layers[layer], model.layers[layer].kv_heads
         views = activations(model, step, layer)
         if step.prefilling:
@@ -67,6 +70,7 @@ class RetrievalAttention(Policy):
             Buffer("v_near", Tier.HBM, near, (shape.v_head_dim,), model.kv_dtype),
             Buffer("index_keys", Tier.DDR, far, (shape.head_dim,), "fp32"),
             Buffer("index_values", Tier.DDR, far, (shape.v_head_dim,), model.kv_dtype),
+            Buffer("padding_host", Tier.DDR, 1, (1,), "int32"),
             Buffer("q_host", Tier.DDR, 1, (shape.heads, shape.head_dim), model.dtype, ring=1),
             Buffer("far_host", Tier.DDR, 1, partial, "fp32", ring=1),
             Buffer("far_out", Tier.HBM, 1, partial, "fp32", ring=1),
@@ -76,11 +80,14 @@ class RetrievalAttention(Policy):
         )
         if not step.last_chunk:
             return (*views, *state)
-        cast = Buffer("keys_fp32", Tier.HBM, far, (shape.head_dim,), "fp32", ring=1)
-        return (*views, *state, cast, *index.build_buffers(step))
+        leaving = (
+            Buffer("keys_fp32", Tier.HBM, far, (shape.head_dim,), "fp32", ring=1),
+            Buffer("padding", Tier.HBM, 1, (1,), "int32", ring=1),
+        )
+        return (*views, *state, *leaving, *index.build_buffers(step))
 
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        """Dense; at the end of the prompt keys (as fp32) and values leave for the host, which builds the index."""
+        """Dense; at the end of the prompt keys (as fp32) and values leave for the host, and the index is built."""
         ops = raw_prefill(model, step, layer, ("offload_values",))
         if self.index == "graph" and not step.whole_prompt:
             new = Rows(step.new_tokens)
@@ -103,11 +110,17 @@ class RetrievalAttention(Policy):
                 name="split",
                 work=Work.ELEMENTWISE,
                 reads=(Access("raw_keys", Rows(near.fixed + far.fixed)), Access("raw_values", near)),
-                writes=(Access("k_near", near), Access("v_near", near), Access("keys_fp32", far)),
-                after=("attend", "offload_keys@-1"),
+                writes=(
+                    Access("k_near", near),
+                    Access("v_near", near),
+                    Access("keys_fp32", far),
+                    Access("padding", Rows(1)),
+                ),
+                after=("attend", "offload_keys@-1", "offload_padding@-1"),
             ),
             Copy(name="offload_keys", src="keys_fp32", dst="index_keys", rows=far, after=("split",)),
             Copy(name="offload_values", src="raw_values", dst="index_values", rows=far, after=("append",)),
+            Copy(name="offload_padding", src="padding", dst="padding_host", rows=Rows(1), after=("split",)),
             *self._index(shape, step).build(step),
         )
 
@@ -174,7 +187,10 @@ class RetrievalAttention(Policy):
     def _index(self, shape: LayerShape, step: Step) -> Index:
         keys = self.indexed(step.prompt_tokens)
         if self.index == "graph":
-            return Graph(shape, keys, self.degree, expanded=self.top_k)  # about as many nodes as it returns
+            visited = max(self.top_k, part_of(keys, self.scanned))
+            return Graph(
+                shape, keys, self.degree, followed=-(-visited // self.degree)
+            )  # each leads to `degree` at most
         scans = shape.group if self.scan_per == "query_head" else 1
         if self.index == "ivf":
             return Ivf(shape, keys, scans, self.lists, self.probe_share)

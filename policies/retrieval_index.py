@@ -6,6 +6,8 @@ from policies.model import LayerShape
 from policies.plan import Access, Buffer, Compute, Copy, Plan, Processor, Rows, Step, Tier, Work, part_of
 
 KMEANS_ROUNDS = 10  # for the lists of an inverted file
+TRAIN_QUERIES = 8192  # of the prompt, that the graph of a KV head learns from
+ENTRIES = 32  # keys at which a search of a graph begins, for each KV head
 
 
 class Flat(NamedTuple):
@@ -42,10 +44,11 @@ class Ivf(NamedTuple):
     share: float
 
     def state(self) -> tuple[Buffer, ...]:
-        """Buffers beside the keys themselves."""
+        """Buffers beside the keys themselves, which lie in the order of their lists."""
         heads = self.shape.kv_heads
         return (
             Buffer("list_centroids", Tier.DDR, heads * self.lists, (self.shape.head_dim,), "fp32"),
+            Buffer("list_starts", Tier.DDR, heads * (self.lists + 1), (1,), "int32"),  # and where the last list ends
             Buffer("list_ids", Tier.DDR, heads * self.keys, (1,), "int32"),
         )
 
@@ -54,9 +57,10 @@ class Ivf(NamedTuple):
         return ()
 
     def build(self, step: Step) -> Plan:
-        """k-means over all keys, on the host."""
+        """k-means over all keys, on the host; then they change places."""
         heads = self.shape.kv_heads
-        rounds = Rows(KMEANS_ROUNDS * heads * self.keys)
+        rounds, once = Rows(KMEANS_ROUNDS * heads * self.keys), Rows(heads * self.keys)
+        passes = Rows(rounds.fixed + once.fixed)
         return (
             Compute(
                 name="build",
@@ -64,12 +68,14 @@ class Ivf(NamedTuple):
                 processor=Processor.CPU,
                 rows=rounds,
                 flops_per_row=2 * self.lists * self.shape.head_dim,
-                reads=(Access("index_keys", rounds),),
+                reads=(Access("index_keys", passes), Access("padding_host", Rows(1))),
                 writes=(
+                    Access("index_keys", once),
                     Access("list_centroids", Rows(heads * self.lists)),
-                    Access("list_ids", Rows(heads * self.keys)),
+                    Access("list_starts", Rows(heads * (self.lists + 1))),
+                    Access("list_ids", once),
                 ),
-                after=("offload_keys",),
+                after=("offload_keys", "offload_padding"),
             ),
         )
 
@@ -79,57 +85,55 @@ class Ivf(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """The paper's query-aware graph: `degree` neighbours of each key for each query head."""
+    """A query-aware graph for each KV head, which its query heads share: `degree` links of each key.
+
+    The paper has one for each query head; they would differ only in which of the prompt's queries they learn from.
+    """
 
     shape: LayerShape
     keys: int
     degree: int
-    expanded: int
+    followed: int  # keys whose links a search reads, for each query head
 
     def state(self) -> tuple[Buffer, ...]:
         """Buffers beside the keys themselves."""
-        return (Buffer("graph", Tier.DDR, self.shape.heads * self.keys, (self.degree,), "int32"),)
+        heads = self.shape.kv_heads
+        return (
+            Buffer("graph", Tier.DDR, heads * self.keys, (self.degree,), "int32"),
+            Buffer("entries", Tier.DDR, heads * ENTRIES, (1,), "int32"),
+        )
 
     def build_buffers(self, step: Step) -> tuple[Buffer, ...]:
-        """Neighbours of the prompt's queries on their way to the host, one layer at a time."""
-        rows = self.shape.heads * step.prompt_tokens
+        """The graph on its way to the host, one layer at a time."""
+        heads = self.shape.kv_heads
         return (
-            Buffer("neighbours", Tier.HBM, rows, (self.degree,), "int32", ring=1),
-            Buffer("neighbours_host", Tier.DDR, rows, (self.degree,), "int32", ring=1),
+            Buffer("links", Tier.HBM, heads * self.keys, (self.degree,), "int32", ring=1),
+            Buffer("entry_points", Tier.HBM, heads * ENTRIES, (1,), "int32", ring=1),
         )
 
     def build(self, step: Step) -> Plan:
-        """Every prompt query's exact nearest keys, on the GPU; then links between keys that one query found."""
-        shape, links = self.shape, Rows(self.shape.heads * step.prompt_tokens)
-        linked = Rows(shape.heads * self.keys)
-        queries = "q" if step.whole_prompt else "queries"
+        """On the GPU, in fp32: the exact nearest keys of the queries learnt from, and those of every key itself.
+
+        Choosing among these candidates is small beside finding them.
+        """
+        heads = self.shape.kv_heads
+        links, entries = Rows(heads * self.keys), Rows(heads * ENTRIES)
+        learnt = min(TRAIN_QUERIES, self.shape.group * step.prompt_tokens)
         return (
             Compute(
-                name="neighbours",
-                work=Work.MATMUL,
-                rows=Rows(step.prompt_tokens * self.keys),
-                flops_per_row=2 * shape.heads * shape.head_dim,
-                reads=(Access(queries, Rows(step.prompt_tokens)), Access("raw_keys", Rows(shape.kv_heads * self.keys))),
-                writes=(Access("neighbours", links),),
-                after=("attend", "neighbours_down@-1"),
-            ),
-            Copy(
-                name="neighbours_down",
-                src="neighbours",
-                dst="neighbours_host",
-                rows=links,
-                after=("neighbours", "build@-1"),
-            ),
-            Compute(
-                name="build",  # link keys that are neighbours of one query, prune by distance
+                name="build",
                 work=Work.FACTOR,
-                processor=Processor.CPU,
-                rows=linked,
-                flops_per_row=2 * shape.head_dim * self.degree,
-                reads=(Access("neighbours_host", links), Access("index_keys", linked, scattered=True)),
-                writes=(Access("graph", linked),),
-                after=("neighbours_down", "offload_keys"),
+                rows=links,
+                flops_per_row=2 * self.shape.head_dim * (learnt + self.keys),
+                reads=(
+                    Access("q" if step.whole_prompt else "queries", Rows(step.prompt_tokens)),
+                    Access("keys_fp32", links),
+                ),
+                writes=(Access("links", links), Access("entry_points", entries)),
+                after=("split", "offload_graph@-1", "offload_entries@-1"),
             ),
+            Copy(name="offload_graph", src="links", dst="graph", rows=links, after=("build",)),
+            Copy(name="offload_entries", src="entry_points", dst="entries", rows=entries, after=("build",)),
         )
 
     def search(self) -> Compute:
@@ -143,8 +147,9 @@ class Graph(NamedTuple):
             flops_per_row=2 * self.shape.head_dim,
             reads=(
                 Access("q_host", Rows(1)),
+                Access("entries", Rows(self.shape.kv_heads * ENTRIES)),
                 Access("index_keys", visited, scattered=True),
-                Access("graph", Rows(self.shape.heads * self.expanded), scattered=True),
+                Access("graph", Rows(self.shape.heads * self.followed), scattered=True),
             ),
             writes=(Access("found", Rows(self.shape.heads)),),
             after=("wait_query",),
@@ -156,7 +161,12 @@ Index = Flat | Ivf | Graph
 
 
 def _scan(shape: LayerShape, keys: int, scans: int, lists: int) -> Compute:
-    ranked = (Access("list_centroids", Rows(shape.kv_heads * scans * lists)),) if lists else ()
+    ranked: tuple[Access, ...] = ()
+    if lists:
+        ranked = (
+            Access("list_centroids", Rows(shape.kv_heads * scans * lists)),
+            Access("list_starts", Rows(shape.kv_heads * (lists + 1))),
+        )
     return Compute(
         name="search",
         work=Work.MATMUL,

@@ -3,6 +3,6 @@
 from runtime.index.base import Found, Index
 from runtime.index.flat import Flat
 from runtime.index.graph import Graph, GraphParameters, link
-from runtime.index.ivf import Ivf
+from runtime.index.ivf import Ivf, Lists
 
-__all__ = ["Flat", "Found", "Graph", "GraphParameters", "Index", "Ivf", "link"]
+__all__ = ["Flat", "Found", "Graph", "GraphParameters", "Index", "Ivf", "Lists", "link"]

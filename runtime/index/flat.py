@@ -5,13 +5,17 @@ from typing import Self
 import torch
 
 from runtime.index.base import Found, check_build, grouped
+from runtime.kernels.select import NONE
 
 
 class Flat:
-    """One matrix product for each KV head; a group of query heads reads its keys once."""
+    """Keys fp32 (kv_heads, n, head_dim); a group of query heads reads its keys `scans` times, in a product each.
 
-    def __init__(self, keys: torch.Tensor) -> None:
-        self.keys = keys.float().contiguous()
+    `padding` (kv_heads,), or None: the first rows of a KV head, which are no keys.
+    """
+
+    def __init__(self, keys: torch.Tensor, *, padding: torch.Tensor | None = None, scans: int = 1) -> None:
+        self.keys, self.padding, self.scans = keys.float().contiguous(), padding, scans
 
     @classmethod
     def build(cls, keys: torch.Tensor, queries: torch.Tensor) -> Self:
@@ -21,6 +25,11 @@ class Flat:
 
     def search(self, q: torch.Tensor, top_k: int) -> Found:
         """The exact `top_k` of each head of `q` (heads, head_dim)."""
-        scores = (grouped(q, self.keys, top_k) @ self.keys.mT).flatten(0, 1)
-        best = scores.topk(top_k)
-        return Found(best.indices, best.values, torch.full((len(q),), self.keys.shape[1]))
+        query, n = grouped(q, self.keys, top_k), self.keys.shape[1]
+        scores = torch.cat([part @ self.keys.mT for part in query.chunk(self.scans, dim=1)], dim=1)
+        scanned = torch.full((len(q),), n)
+        if self.padding is not None:
+            scores.masked_fill_(torch.arange(n) < self.padding[:, None, None], -torch.inf)
+            scanned -= self.padding.repeat_interleave(query.shape[1])
+        best = scores.flatten(0, 1).topk(top_k)
+        return Found(best.indices.masked_fill(best.values == -torch.inf, NONE), best.values, scanned)

@@ -403,7 +403,14 @@ def test_retrieval_attention_keeps_keys_in_fp32_beside_values_on_the_host() -> N
     assert stored("retrieval-attention:index=flat", step)[Tier.DDR] / GIB == pytest.approx(24, abs=0.2)
     assert held(plan, "k_near", "v_near") == 641 * KV
     assert stored("retrieval-attention", step)[Tier.HBM] / 2**20 == pytest.approx(80, abs=0.5)
-    assert held(planned("retrieval-attention", step), "graph") == (CONTEXT - 640) * 32 * 32 * 4  # per query head
+    graph = planned("retrieval-attention", step)
+    assert held(graph, "graph") == (CONTEXT - 640) * 8 * 16 * 4  # 16 links of 4 bytes; a graph for each KV head
+    assert held(graph, "entries") == 8 * 32 * 4
+    ivf = planned("retrieval-attention:index=ivf", step)
+    assert held(ivf, "list_centroids") == 8 * 512 * 128 * 4
+    assert held(ivf, "list_ids") == (CONTEXT - 640) * 8 * 4
+    assert held(ivf, "list_starts") == 8 * 513 * 4  # and the end of the last list
+    assert all(held(each, "padding_host") == 4 for each in (plan, graph, ivf))
 
 
 def test_retrieval_attention_moves_a_query_down_and_a_partial_output_up() -> None:
@@ -426,6 +433,9 @@ def test_retrieval_attention_searches_on_the_cpu() -> None:
     assert work(ivf, "search") == 2 * 32 * 128 * (39_130 + 512)  # 30 % of 130,432 keys and all centroids
     graph = planned("retrieval-attention", step)
     assert work(graph, "search") == 2 * 128 * 8 * round(0.02 * 4 * keys)
+    # 2,609 keys visited at 16 new ones a key followed: at least 164 keys whose 16 links are read, for each query head.
+    assert read(graph, "search")["graph"] == 32 * 164 * 16 * 4
+    assert read(planned("retrieval-attention:top_k=5000", step), "search")["graph"] == 32 * 313 * 16 * 4
     for plan in (flat, ivf, graph):
         assert work(plan, "attend_near") == PAIR * 641
         assert work(plan, "attend_far") == 2 * 32 * 128 * 100  # the search has left the scores
@@ -433,13 +443,17 @@ def test_retrieval_attention_searches_on_the_cpu() -> None:
 
 def test_retrieval_attention_builds_its_index_from_the_prompt() -> None:
     n, keys = CONTEXT, CONTEXT - 640
-    key_and_value = {DOWN: keys * (4096 + 2048)}
-    assert moved(planned("retrieval-attention:index=flat", whole(n))) == key_and_value
+    # A key in fp32, a value in bf16, for 8 heads of 128; and how many tokens are padding, an int32.
+    down = keys * (4096 + 2048) + 4
+    assert moved(planned("retrieval-attention:index=flat", whole(n))) == {DOWN: down}
     ivf = planned("retrieval-attention:index=ivf", whole(n))
-    assert moved(ivf) == key_and_value
+    assert moved(ivf) == {DOWN: down}
     assert work(ivf, "build") == 10 * 2 * keys * 512 * 128 * 8
+    assert read(ivf, "build")["index_keys"] == 11 * keys * 4096  # ten rounds, and once to change places
     graph = planned("retrieval-attention", whole(n))
-    assert work(graph, "neighbours") == 2 * 32 * 128 * n * keys
-    assert moved(graph) == {DOWN: keys * (4096 + 2048) + n * 32 * 32 * 4}  # 32 links of each query of 32 heads
+    # Of each KV head: an inner product of every key with 8,192 queries and with every key.
+    assert work(graph, "build") == 8 * keys * (8192 + keys) * 2 * 128
+    assert work(planned("retrieval-attention", whole(1500)), "build") == 8 * 860 * (4 * 1500 + 860) * 2 * 128
+    assert moved(graph) == {DOWN: down + 8 * keys * 16 * 4 + 8 * 32 * 4}  # links and entry points
     chunk = planned("retrieval-attention", Step(prompt_tokens=n, past_tokens=4096, new_tokens=4096))
     assert held(chunk, "queries") == 8192 * 8192  # the queries of all chunks wait for the last one

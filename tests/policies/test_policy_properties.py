@@ -312,8 +312,8 @@ def test_two_ranks_hold_the_cache_of_one(text: str, step: Step) -> None:
     one, rank = held(LLAMA), held(LLAMA.shard(2))
     assert {name: 2 * rank[name] for name in one.keys() & CACHED} == {name: one[name] for name in one.keys() & CACHED}
     replicated = {name for name in one if 2 * rank[name] != one[name]}
-    # All heads share ShadowKV's U, InfLLM's choice and Squeezed Attention's threshold.
-    assert replicated <= {"u", "chosen", "chosen_host", "resident", "thresholds"}
+    # All heads share ShadowKV's U, InfLLM's choice, Squeezed Attention's threshold, RetrievalAttention's padding.
+    assert replicated <= {"u", "chosen", "chosen_host", "resident", "thresholds", "padding", "padding_host"}
 
 
 def test_every_policy_names_its_paper_and_has_a_variant_here() -> None:

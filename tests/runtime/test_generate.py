@@ -63,6 +63,11 @@ EXACT = [
     "squeezed-attention:keep=1,coarse_keep=1,levels=2,coarse_share=0.1,observation_tokens=4,centroid_share=0.2,tier=ddr",
     "squeezed-attention:budget_tokens=64,observation_tokens=4,centroid_share=0.2,tier=ddr",
     "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2@heads=4+full@heads=4",
+    *(
+        f"retrieval-attention:sink_tokens=2,window_tokens=8,top_k=27,{index}"  # all keys between sinks and window
+        for index in ("index=flat", "index=flat,scan_per=query_head", "index=ivf,lists=9,probe_share=1", "scanned=1")
+    ),
+    "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=27,scanned=1@heads=4+offload-all@heads=4",
 ]
 
 
@@ -148,6 +153,10 @@ def test_shadowkv_at_full_rank_that_selects_everything(model):
         *(
             "shadowkv:chunk_tokens=1,budget_tokens=16,rank=8,outlier_chunks=3",
             "shadowkv:chunk_tokens=2,budget_tokens=6",
+        ),
+        *(
+            f"retrieval-attention:sink_tokens=2,window_tokens=8,top_k=5,{index}"
+            for index in ("index=flat", "index=ivf,lists=9", "scanned=0.4")
         ),
     ],
 )
@@ -279,8 +288,8 @@ def test_one_sequence_never_reads_what_another_left():
 def test_what_cannot_be_done_says_so():
     llama = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval().float()
     with (
-        pytest.raises(ValueError, match="does not execute policy 'retrieval-attention' yet; it executes full, "),
-        offload(llama, parse_policy("retrieval-attention")),
+        pytest.raises(ValueError, match="does not execute policy 'retroinfer' yet; it executes full, "),
+        offload(llama, parse_policy("retroinfer")),
     ):
         pass
     with (

@@ -18,6 +18,10 @@ EXACT = [
     *("snapkv:budget_tokens=700,observation_tokens=16", "snapkv:budget_tokens=700,per=query_head"),
     *("infllm", "squeezed-attention:keep=1", "squeezed-attention:keep=1,tier=ddr,levels=2,coarse_keep=1"),
     "squeezed-attention:budget_tokens=1Ki,tier=ddr",
+    *(
+        f"retrieval-attention:sink_tokens=16,window_tokens=84,top_k=600,{index}"
+        for index in ("index=flat", "index=ivf,lists=24,probe_share=1", "scanned=1")
+    ),
 ]
 SELECTIVE = [
     "snapkv:budget_tokens=128",
@@ -27,6 +31,10 @@ SELECTIVE = [
     "squeezed-attention:keep=0.1",
     "squeezed-attention:keep=0.1,tier=ddr,levels=2",
     "squeezed-attention:budget_tokens=64,tier=ddr",
+    *(
+        f"retrieval-attention:sink_tokens=16,window_tokens=84,top_k=32,{index}"
+        for index in ("index=flat", "index=ivf,lists=24", "scanned=0.2")
+    ),
 ]
 
 
@@ -131,7 +139,8 @@ def test_bytes_and_where_they_are(model, policy):
         held = torch.cuda.memory_allocated() - before
         assert held >= 2 * stored[Tier.HBM]
         for layer in range(LAYERS):
+            tiers = {buffer.name: buffer.tier for buffer in plan_layer(kv.policy, kv.shape, last, layer).buffers}
             for name, tensor in cache.arena.kept(layer).items():
-                on_host = name.endswith("_host") or name in ("prefix", "blocks")
+                on_host = tiers[name] is Tier.DDR
                 assert tensor.is_cuda is not on_host
                 assert tensor.is_pinned() is on_host

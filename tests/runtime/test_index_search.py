@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime.index import Flat, Found, Graph, GraphParameters, Ivf, link  # noqa: E402
+from runtime.index import Flat, Found, Graph, GraphParameters, Ivf, Lists, link  # noqa: E402
 from runtime.index.measure import measure, quality  # noqa: E402
 
 KV_HEADS, GROUP, N, HEAD_DIM = 2, 3, 500, 16
@@ -69,12 +69,40 @@ def test_a_list_search_scans_the_centroids_and_the_probed_lists() -> None:
     found = index.search(ASKED, 5)
     for head, scanned in enumerate(found.scanned.tolist()):
         kv_head = head // GROUP
-        nearest = (index.centroids[kv_head] @ ASKED[head]).argsort(descending=True)[:3]
-        distances = torch.cdist(KEYS[kv_head], index.centroids[kv_head])
+        nearest = (index.lists.centroids[kv_head] @ ASKED[head]).argsort(descending=True)[:3]
+        distances = torch.cdist(KEYS[kv_head], index.lists.centroids[kv_head])
         members = torch.isin(distances.argmin(1), nearest)
         assert scanned == 20 + int(members.sum())
         best = (KEYS[kv_head] @ ASKED[head]).masked_fill(~members, -torch.inf).topk(5).indices
         assert found.ids[head].tolist() == best.tolist()
+
+
+def test_rows_of_padding_are_never_found() -> None:
+    """Whatever they hold, and however often a group's keys are read."""
+    padded = torch.tensor([3, 497])
+    keys = KEYS.clone()
+    for rows, n in zip(keys, padded.tolist(), strict=True):
+        rows[:n] = 1e4
+    for scans in (1, GROUP):
+        found = Flat(keys, padding=padded, scans=scans).search(ASKED, 5)
+        assert found.scanned.tolist() == [497] * GROUP + [3] * GROUP
+        for head in range(KV_HEADS * GROUP):
+            n = padded[head // GROUP].item()
+            scores = KEYS[head // GROUP, n:].double() @ ASKED[head].double()
+            best = (scores.argsort(descending=True)[:5] + n).tolist()
+            assert found.ids[head].tolist() == best + [-1] * (5 - len(best))
+
+
+def test_no_probe_is_spent_on_an_empty_list() -> None:
+    """Three keys in ten lists: two probes find two keys, the nearest of them for every head."""
+    keys = KEYS[:, :8].clone()
+    lists = Lists(keys, torch.empty(2, 8).int(), torch.full((2, 10, HEAD_DIM), 1e4), torch.empty(2, 11).int())
+    lists.arrange(first=5, rounds=4, seed=0)
+    found = Ivf(lists, 2).search(ASKED, 4)
+    assert found.scanned.tolist() == [10 + 2] * (KV_HEADS * GROUP)
+    for head in range(KV_HEADS * GROUP):
+        best = (KEYS[head // GROUP, 5:8] @ ASKED[head]).argsort(descending=True)[:2] + 5
+        assert found.ids[head].tolist() == [*best.tolist(), -1, -1]
 
 
 def test_lists_shorter_than_top_k_leave_places_empty() -> None:

@@ -15,6 +15,10 @@ EXACT = [
     *("infllm", "infllm:execution_tokens=8,block_tokens=4"),
     "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2",
     "squeezed-attention:keep=1,coarse_keep=1,levels=2,coarse_share=0.1,observation_tokens=4,centroid_share=0.2,tier=ddr",
+    *(
+        f"retrieval-attention:sink_tokens=2,window_tokens=8,top_k=27,{index}"
+        for index in ("index=flat", "index=ivf,lists=9,probe_share=1", "scanned=1")
+    ),
 ]
 
 
