@@ -45,6 +45,11 @@ class Structure(NamedTuple):
         """All operations in the order of a vector's columns."""
         return tuple(op for group in (*self.groups, self.end) for op in group)
 
+    @property
+    def columns(self) -> int:
+        """How long its vectors are."""
+        return AMOUNTS * len(self.ops) + len(TIERS)
+
     def multiplicity(self) -> list[int]:
         """How many layers run each operation of `ops`."""
         counts = [self.group_of.count(g) for g in range(len(self.groups))]
@@ -78,16 +83,21 @@ class Piece:
         self._before = len(conditions)
         rows = [condition.polynomial for condition in conditions] + columns
         self.monomials: list[Monomial] = sorted({monomial for row in rows for monomial in row})
-        self._matrix = np.array([[row.get(m, 0) for m in self.monomials] for row in rows], dtype=np.int64)
-        self._matrix = self._matrix.reshape(len(rows), -1)
+        self.matrix = np.array([[row.get(m, 0) for m in self.monomials] for row in rows], dtype=np.int64)
+        self.matrix = self.matrix.reshape(len(rows), -1)
         self._tests = [(condition.equal, condition.truth) for condition in conditions]
         last = inputs - 1
         growing = [monomial for monomial in self.monomials if last in monomial]
         self.affine = all(monomial.count(last) == 1 for monomial in growing)
         self._rates: Vector | None = None  # of all rows in the last input, where they are the same everywhere
         if growing in ([], [(last,)]):
-            self._rates = self._matrix[:, self.monomials.index((last,))] if growing else np.zeros(len(rows), np.int64)
+            self._rates = self.matrix[:, self.monomials.index((last,))] if growing else np.zeros(len(rows), np.int64)
         self._moving_floors = [i for i, floor in enumerate(floors) if any(last in m for m in floor.polynomial)]
+
+    @property
+    def columns(self) -> int:
+        """How long its vectors are."""
+        return len(self.matrix) - len(self.conditions)
 
     def rates(self, variables: list[int], rows: Vector) -> Vector:
         """How much each row grows with the last input, floors aside; rows must be affine in it."""
@@ -114,7 +124,7 @@ class Piece:
             for index in monomial:
                 value *= variables[index]
             basis.append(value)
-        return self._matrix @ np.array(basis, dtype=np.int64)
+        return self.matrix @ np.array(basis, dtype=np.int64)
 
     def holds(self, rows: Vector) -> bool:
         """Whether the plan with these rows is of this piece."""
@@ -173,6 +183,11 @@ class PlanTable:
         self._asked: tuple[int, int, int] | None = None
         self._answer: tuple[Structure, Vector]
 
+    @property
+    def pieces(self) -> list[Piece]:
+        """What has been derived so far."""
+        return [*self._decode, *self._prefill]
+
     def prefill(self, prompt_tokens: int, past_tokens: int, new_tokens: int) -> tuple[Structure, Vector]:
         """The amounts of one chunk of a prompt."""
         inputs = (prompt_tokens, past_tokens, new_tokens)
@@ -207,12 +222,13 @@ class PlanTable:
                 if position:  # neighbours in time are alike: look here first next time
                     pieces.insert(0, pieces.pop(position))
                 return piece, variables, rows
-        piece = self._derive(inputs)
+        piece = self.derive(inputs)
         pieces.insert(0, piece)
         variables = piece.variables(inputs)
         return piece, variables, piece.rows(variables)
 
-    def _derive(self, inputs: tuple[int, ...]) -> Piece:
+    def derive(self, inputs: tuple[int, ...]) -> Piece:
+        """The piece that holds at a decode step's two inputs or a chunk's three, derived anew."""
         tape = Tape(inputs)
         if len(inputs) == 2:
             prompt, generated = tape.symbols()

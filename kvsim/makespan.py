@@ -77,7 +77,7 @@ class Clock:
         self._shapes: list[LayerShape] = list(dict.fromkeys(model.layers))
         self._head_bytes = model.head_bytes
         one, two = (machine.head_s(model, logits) for logits in (1, 2))
-        self._head_s = (2 * one - two, two - one)  # once, and for each position
+        self.head_parts_s = (2 * one - two, two - one)  # once, and for each position
         self._model_times: dict[int, tuple[Floats, Floats, int]] = {}
 
     def traffic(self, load: Load) -> Vector:
@@ -92,12 +92,12 @@ class Clock:
         Every layer runs for `tokens` new tokens under `loads`, then the head for `logits` rows; `sharing` says who else
         uses the host, by default only the replica's own ranks.
         """
-        model_times, busy, _ = self._model(tokens)
+        model_times, busy, _ = self.own_layers(tokens)
         busy = busy.copy()
         head_s = self.head_s(logits) if logits else 0.0
         if logits:
             busy[SM] += head_s
-            busy[HBM] += self._head_s[0]
+            busy[HBM] += self.head_parts_s[0]
         times = model_times
         program, prices = self._compiled([load.structure for load in loads], sharing or self.machine.sharing)
         if loads:
@@ -109,7 +109,7 @@ class Clock:
 
     def work(self, loads: Sequence[Load], tokens: int) -> Iteration:
         """The operations of an iteration as if alone on the host, for whoever schedules and shares by itself."""
-        model_times, _, _ = self._model(tokens)
+        model_times, _, _ = self.own_layers(tokens)
         program, prices = self._compiled([load.structure for load in loads], ALONE)
         amounts = _amounts(loads)
         before, nothing = [0.0] * len(model_times), [0] * len(model_times)
@@ -122,9 +122,10 @@ class Clock:
 
     def head_s(self, logits: int) -> float:
         """Time of the output head for `logits` positions, at least one."""
-        return self._head_s[0] + logits * self._head_s[1]
+        return self.head_parts_s[0] + logits * self.head_parts_s[1]
 
-    def _model(self, tokens: int) -> tuple[Floats, Floats, int]:
+    def own_layers(self, tokens: int) -> tuple[Floats, Floats, int]:
+        """Of the model's own layers: the time of each part by `Slot.time`, seconds of BUSY, bytes of weights read."""
         found = self._model_times.get(tokens)
         if found is None:
             model, machine = self.model, self.machine
@@ -169,19 +170,29 @@ class Clock:
 
     def weight_bytes(self, tokens: int, logits: int) -> int:
         """Bytes of weights that one iteration reads."""
-        return self._model(tokens)[2] + (self._head_bytes if logits else 0)
+        return self.own_layers(tokens)[2] + (self._head_bytes if logits else 0)
+
+    def collective_bytes(self, tokens: int) -> int:
+        """Bytes that one rank sends in all-reduces, two a layer, in one iteration."""
+        return 2 * self.model.n_layers * self.machine.allreduce_bytes(self.model, tokens)
 
     def _compiled(self, structures: Sequence[Structure], sharing: Sharing) -> tuple[Program, Prices]:
         key = tuple(id(s) for s in structures)
         found = self._compilations.get((sharing, key))
         if found is None:
-            self._kept += structures
-            program = self._programs.get(key)
-            if program is None:
-                program = self._programs[key] = compile_program(self.model, structures, self.machine.tp)
+            program = self.program(structures)
             prices = [self.prices(s) for s in structures]
             joined = Prices(*(np.concatenate(c, axis=-1) for c in zip(*prices, strict=True))) if prices else _NO_PRICES
             found = self._compilations[sharing, key] = (program, self._shared(joined, sharing))
+        return found
+
+    def program(self, structures: Sequence[Structure]) -> Program:
+        """The order of work of an iteration in which every layer runs the operations of all `structures`."""
+        key = tuple(id(s) for s in structures)
+        found = self._programs.get(key)
+        if found is None:
+            self._kept += structures
+            found = self._programs[key] = compile_program(self.model, structures, self.machine.tp)
         return found
 
     def _shared(self, prices: Prices, sharing: Sharing) -> Prices:

@@ -1,22 +1,29 @@
 """The `op` fidelity: every operation is a process, and the copies and CPU work of a host's GPUs compete.
 
+What a replica does next is decided by the same inner loop as in the step fidelity, iteration by iteration; here SimPy
+is the clock, and an iteration lasts until its last operation has ended.
+
 Lanes are the same in-order queues as in the step fidelity; what differs is that a transfer's rate depends on what else
 moves at that moment, where the step fidelity gives each GPU a fixed share of the host.
 """
 
-from collections.abc import Callable, Generator, Sequence
+import math
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import simpy
 
+from kvsim.engine.engine import Engine
+from kvsim.engine.state import ITERATING, STALLED
 from kvsim.fairshare import FairShare
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import CPU, D2H, H2D, LANES, SM
 from kvsim.makespan import Clock, Load
 from kvsim.program import Slot
+from kvsim.setup import Setup
 
 Process = Generator[simpy.Event, Any, None]
-Execute = Callable[[list[Load], int, int], Process]
+EVENTS_AT_ONCE = 5000
 
 
 class Node:
@@ -29,9 +36,63 @@ class Node:
             capacities[f"switch{switch}.up"] = capacities[f"switch{switch}.down"] = host.switch_Bps
         self.network = FairShare(env, capacities)
 
-    def attach(self, clock: Clock, position: int) -> Execute:
-        """The function that executes iterations of the replica in this position on the host."""
-        return _Rank(self, clock, position).execute
+
+def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
+    """Replay the trace of an engine; says how many requests have left, now and then."""
+    env = simpy.Environment()
+    replicas = []
+    for number in range(setup.replicas):
+        position = number % setup.replicas_per_host
+        if position == 0:
+            node = Node(env, setup.gpu, setup.host)
+        replicas.append(_Replica(env, engine, number, _Rank(node, engine.clock, position)))
+    env.process(_arrivals(env, engine, replicas))
+    while env.peek() != math.inf:
+        for _ in range(EVENTS_AT_ONCE):
+            if env.peek() == math.inf:
+                break
+            env.step()
+        yield engine.left
+
+
+def _arrivals(env: simpy.Environment, engine: Engine, replicas: "Sequence[_Replica]") -> Process:
+    """Hand each request to a replica when it arrives."""
+    for index, arrival_s in enumerate(engine.cluster.requests["arrival_s"].tolist()):
+        while arrival_s > env.now:  # twice where now + (arrival - now) rounds below the arrival
+            yield env.timeout(arrival_s - env.now)
+        replicas[engine.arrive(index, env.now)].look()
+
+
+class _Replica:
+    """The clock of one replica."""
+
+    def __init__(self, env: simpy.Environment, engine: Engine, number: int, rank: "_Rank") -> None:
+        self.env, self.engine, self.number, self.rank = env, engine, number, rank
+        self._wake: simpy.Event = env.event()
+        env.process(self._run())
+
+    def look(self) -> None:
+        """A request has arrived: an idle replica may have to wake up."""
+        if self.engine.cluster.replicas[self.number]["wake_s"] <= self.env.now and not self._wake.triggered:
+            self._wake.succeed()
+
+    def _run(self) -> Process:
+        record = self.engine.cluster.replicas[self.number]
+        while True:
+            if record["phase"] == ITERATING:
+                yield from self.rank.execute(*self.engine.batch())
+            elif record["phase"] == STALLED:
+                yield self.env.timeout(record["wake_s"] - self.env.now)
+            else:
+                self._wake = self.env.event()
+                ready_s = float(record["wake_s"])
+                if ready_s <= self.env.now:
+                    pass
+                elif ready_s < math.inf:
+                    yield self._wake | self.env.timeout(ready_s - self.env.now)
+                else:
+                    yield self._wake
+            self.engine.turn(self.number, self.env.now)
 
 
 class _Rank:

@@ -7,31 +7,39 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.curves import Curve, peak_and_mean
-from kvsim.derive import TIERS
-from kvsim.ledger import CAUSES, DOWN, PEER, UP, Ledger
+from kvsim.curves import peak_and_mean
+from kvsim.derive import LINKS, TIERS
+from kvsim.engine.engine import Engine
 from kvsim.machine import CPU, D2H, H2D, NVLINK
 from kvsim.makespan import HBM, WORK
 from kvsim.prefix_cache import LruTier
 from kvsim.results import Array, Result
-from kvsim.sequence import Sequence as Request
 from kvsim.setup import Setup
 from kvsim.version import __version__
 from policies import describe
 from traces import Trace
 
-HBM_BYTES, DDR_BYTES = 1, 2  # columns of a ledger's series
+CAUSES = ("plans", "weights", "swaps", "prefix", "collectives")
+PEER = "gpu->gpu"
+DOWN, UP = "hbm->ddr", "ddr->hbm"
+BOOKS = (  # what replicas record beside the bytes of plans
+    ("hbm->sm", "weights", "weight_bytes"),
+    (UP, "swaps", "swap_up_bytes"),
+    (DOWN, "swaps", "swap_down_bytes"),
+    (UP, "prefix", "prefix_up_bytes"),
+    (DOWN, "prefix", "prefix_down_bytes"),
+    (PEER, "collectives", "collective_bytes"),
+)
+MEMORY = ("hbm_bytes", "ddr_bytes")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The records of one run: what became of each request, a ledger per replica, the tiers of the prefix caches."""
+    """The records of one run: what became of each request and each replica, and the tiers of the prefix caches."""
 
     setup: Setup
     trace: Trace
-    requests: Sequence[Request]
-    replica_of: Array  # for each request
-    ledgers: Sequence[Ledger]
+    engine: Engine
     tiers: Mapping[str, Sequence[LruTier]]
 
     def result(self, *, wall_s: float, cpu_s: float, setup_cpu_s: float) -> Result:
@@ -40,18 +48,15 @@ class Outcome:
         ends = np.concatenate([columns["finish_s"], columns["first_token_s"]])
         start_s = float(self.trace.arrival_s[0])
         makespan_s = float(np.max(ends, where=~np.isnan(ends), initial=start_s)) - start_s
-        gaps, counts = zip(*(ledger.token_gaps() for ledger in self.ledgers), strict=True)
-        tp = self.setup.tp
-        traffic = {
-            link: {cause: tp * sum(ledger.traffic[link][cause] for ledger in self.ledgers) for cause in CAUSES}
-            for link in self.ledgers[0].traffic
-        }
+        traffic = self._traffic()
+        notes = self.engine.notes()
+        replicas = self.engine.cluster.replicas
         return Result(
             inputs=_inputs(self.trace, self.setup),
             requests=columns,
-            token_gaps=(np.concatenate(gaps), np.concatenate(counts)),
-            series=self._series(),
-            memory=self._memory(start_s, start_s + makespan_s),
+            token_gaps=_token_gaps(self.engine.gaps()),
+            series=self._series(notes),
+            memory=self._memory(notes, start_s, start_s + makespan_s),
             links=self._links(traffic, makespan_s),
             traffic=traffic,
             cache={
@@ -62,8 +67,8 @@ class Outcome:
                 for name, tiers in self.tiers.items()
             },
             swaps={
-                "count": sum(ledger.swaps for ledger in self.ledgers),
-                "bytes": tp * sum(ledger.swapped_bytes for ledger in self.ledgers),
+                "count": int(replicas["swaps"].sum()),
+                "bytes": sum(traffic[link]["swaps"] for link in (UP, DOWN)),
             },
             busy=self._busy(makespan_s),
             makespan_s=makespan_s,
@@ -73,31 +78,38 @@ class Outcome:
         )
 
     def _columns(self) -> dict[str, Array]:
-        trace = self.trace
-
-        def of(name: str, dtype: type) -> Array:
-            return np.array([getattr(request, name) for request in self.requests], dtype=dtype)
-
-        finish_s = of("finish_s", float)
+        trace, requests = self.trace, self.engine.cluster.requests
+        finish_s = requests["finish_s"].copy()
         unless_rejected = np.where(np.isnan(finish_s), "unfinished", "finished")
         return {
-            "request": np.arange(len(self.requests)),
+            "request": np.arange(len(requests)),
             "tenant": np.array(trace.tenants, dtype=object)[trace.tenant],
             "session": trace.session,
-            "replica": self.replica_of,
+            "replica": requests["replica"].copy(),
             "arrival_s": trace.arrival_s,
-            "admitted_s": of("admitted_s", float),
-            "first_token_s": of("first_token_s", float),
+            "admitted_s": requests["admitted_s"].copy(),
+            "first_token_s": requests["first_token_s"].copy(),
             "finish_s": finish_s,
             "prompt_tokens": trace.prompt_tokens,
-            "cached_tokens": of("cached_tokens", int),
+            "cached_tokens": requests["cached_tokens"].copy(),
             "output_tokens": trace.output_tokens,
-            "preemptions": of("preemptions", int),
-            "status": np.where(of("rejected", bool), "rejected", unless_rejected),
+            "preemptions": requests["preemptions"].copy(),
+            "status": np.where(requests["rejected"] > 0, "rejected", unless_rejected),
         }
 
+    def _traffic(self) -> dict[str, dict[str, int]]:
+        """Bytes of all ranks by link and cause."""
+        replicas, tp = self.engine.cluster.replicas, self.setup.tp
+        traffic = {link: dict.fromkeys(CAUSES, 0) for link in (*LINKS, PEER)}
+        for link, nbytes in zip(LINKS, replicas["plan_bytes"].sum(axis=0).tolist(), strict=True):
+            traffic[link]["plans"] = tp * nbytes
+        for link, cause, column in BOOKS:
+            traffic[link][cause] = tp * int(replicas[column].sum())
+        return traffic
+
     def _busy(self, makespan_s: float) -> dict[str, float]:
-        busy = np.sum([ledger.busy for ledger in self.ledgers], axis=0) / (makespan_s * self.setup.replicas or 1.0)
+        busy_s = self.engine.cluster.replicas["busy_s"].sum(axis=0)
+        busy = busy_s / (makespan_s * self.setup.replicas or 1.0)
         return {
             "compute": float(busy[WORK]),
             "hbm": float(busy[HBM]),
@@ -108,9 +120,11 @@ class Outcome:
 
     def _links(self, traffic: dict[str, dict[str, int]], makespan_s: float) -> dict[str, dict[str, float]]:
         lanes = {"hbm->sm": HBM, "ddr->cpu": CPU, UP: H2D, DOWN: D2H, PEER: NVLINK}
+        replicas = self.engine.cluster.replicas
+        background_s = dict(zip((UP, DOWN), replicas["background_s"].sum(axis=0).tolist(), strict=True))
         links = {}
         for link, causes in traffic.items():
-            busy_s = sum(float(x.busy[lanes[link]]) + x.background_s.get(link, 0.0) for x in self.ledgers)
+            busy_s = float(replicas["busy_s"][:, lanes[link]].sum()) + background_s.get(link, 0.0)
             links[link] = {
                 "bytes": sum(causes.values()),
                 "busy_s": busy_s * self.setup.tp,
@@ -118,27 +132,27 @@ class Outcome:
             }
         return links
 
-    def _series(self) -> dict[str, Array]:
-        rows = [(t, i, *rest) for i, ledger in enumerate(self.ledgers) for t, *rest in ledger.series]
-        names = ("time_s", "replica", "hbm_bytes", "ddr_bytes", "running", "waiting")
-        series = {name: np.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
-        for name in ("hbm_bytes", "ddr_bytes"):
+    def _series(self, notes: Array) -> dict[str, Array]:
+        series = {name: notes[name].copy() for name in ("time_s", "replica", *MEMORY, "running", "waiting")}
+        series["hbm_bytes"] += self.setup.rank.weight_bytes
+        for name in MEMORY:
             series[name] *= self.setup.tp
         return series
 
-    def _memory(self, start_s: float, end_s: float) -> dict[str, dict[str, float]]:
+    def _memory(self, notes: Array, start_s: float, end_s: float) -> dict[str, dict[str, float]]:
         setup, memory = self.setup, {}
         tp, per_host = setup.tp, setup.replicas_per_host
-        for index, ledger in enumerate(self.ledgers):
-            peak, mean = peak_and_mean([_curve(ledger, HBM_BYTES)], start_s, end_s)
+        own = np.split(notes, np.cumsum(np.bincount(notes["replica"], minlength=setup.replicas))[:-1])
+        for index, rows in enumerate(own):
+            peak, mean = peak_and_mean([(rows["time_s"], rows["hbm_bytes"])], start_s, end_s)
             for gpu in range(index * tp, (index + 1) * tp):
                 memory[f"gpu{gpu}.hbm"] = {
                     "capacity_bytes": setup.gpu.memory_bytes,
-                    "peak_bytes": peak,
-                    "mean_bytes": mean,
+                    "peak_bytes": peak + setup.rank.weight_bytes,
+                    "mean_bytes": mean + setup.rank.weight_bytes,
                 }
-        for host, first in enumerate(range(0, len(self.ledgers), per_host)):
-            curves = [_curve(ledger, DDR_BYTES) for ledger in self.ledgers[first : first + per_host]]
+        for host, first in enumerate(range(0, setup.replicas, per_host)):
+            curves = [(rows["time_s"], rows["ddr_bytes"]) for rows in own[first : first + per_host]]
             peak, mean = peak_and_mean(curves, start_s, end_s)
             memory[f"host{host}.ddr"] = {
                 "capacity_bytes": setup.host.ddr_bytes,
@@ -148,9 +162,13 @@ class Outcome:
         return memory
 
 
-def _curve(ledger: Ledger, column: int) -> Curve:
-    rows = ledger.series
-    return np.array([row[0] for row in rows]), np.array([row[column] for row in rows], dtype=np.float64)
+def _token_gaps(gaps: Array) -> tuple[Array, Array]:
+    """All gaps as (seconds, how many tokens)."""
+    steps = gaps["steps"]
+    ends = np.cumsum(steps)
+    step = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - steps, steps)
+    seconds = np.repeat(gaps["first_s"], steps) + np.repeat(gaps["slope_s"], steps) * step
+    return seconds, np.repeat(gaps["tokens"], steps)
 
 
 def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:

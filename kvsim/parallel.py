@@ -4,14 +4,14 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import c_bool
 from multiprocessing.connection import Connection, wait
 from multiprocessing.sharedctypes import RawArray, RawValue
 from typing import Any, NamedTuple
 
 from kvsim.results import Result
-from kvsim.simulate import Setup, simulate
+from kvsim.simulate import Setup, compile_loop, simulate
 from policies import describe
 from traces import Trace
 
@@ -71,6 +71,8 @@ def _simulate(trace: Trace, setup: Setup, index: int, left: Any, stop: Any, show
 
 
 def _simulate_beside(trace: Trace, setups: Sequence[Setup], left: Any, stop: Any, show: Show) -> list[Result]:
+    with suppress(ValueError):  # one that cannot run says so itself, with its policy's name
+        compile_loop(trace, setups[0])
     context = _processes()
     waiting = list(enumerate(setups))
     running: dict[Connection, tuple[int, Any]] = {}

@@ -3,28 +3,24 @@
 import gc
 import time
 from collections.abc import Callable, Generator
-from typing import Any
 
 import numpy as np
-import simpy
 
 from kvsim.derive import TIERS, PlanTable
-from kvsim.ledger import Ledger
+from kvsim.engine.engine import Engine
 from kvsim.makespan import Clock
-from kvsim.neighbours import Neighbours
-from kvsim.op_fidelity import Node
+from kvsim.op_fidelity import play_operations
 from kvsim.outcome import Outcome
 from kvsim.prefix_cache import LruTier, PrefixCache
-from kvsim.replica import Replica
 from kvsim.results import Result
-from kvsim.room import Limits
-from kvsim.sequence import Sequence as Request
 from kvsim.setup import Setup
 from policies import Reuse, Step, plan_layer, reuse_of
 from policies.plan import stored_bytes
 from traces import Trace
 
 __all__ = ["Setup", "simulate"]
+
+TURNS_AT_ONCE = 5000  # between two looks at whether to go on
 
 
 def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None = None) -> Result:
@@ -34,52 +30,34 @@ def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None 
     ValueError for a model that does not fit, and for prefix caches where the trace has no block ids.
     """
     began_s = time.perf_counter()
-    env = simpy.Environment()
-    cluster = _Cluster(env, trace, setup)
-    env.process(cluster.arrivals())
+    cluster = _Cluster(trace, setup)
     setup_cpu_s = time.process_time()
     cluster.play(progress)
     cpu_s = time.process_time() - setup_cpu_s
     return cluster.outcome().result(wall_s=time.perf_counter() - began_s, cpu_s=cpu_s, setup_cpu_s=setup_cpu_s)
 
 
+def compile_loop(trace: Trace, setup: Setup) -> None:
+    """Have the inner loop compiled and on disk, so that processes beside each other need not each do it."""
+    if setup.fidelity == "step":
+        _Cluster(trace, setup)
+
+
 class _Cluster:
-    def __init__(self, env: simpy.Environment, trace: Trace, setup: Setup) -> None:
-        self.env, self.trace, self.setup = env, trace, setup
-        capacity = setup.capacity()
+    def __init__(self, trace: Trace, setup: Setup) -> None:
+        self.trace, self.setup = trace, setup
         machine = setup.machine()
-        self.table = PlanTable(setup.policy, setup.rank, machine, setup.counts)
-        self.clock = Clock(setup.rank, machine)
+        table, clock = PlanTable(setup.policy, setup.rank, machine, setup.counts), Clock(setup.rank, machine)
         lengths = np.quantile(trace.prompt_tokens, (0.0, 0.25, 0.5, 0.75, 1.0), method="nearest")
-        self.table.warm([int(n) for n in lengths], setup.max_num_batched_tokens)
-        self.requests = [
-            Request(i, arrival, prompt, output, trace.blocks(i).tolist() if trace.block_tokens else ())
-            for i, (arrival, prompt, output) in enumerate(
-                zip(trace.arrival_s.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), strict=True)
-            )
-        ]
-        self.replica_of = np.zeros(len(trace), dtype=np.int64)
-        limits = Limits(
-            max_num_seqs=setup.max_num_seqs,
-            max_num_batched_tokens=setup.max_num_batched_tokens,
-            capacity=capacity,
-            preemption=setup.preemption,
-        )
+        table.warm([int(n) for n in lengths], setup.max_num_batched_tokens)
         self.ddr_tiers: list[LruTier] = []
         self.hbm_tiers: list[LruTier] = []
-        self.ledgers: list[Ledger] = []
-        self.replicas: list[Replica] = []
+        caches = []
         for index in range(setup.replicas):
-            position = index % setup.replicas_per_host
-            if position == 0:
+            if index % setup.replicas_per_host == 0:
                 self.ddr_tiers.append(LruTier(setup.prefix_cache_ddr_bytes))
-                node = Node(env, setup.gpu, setup.host) if setup.fidelity == "op" else None
-                neighbours = Neighbours(machine)
-            ledger = Ledger(self.clock, setup.rank.weight_bytes)
-            execute = node.attach(self.clock, position) if node else None
-            self.ledgers.append(ledger)
-            cache = self._cache()
-            self.replicas.append(Replica(env, self.table, self.clock, limits, cache, ledger, neighbours, execute))
+            caches.append(self._cache())
+        self.engine = Engine(trace, setup, table, clock, caches)
 
     def _cache(self) -> PrefixCache | None:
         setup = self.setup
@@ -103,33 +81,15 @@ class _Cluster:
             replicas=setup.replicas_per_host,
         )
 
-    def arrivals(self) -> Generator[simpy.Event, Any, None]:
-        """Hand each request to a replica when it arrives."""
-        for request in self.requests:
-            while request.arrival_s > self.env.now:  # twice where now + (arrival - now) rounds below the arrival
-                yield self.env.timeout(request.arrival_s - self.env.now)
-            chosen = self._route(request.index)
-            self.replica_of[request.index] = chosen
-            self.replicas[chosen].submit(request)
-
-    def _route(self, index: int) -> int:
-        if self.setup.router == "round-robin":
-            return index % len(self.replicas)
-        return min(range(len(self.replicas)), key=lambda i: self.replicas[i].outstanding_tokens)
-
     def play(self, progress: Callable[[int], None] | None) -> None:
         """Run until nothing is left to happen."""
+        steps = self.setup.fidelity == "step"
+        play = _play_steps(self.engine) if steps else play_operations(self.engine, self.setup)
         gc.freeze()  # what was loaded before is here to stay: collections need not walk it again and again
         try:
-            if progress is None:
-                self.env.run()
-                return
-            while self.env.peek() != float("inf"):
-                for _ in range(5000):
-                    if self.env.peek() == float("inf"):
-                        break
-                    self.env.step()
-                progress(sum(replica.left for replica in self.replicas))
+            for left in play:
+                if progress is not None:
+                    progress(left)
         except KeyboardInterrupt:
             return
         finally:
@@ -140,11 +100,16 @@ class _Cluster:
         return Outcome(
             setup=self.setup,
             trace=self.trace,
-            requests=self.requests,
-            replica_of=self.replica_of,
-            ledgers=self.ledgers,
+            engine=self.engine,
             tiers={"hbm": self.hbm_tiers, "ddr": self.ddr_tiers},
         )
+
+
+def _play_steps(engine: Engine) -> Generator[int, None, None]:
+    """The step fidelity: replicas take turns by themselves; says how many requests have left, now and then."""
+    while engine.play(TURNS_AT_ONCE):
+        yield engine.left
+    yield engine.left
 
 
 def _token_bytes(setup: Setup) -> list[int]:

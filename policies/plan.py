@@ -23,6 +23,7 @@ from functools import cached_property
 
 from policies.dtypes import row_bytes
 
+SHARE_UNITS = 10**6
 MODEL_OPS = ("qkv", "mlp")  # the model's own work in a layer: before the policy's, and after its `attend`
 
 
@@ -156,8 +157,11 @@ class Access:
 
 
 def part_of(rows: int, share: float) -> int:
-    """`share` of `rows` to the nearest row, halves up, in integer arithmetic on the decimal that `share` shows."""
-    exact = Fraction(str(share))
+    """`share` of `rows` to the nearest row, halves up, in integer arithmetic on `share` to six decimals.
+
+    More would make the polynomials that are derived from plans exceed 64 bits.
+    """
+    exact = Fraction(round(share * SHARE_UNITS), SHARE_UNITS)
     return (2 * rows * exact.numerator + exact.denominator) // (2 * exact.denominator)
 
 

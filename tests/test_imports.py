@@ -18,7 +18,7 @@ ALLOWED_OWN = {
 ALLOWED_THIRD_PARTY = {
     "policies": set(),
     "traces": {"numpy", "pyarrow"},
-    "kvsim": {"networkx", "numpy", "plotly", "pyarrow", "pydantic", "ray", "rich", "simpy", "typer", "yaml"},
+    "kvsim": {"networkx", "numba", "numpy", "plotly", "pyarrow", "pydantic", "ray", "rich", "simpy", "typer", "yaml"},
     "runtime": {"faiss", "numba", "numpy", "safetensors", "torch", "transformers", "triton"},
 }
 # Where the command line hands over to the runtime; the import stands inside a function, never at the top of the file.

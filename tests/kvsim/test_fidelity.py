@@ -1,6 +1,8 @@
 """The two fidelities against each other, and the closed forms of the step fidelity against plain summation."""
 
+import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,11 +11,12 @@ from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.derive import PlanTable
+from kvsim.engine import runs
+from kvsim.engine.state import MOST_PARTS, OPEN_SPANS, PART, REPLICA
 from kvsim.machine import Machine
 from kvsim.makespan import Clock, Load
 from kvsim.models import load_model
 from kvsim.results import summarize
-from kvsim.runs import price_run
 from kvsim.simulate import simulate
 from policies import POLICIES, parse_policy
 
@@ -52,6 +55,49 @@ def test_under_contention_the_gap_stays_bounded(policy):
     assert step.makespan_s == pytest.approx(op.makespan_s, rel=0.02)
 
 
+class Run:
+    """A run of the engine in which iteration i takes `seconds(i)`."""
+
+    def __init__(self, seconds, steps):
+        self.parts = np.zeros((1, MOST_PARTS + OPEN_SPANS), dtype=PART)
+
+        def price_step(cluster, prices, number, step, busy):
+            busy[:] = seconds(step)
+            return seconds(step)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runs, "_price_step", price_step)
+            self._n_parts = runs.split(SimpleNamespace(parts=self.parts), None, 0, steps)
+
+    def _replica(self):
+        replica = np.zeros(1, dtype=REPLICA)[0]
+        replica["n_parts"] = self._n_parts
+        return replica
+
+    @property
+    def steps(self):
+        return runs.charge_busy(self.parts[0], self._replica())
+
+    @property
+    def seconds(self):
+        return runs.run_s(self.parts[0], self._replica())
+
+    def busy(self):
+        replica = self._replica()
+        runs.charge_busy(self.parts[0], replica)
+        return replica["busy_s"]
+
+    def steps_by(self, seconds):
+        return runs.steps_by(self.parts[0], self._replica(), seconds)
+
+    def head(self, steps):
+        head, replica = copy.copy(self), self._replica()
+        head.parts = self.parts.copy()
+        runs.shorten(head.parts[0], replica, steps)
+        head._n_parts = replica["n_parts"]
+        return head
+
+
 @given(
     steps=st.integers(1, 400),
     lines=st.lists(st.tuples(st.floats(0.001, 1), st.floats(0, 0.01)), min_size=1, max_size=5),
@@ -63,7 +109,7 @@ def test_a_run_in_closed_form_is_the_sum_of_its_steps(steps, lines, left):
     def seconds(i):
         return max(a + b * i for a, b in lines)
 
-    run = price_run(lambda i: (seconds(i), np.array([seconds(i)])), steps)
+    run = Run(seconds, steps)
     each = [seconds(i) for i in range(steps)]
     assert run.steps == steps
     assert run.seconds == pytest.approx(sum(each), rel=1e-6)

@@ -1,0 +1,1 @@
+"""The inner loop of the simulator: plain functions over arrays that run as they are, or compiled by numba."""

@@ -1,0 +1,74 @@
+"""What one replica did: bytes by link and cause, busy time, memory over time, gaps between tokens."""
+
+from kvsim.engine.state import (
+    AMOUNTS,
+    DDR,
+    DECODING,
+    HBM,
+    OPS,
+    PREFILLING,
+    SWAPPED,
+    TIERS,
+    WAITING,
+    Cluster,
+    Ints,
+    Prices,
+    Record,
+)
+
+
+def note(cluster: Cluster, number: int, time_s: float, steps: int) -> None:
+    """Record memory, `steps` iterations after that of `used_bytes`, and queue lengths at an iteration boundary."""
+    replica, row = cluster.replicas[number], cluster.notes[cluster.world["notes"]]
+    cluster.world["notes"] += 1
+    used, growth, cached = replica["used_bytes"], replica["growth_bytes"], replica["cache_bytes"]
+    row["time_s"], row["replica"] = time_s, number
+    row["hbm_bytes"] = used[HBM] + steps * growth[HBM] + cached[HBM]
+    row["ddr_bytes"] = used[DDR] + steps * growth[DDR] + cached[DDR]
+    row["running"] = replica["length"][DECODING] + replica["length"][PREFILLING]
+    row["waiting"] = replica["length"][WAITING] + replica["length"][SWAPPED]
+
+
+def note_now(cluster: Cluster, number: int, time_s: float) -> None:
+    """Record what the next iteration will hold."""
+    replica = cluster.replicas[number]
+    for tier in range(TIERS):
+        replica["used_bytes"][tier] = replica["held_bytes"][tier] + replica["stored_bytes"][tier]
+    note(cluster, number, time_s, 0)
+
+
+def charge_plans(replica: Record, prices: Prices, structure: int, amounts: Ints, times: int) -> None:
+    """Book the bytes of `times` steps of these amounts."""
+    head = prices.structures[structure]
+    for i in range(head["n_ops"]):
+        op, column = prices.ops[head["ops"] + i], OPS + AMOUNTS * i
+        nbytes = op["layers"] * (amounts[column + 1] + amounts[column + 2])
+        replica["plan_bytes"][op["link"]] += times * nbytes
+
+
+def charge_model(world: Record, replica: Record, prices: Prices, iterations: int, tokens: int, logits: int) -> None:
+    """Book the weights that iterations read and the bytes of their collectives."""
+    model, head_bytes = prices.model[tokens], world["head_bytes"] if logits else 0
+    replica["weight_bytes"] += iterations * (model["weight_bytes"] + head_bytes)
+    replica["collective_bytes"] += iterations * model["collective_bytes"]
+
+
+def emit(cluster: Cluster, number: int, first_s: float) -> None:
+    """Record the gaps before the tokens of an iteration; a sequence swapped in for it had waited for longer."""
+    replica = cluster.replicas[number]
+    gap(cluster, first_s, 0.0, 1, replica["decoding_now"] - replica["late"])
+    index = replica["last"][DECODING]
+    for _ in range(replica["late"]):
+        request = cluster.requests[index]
+        gap(cluster, first_s + replica["began_s"] - request["last_token_s"], 0.0, 1, 1)
+        index = request["before"]
+    replica["late"] = 0
+
+
+def gap(cluster: Cluster, first_s: float, slope_s: float, steps: int, tokens: int) -> None:
+    """Before each of `steps` steps so many tokens waited `first_s`, and `slope_s` longer each time."""
+    if steps <= 0 or tokens <= 0:
+        return
+    row = cluster.gaps[cluster.world["gaps"]]
+    cluster.world["gaps"] += 1
+    row["first_s"], row["slope_s"], row["steps"], row["tokens"] = first_s, slope_s, steps, tokens

@@ -1,0 +1,25 @@
+"""The inner loop compiled: numba turns the plain functions of this package into machine code and keeps it on disk.
+
+It is kept beside the sources, or in the user's cache where that folder cannot be written.
+"""
+
+import inspect
+from types import ModuleType
+from typing import Any
+
+import numba
+from numba.extending import register_jitable
+
+from kvsim.engine import books, decoding, iteration, loop, memory, neighbours, plans, pricing, queues, runs, scheduling
+
+_KERNELS = (books, decoding, iteration, loop, memory, neighbours, plans, pricing, queues, runs, scheduling)
+
+
+def _functions(module: ModuleType) -> list[Any]:
+    return [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
+
+
+for _module in _KERNELS:
+    for _function in _functions(_module):
+        register_jitable(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)(_function)
+play: Any = numba.njit(cache=True, _nrt=False)(loop.play)  # type: ignore[call-overload]  # an option without a type

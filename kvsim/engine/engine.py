@@ -1,0 +1,255 @@
+"""The inner loop and what it needs from outside: plans, programs and times that it has not met, and prefix caches."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvsim.derive import PlanTable, Structure
+from kvsim.engine.books import note_now
+from kvsim.engine.iteration import first_load
+from kvsim.engine.loop import arrive, play
+from kvsim.engine.plans import INPUTS
+from kvsim.engine.state import (
+    GAP,
+    IDLE,
+    MOST_PARTS,
+    NOBODY,
+    NOTE,
+    NOWHERE,
+    OPEN_SPANS,
+    PART,
+    PROMPTS,
+    REPLICA,
+    REQUEST,
+    STORED,
+    TIERS,
+    WANT_ACCEPT,
+    WANT_MATCH,
+    WANT_PLAN,
+    WANT_PROGRAM,
+    WANT_ROWS,
+    WANT_STORE,
+    WANT_TIMES,
+    WORLD,
+    Cluster,
+    Detour,
+    Record,
+    Records,
+)
+from kvsim.engine.tables import model_arrays, plan_arrays, price_arrays
+from kvsim.makespan import Clock, Load
+from kvsim.prefix_cache import Hit, PrefixCache
+from kvsim.setup import ROUTERS, Setup
+from traces import Trace
+
+WATERMARK = 0.01  # of HBM kept free at admission (as vLLM)
+ROWS_AT_ONCE = 1 << 16
+DETOURS_AT_ONCE = 100  # each starts the count of turns anew
+
+
+class Engine:
+    """All replicas of a cluster; `caches` are theirs, where they have any."""
+
+    def __init__(
+        self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, caches: Sequence[PrefixCache | None]
+    ) -> None:
+        self.table, self.clock, self.caches = table, clock, caches
+        self._trace = trace
+        self._hits: dict[int, Hit] = {}
+        self._derived: tuple[int, ...] = ()  # what plan was asked for last
+        self._structures: list[Structure] = []
+        self._structure_index: dict[int, int] = {}
+        self._pieces = [*table.pieces]
+        self._combinations: list[tuple[int, ...]] = []
+        self._written: list[tuple[Records, Records]] = []
+        self._model, self._model_s = model_arrays(clock, max(setup.max_num_batched_tokens, setup.max_num_seqs))
+        self.cluster = _cluster(trace, setup, clock, caches)
+        self._lay_out_plans()
+        self._lay_out_prices()
+        for number in range(setup.replicas):
+            note_now(self.cluster, number, 0.0)
+        if setup.fidelity == "step":
+            self.play(0)  # compiles the loop, or loads it
+
+    def play(self, most_turns: int) -> bool:
+        """Give replicas their turns, about so many at most; False when nothing is left to happen."""
+        from kvsim.engine import compiled
+
+        for _ in range(DETOURS_AT_ONCE):
+            try:
+                return bool(compiled.play(self.cluster, self._prices, NOBODY, 0.0, most_turns))
+            except Detour:
+                self._serve()
+        return True
+
+    def turn(self, number: int, now_s: float) -> None:
+        """Let a replica end what it did and begin what is next, up to something that lasts."""
+        while True:
+            try:
+                play(self.cluster, self._prices, number, now_s, 1)
+                return
+            except Detour:
+                self._serve()
+
+    def arrive(self, index: int, now_s: float) -> int:
+        """Queue a request at a replica, which is returned."""
+        return arrive(self.cluster, index, now_s)
+
+    def batch(self) -> tuple[list[Load], int, int]:
+        """The iteration begun last: its loads, tokens and rows of the head."""
+        world, first = self.cluster.world, first_load(self.cluster)
+        loads = []
+        for row in self.cluster.rows[first : first + world["loads"]]:
+            structure = self._structures[row[0]]
+            loads.append(Load(structure, np.roll(row[STORED : STORED + structure.columns], -TIERS)))
+        return loads, int(world["tokens"]), int(world["logits"])
+
+    @property
+    def left(self) -> int:
+        """Requests that finished or were rejected."""
+        return int(self.cluster.replicas["left"].sum())
+
+    def notes(self) -> Records:
+        """Memory and queue lengths at the boundaries of iterations, in order for each replica."""
+        parts = [notes for notes, _ in self._written]
+        rows = np.concatenate([*parts, self.cluster.notes[: self.cluster.world["notes"]]])
+        return rows[np.argsort(rows["replica"], kind="stable")]
+
+    def gaps(self) -> Records:
+        """Gaps between tokens."""
+        parts = [gaps for _, gaps in self._written]
+        return np.concatenate([*parts, self.cluster.gaps[: self.cluster.world["gaps"]]])
+
+    # -- what the loop asks for ----------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        cluster, world = self.cluster, self.cluster.world
+        wanted, *arguments = world["wanted"].tolist()
+        if wanted == WANT_PLAN:
+            kind, *inputs = arguments
+            if self._derived == (wanted_plan := (kind, *inputs)):
+                raise ValueError(
+                    f"the plan of {self.table.policy.name} at {inputs[: INPUTS[kind]]} tokens needs numbers above "
+                    "64 bits; use shorter contexts or shares with fewer digits"
+                )
+            self._derived = wanted_plan
+            self._pieces.append(self.table.derive(tuple(inputs[: INPUTS[kind]])))
+            self._lay_out_plans()
+        elif wanted == WANT_PROGRAM:
+            first = first_load(cluster)
+            self._combinations.append(tuple(cluster.rows[first : first + world["loads"], 0].tolist()))
+            self._lay_out_prices()
+        elif wanted == WANT_TIMES:
+            tokens = arguments[0]
+            self._model_s[tokens], busy_s, weight_bytes = self.clock.own_layers(tokens)
+            self._model[tokens] = (1, weight_bytes, self.clock.collective_bytes(tokens), busy_s)
+        elif wanted == WANT_ROWS:
+            self._written.append((cluster.notes[: world["notes"]], cluster.gaps[: world["gaps"]]))
+            world["notes"] = world["gaps"] = 0
+            self.cluster = cluster._replace(notes=np.zeros_like(cluster.notes), gaps=np.zeros_like(cluster.gaps))
+        else:
+            self._serve_cache(wanted, arguments[0])
+
+    def _serve_cache(self, wanted: int, index: int) -> None:
+        request = self.cluster.requests[index]
+        number = int(request["replica"])
+        cache, replica = self.caches[number], self.cluster.replicas[number]
+        if cache is None:
+            raise RuntimeError("a replica without a prefix cache asked for it")
+        blocks = self._trace.blocks(index).tolist()
+        if wanted == WANT_MATCH:
+            hit = self._hits[index] = cache.match(blocks, int(request["prompt_tokens"]))
+            request["matched"], request["hit_tokens"] = replica["cache_version"], hit.tokens
+            request["hit_load_bytes"] = hit.load_bytes
+        elif wanted == WANT_ACCEPT:
+            cache.accept(blocks, self._hits.pop(index))
+        elif wanted == WANT_STORE:
+            written = cache.store(blocks, int(request["prompt_tokens"]))
+            replica["prefix_down_bytes"] += written
+            replica["background_s"][1] += self.clock.machine.transfer_s(written, to_hbm=False)
+            first = int(replica["first_neighbour"])
+            for other in range(first, first + int(replica["n_neighbours"])):
+                beside = self.caches[other]
+                if beside is not None:
+                    self.cluster.replicas[other]["cache_bytes"] = beside.held_bytes
+                    self.cluster.replicas[other]["cache_version"] += 1
+
+    # -- arrays --------------------------------------------------------------------------------------------------
+
+    def _lay_out_plans(self) -> None:
+        for piece in self._pieces:
+            if id(piece.structure) not in self._structure_index:
+                self._structure_index[id(piece.structure)] = len(self._structures)
+                self._structures.append(piece.structure)
+        plans = plan_arrays(self._pieces, self._structure_index, self.cluster.world)
+        self.cluster = self.cluster._replace(plans=plans)
+        if self.cluster.sums.shape[1] < len(self._structures):
+            self._widen(len(self._structures), 1 + max(structure.columns for structure in self._structures))
+            self._lay_out_prices()
+
+    def _widen(self, structures: int, columns: int) -> None:
+        old = self.cluster.sums
+        sums = np.zeros((len(old), structures, 2, columns), np.int64)
+        sums[:, : old.shape[1], :, : old.shape[3]] = old
+        loads = 2 * structures  # of decode and of prefill
+        rows = np.zeros((PROMPTS + structures + loads, columns), np.int64)
+        self.cluster = self.cluster._replace(sums=sums, rows=rows)
+
+    def _lay_out_prices(self) -> None:
+        self._prices = price_arrays(self.clock, self._structures, self._combinations, self._model, self._model_s)
+
+
+def _cluster(trace: Trace, setup: Setup, clock: Clock, caches: Sequence[PrefixCache | None]) -> Cluster:
+    """The state before anything has happened, without plans."""
+    world = _world(setup, clock)
+    return Cluster(
+        world=world,
+        requests=_requests(trace),
+        replicas=_replicas(setup, caches),
+        sums=np.zeros((setup.replicas, 0, 2, 0), np.int64),
+        rows=np.zeros((0, 0), np.int64),
+        parts=np.zeros((setup.replicas, MOST_PARTS + OPEN_SPANS), dtype=PART),
+        notes=np.zeros(ROWS_AT_ONCE, dtype=NOTE),
+        gaps=np.zeros(ROWS_AT_ONCE + 4 * setup.max_num_seqs, dtype=GAP),
+        plans=plan_arrays([], {}, world),
+    )
+
+
+def _requests(trace: Trace) -> Records:
+    requests = np.zeros(len(trace), dtype=REQUEST)
+    for name in ("arrival_s", "prompt_tokens", "output_tokens"):
+        requests[name] = getattr(trace, name)
+    for name in ("admitted_s", "first_token_s", "finish_s", "last_token_s"):
+        requests[name] = np.nan
+    requests["queue"], requests["matched"] = NOWHERE, -1
+    return requests
+
+
+def _replicas(setup: Setup, caches: Sequence[PrefixCache | None]) -> Records:
+    replicas = np.zeros(setup.replicas, dtype=REPLICA)
+    per_host, sharing = setup.replicas_per_host, setup.machine().sharing
+    numbers = np.arange(setup.replicas)
+    replicas["phase"], replicas["wake_s"], replicas["next_due"] = IDLE, math.inf, np.iinfo(np.int64).max
+    replicas["first"] = replicas["last"] = NOBODY
+    replicas["first_neighbour"] = numbers // per_host * per_host
+    replicas["n_neighbours"] = np.minimum(per_host, setup.replicas - replicas["first_neighbour"])
+    replicas["on_host"], replicas["on_switch"] = sharing
+    replicas["cached"] = [cache is not None for cache in caches]
+    return replicas
+
+
+def _world(setup: Setup, clock: Clock) -> Record:
+    world = np.zeros(1, dtype=WORLD)[0]
+    rates, host, capacity = setup.gpu.rates, setup.host, setup.capacity()
+    world["max_num_seqs"], world["max_num_batched_tokens"] = setup.max_num_seqs, setup.max_num_batched_tokens
+    world["capacity_bytes"], world["watermark_bytes"] = capacity, int(WATERMARK * capacity[0])
+    world["swaps"], world["step_by_step"] = setup.preemption == "swap", setup.fidelity == "op"
+    world["router"] = ROUTERS.index(setup.router)
+    world["tp"], world["gpus_per_switch"] = setup.tp, host.gpus_per_switch
+    world["head_bytes"] = clock.model.head_bytes
+    world["head_s"], world["logit_s"] = clock.head_parts_s
+    world["pcie_latency_s"] = rates.pcie_latency_s
+    world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
+    world["ddr_Bps"], world["switch_Bps"] = host.ddr_Bps, host.switch_Bps
+    return world

@@ -1,0 +1,141 @@
+"""The engine's loop: which replica is next, and what it does at its turn.
+
+A replica lives through phases: it ends what has run, lets sequences leave and join, makes room, schedules and begins
+what runs next. Each step is whole or not at all, so that after a detour a replica goes on where it stopped.
+"""
+
+import math
+
+from kvsim.engine.books import note_now
+from kvsim.engine.decoding import settle
+from kvsim.engine.iteration import end_iteration, join_completed, launch, stall
+from kvsim.engine.neighbours import share
+from kvsim.engine.queues import push_last
+from kvsim.engine.runs import begin_run, cut_run, end_run
+from kvsim.engine.scheduling import admit, continue_prompts, make_room, next_ready_s
+from kvsim.engine.state import (
+    ADMITTING,
+    DECODING,
+    IDLE,
+    ITERATING,
+    JOINING,
+    MOST_PARTS,
+    NOBODY,
+    READY,
+    RUNNING,
+    SCHEDULING,
+    SETTLING,
+    STALLED,
+    SWAPPED,
+    WAITING,
+    WANT_ROWS,
+    Cluster,
+    Detour,
+    Prices,
+)
+
+ROUND_ROBIN, LEAST_LOADED = range(2)
+MOST_NOTES = 8  # of one turn
+
+
+def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: int) -> bool:
+    """Give replicas their turns, at most so many, and requests their replicas; False when nothing is left to happen.
+
+    At equal times requests come first, then replicas in order. Whoever keeps the time by himself names the `only`
+    replica whose turn it is, and the time. May make detours. (One long function, because its parts would be compiled,
+    with all that they call, once by themselves and once more as parts of this.)
+    """
+    world, requests = cluster.world, cluster.requests
+    for _ in range(most_turns):
+        number, now_s = only, at_s
+        if only == NOBODY:
+            now_s = math.inf
+            for i in range(len(cluster.replicas)):
+                if cluster.replicas[i]["wake_s"] < now_s:
+                    number, now_s = i, cluster.replicas[i]["wake_s"]
+            arrived = world["arrived"]
+            if arrived < len(requests) and requests[arrived]["arrival_s"] <= now_s:
+                arrive(cluster, arrived, requests[arrived]["arrival_s"])
+                continue
+            if number == NOBODY:
+                return False
+        _check_rows(cluster)
+        replica = cluster.replicas[number]
+        # End what has run.
+        if replica["phase"] == RUNNING and now_s < replica["end_s"]:
+            cut_run(cluster, number, now_s)  # a prefix has come up
+            continue
+        if replica["phase"] == STALLED:
+            launch(cluster, prices, number, now_s)
+            continue
+        if replica["phase"] == IDLE:
+            share(cluster, prices, number, 1, now_s)
+            note_now(cluster, number, now_s)
+            replica["phase"] = SCHEDULING
+        elif replica["phase"] == ITERATING:
+            end_iteration(cluster, number, now_s)
+            replica["phase"] = SETTLING
+        elif replica["phase"] == RUNNING:
+            end_run(cluster, prices, number, now_s)
+            replica["phase"] = SETTLING
+        # Decide what is next.
+        if replica["phase"] == SETTLING:
+            settle(cluster, number, now_s)
+            replica["phase"] = JOINING
+        if replica["phase"] == JOINING:
+            join_completed(cluster, number, now_s)
+            replica["phase"] = SCHEDULING
+        if replica["phase"] == SCHEDULING:
+            make_room(cluster, replica, now_s)
+            continue_prompts(cluster, replica, now_s)
+            replica["phase"] = ADMITTING
+        if replica["phase"] == ADMITTING:
+            admit(cluster, replica, now_s)
+            replica["phase"] = READY
+        # Begin it.
+        if replica["chunks"] or (replica["length"][DECODING] and world["step_by_step"]):
+            if not stall(cluster, number, now_s):
+                launch(cluster, prices, number, now_s)
+        elif replica["length"][DECODING]:
+            begin_run(cluster, prices, number, now_s)
+        else:
+            note_now(cluster, number, now_s)
+            share(cluster, prices, number, 0, now_s)
+            replica["phase"], replica["wake_s"] = IDLE, next_ready_s(cluster, replica, now_s)
+    return True
+
+
+def arrive(cluster: Cluster, index: int, now_s: float) -> int:
+    """Queue a request at a replica, which is returned; what that does is cut short unless the request must wait."""
+    cluster.world["arrived"] = index + 1
+    number, request = _route(cluster, index), cluster.requests[index]
+    replica = cluster.replicas[number]
+    request["replica"] = number
+    blocked = replica["length"][WAITING] or replica["length"][SWAPPED]
+    push_last(cluster.requests, replica, WAITING, index)
+    replica["outstanding_tokens"] += request["prompt_tokens"] + request["output_tokens"]
+    if replica["phase"] == IDLE and not blocked:
+        replica["wake_s"] = now_s
+    elif replica["phase"] == RUNNING and not blocked and not replica["cut"]:
+        cut_run(cluster, number, now_s)
+    return number
+
+
+def _route(cluster: Cluster, index: int) -> int:
+    replicas = cluster.replicas
+    if cluster.world["router"] == ROUND_ROBIN:
+        return index % len(replicas)
+    chosen = 0
+    for i in range(1, len(replicas)):
+        if replicas[i]["outstanding_tokens"] < replicas[chosen]["outstanding_tokens"]:
+            chosen = i
+    return chosen
+
+
+def _check_rows(cluster: Cluster) -> None:
+    """A turn must find room for all that it may note: each sequence that joins or returns may leave a gap."""
+    world = cluster.world
+    gaps = 2 * world["max_num_seqs"] + MOST_PARTS + 2
+    if world["notes"] + MOST_NOTES > len(cluster.notes) or world["gaps"] + gaps > len(cluster.gaps):
+        world["wanted"][0] = WANT_ROWS
+        raise Detour

@@ -1,0 +1,226 @@
+"""The state of a simulation as arrays: a record for each request and each replica, and what they share."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvsim.machine import LANES
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Records = NDArray[np.void]
+Record = Any  # one element of Records
+
+BUSY = (*LANES, "work", "hbm")  # lanes, then the SMs' arithmetic and the HBM's transfers within the SM lane
+WORK, HBM_BUSY = len(LANES), len(LANES) + 1
+LINKS = 4
+TIERS = 3
+HBM, DDR, NVME = range(TIERS)
+
+# A vector: of how many sequences it is, their bytes per tier, then of each operation its work, contiguous and scattered
+# bytes. In the row of a batch, the first column says which structure the load has instead.
+COUNT, STORED, OPS, AMOUNTS = 0, 1, 1 + TIERS, 3
+VECTOR, SLOPE, PROMPTS = range(3)  # rows of `rows`: scratch, then prompts by structure, then the loads of a batch
+
+NOBODY = -1  # no request
+WAITING, SWAPPED, PREFILLING, DECODING, NOWHERE = range(5)  # lists of a replica that a request can be in
+QUEUES = 4
+
+# What a replica is about. RUNNING, STALLED and ITERATING last until `wake_s`; the others are left at once, but for a
+# detour: they are the places at which a replica goes on after one.
+IDLE, RUNNING, STALLED, ITERATING, SETTLING, JOINING, SCHEDULING, ADMITTING, READY = range(9)
+
+WANT_PLAN, WANT_PROGRAM, WANT_TIMES, WANT_ROWS, WANT_MATCH, WANT_ACCEPT, WANT_STORE = range(7)
+
+
+class Detour(Exception):
+    """The inner loop needs something from outside, `wanted` says what; it goes on where it stopped."""
+
+
+def _ints(*names: str) -> list[Any]:
+    return [(name, np.int64) for name in names]
+
+
+def _floats(*names: str) -> list[Any]:
+    return [(name, np.float64) for name in names]
+
+
+def _seconds(*names: str) -> list[Any]:
+    return [(name, np.float64, (len(BUSY),)) for name in names]
+
+
+REQUEST = np.dtype(
+    _floats(
+        "arrival_s",
+        "admitted_s",
+        "first_token_s",
+        "finish_s",
+        "last_token_s",  # before it was preempted
+        "ready_s",  # when its cached prefix has come up
+    )
+    + _ints(
+        "prompt_tokens",
+        "output_tokens",
+        "cached_tokens",
+        "past_tokens",  # of its prompt that are done
+        "recomputed_tokens",  # output tokens that a preemption made part of its prompt
+        "chunk_tokens",  # of its prompt in this iteration
+        "preemptions",
+        "rejected",
+        "replica",
+        "queue",  # the list that it is in, and its neighbours there
+        "before",
+        "after",
+        "piece",  # while it decodes: its plan, the iteration and the generated token with which that began, and
+        "joined",  # the iteration at which it ends
+        "generated_at_join",
+        "due",
+        "matched",  # the version of the cache in which these were its hits
+        "hit_tokens",
+        "hit_load_bytes",
+    )
+    + [("held", np.int64, (TIERS,))]  # bytes reserved for its prefill, or taken while it is swapped out
+)
+REPLICA = np.dtype(
+    _floats(
+        "wake_s",  # when it next does something by itself
+        "end_s",  # of the run under way
+        "began_s",
+        "stall_s",  # swaps that the next iteration waits for
+        "run_stall_s",
+        "loader_free_s",
+    )
+    + _ints(
+        "phase",
+        "iteration",  # decode iterations so far
+        "next_due",
+        "batch_tokens",  # what is left of an iteration's
+        "chunks",
+        "decoding_now",  # sequences that decode in this iteration or run
+        "late",  # the last so many of them have been swapped in: their next token comes after a longer gap
+        "outstanding_tokens",  # of requests that have not left, for the router
+        "left",  # requests that finished or were rejected
+        "n_parts",
+        "cut",  # whether the run under way has been shortened
+        "first_neighbour",  # the replicas of its host
+        "n_neighbours",
+        "busy_now",
+        "on_host",  # GPUs that are busy on its host and on its most crowded switch
+        "on_switch",
+        "cached",  # whether it has a prefix cache, and how often that has changed
+        "cache_version",
+        "weight_bytes",
+        "collective_bytes",
+        "prefix_up_bytes",
+        "prefix_down_bytes",
+        "swap_up_bytes",
+        "swap_down_bytes",
+        "swaps",
+    )
+    + [
+        ("first", np.int64, (QUEUES,)),
+        ("last", np.int64, (QUEUES,)),
+        ("length", np.int64, (QUEUES,)),
+        ("held_bytes", np.int64, (TIERS,)),  # by sequences in prefill and by swapped ones
+        ("stored_bytes", np.int64, (TIERS,)),  # by decoding sequences in the next iteration
+        ("growth_bytes", np.int64, (TIERS,)),  # and how much more in each further one
+        ("used_bytes", np.int64, (TIERS,)),  # at the start of this iteration or run
+        ("cache_bytes", np.int64, (TIERS,)),
+        ("plan_bytes", np.int64, (LINKS,)),
+        ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
+        *_seconds("busy_s"),
+    ]
+)
+PART = np.dtype(  # iterations whose durations lie on a line, and while a run is split, a span that may not yet
+    _ints("low", "steps") + _floats("first_s", "last_s", "slope_s") + _seconds("busy_s", "last_busy_s", "busy_slope_s")
+)
+NOTE = np.dtype(
+    _floats("time_s") + _ints("hbm_bytes", "ddr_bytes") + [(n, np.int32) for n in ("replica", "running", "waiting")]
+)
+GAP = np.dtype(_floats("first_s", "slope_s") + _ints("steps", "tokens"))
+
+# Compiled code is kept for the types of its arguments as long as the file of the compiled function is unchanged. A type
+# that names a digest of this package makes a change to any of its files count.
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+WORLD = np.dtype(
+    _ints(
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "watermark_bytes",
+        "swaps",  # what was preempted, rather than recomputing it
+        "step_by_step",  # whoever runs the replicas takes every iteration by itself and shares the host by itself
+        "router",
+        "tp",
+        "gpus_per_switch",
+        "head_bytes",
+        "arrived",  # requests so far
+        "notes",  # rows written
+        "gaps",
+        "loads",  # of the batch, which was priced last, its tokens and its rows of the head
+        "tokens",
+        "logits",
+    )
+    + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
+    + _floats("ddr_Bps", "switch_Bps")
+    + _floats("head_s", "logit_s")  # of the output head: once, and for each position
+    + [
+        ("capacity_bytes", np.int64, (TIERS,)),
+        ("need_bytes", np.int64, (TIERS,)),  # scratch
+        ("wanted", np.int64, (5,)),  # by a detour: what, and its arguments
+        ("first_piece", np.int64, (2,)),  # the one found last, for decode steps and chunks of prompts
+        *_seconds("busy_s"),  # of the batch priced last
+        ("free_s", np.float64, (len(LANES),)),  # when each lane is free, and was one layer earlier
+        ("before_s", np.float64, (len(LANES),)),
+        ("used", np.int64, (len(LANES),)),  # whether a lane has work in these layers
+        (f"sources_{_SOURCES.hexdigest()[:16]}", np.int8),
+    ]
+)
+
+MOST_PARTS = 32  # pieces of a run; one that would have more ends earlier
+OPEN_SPANS = 16  # halvings of a run: more than the logarithm of its iterations
+
+
+class Plans(NamedTuple):
+    """The pieces of a policy's plans (`kvsim.derive.Piece`)."""
+
+    world: Record
+    pieces: Records
+    floors: Records
+    terms: Records  # of floors, with coefficients, and monomials
+    tests: Records
+    matrix: Ints
+    values: Ints  # (3, most): of the piece found last its inputs and floors, its monomials, and their growth
+
+
+class Prices(NamedTuple):
+    """Costs of structures, programs of their combinations, and times of the model's own layers."""
+
+    structures: Records
+    ops: Records
+    combinations: Ints  # (programs, 1 + loads): how many structures, and which
+    programs: Records
+    layers: Records  # of programs: runs of equal layers
+    slots: Records
+    waits: Records
+    times: Records  # of programs: their operations
+    seconds: Floats  # of each operation of the batch priced last
+    done_s: Floats  # (layers back, slots): when operations were done
+    model: Records  # by the tokens of an iteration
+    model_s: Floats  # (tokens, times): nothing, then for each layer shape QKV, output projection, MLP, all-reduce
+
+
+class Cluster(NamedTuple):
+    """Everything else that the inner loop reads and writes."""
+
+    world: Record
+    requests: Records  # in order of arrival
+    replicas: Records
+    sums: Ints  # (replicas, structures, 2, columns): vectors of decoding sequences in the next iteration, their growth
+    rows: Ints  # (rows, columns)
+    parts: Records  # (replicas, MOST_PARTS + OPEN_SPANS): of the run under way
+    notes: Records
+    gaps: Records
+    plans: Plans
