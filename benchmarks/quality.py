@@ -5,8 +5,8 @@
 
 Every cell is the share of examples whose scored tokens greedy decoding produces in place. A policy is judged twice: the
 question stands at the end of the prompt (seen), or the cache is built from the context alone and the question follows
-as a turn of its own (unseen), as where a cache is reused. Budgets are shares of the context. Results are merged into
-the file, so that policies can be measured one after the other.
+as a turn of its own (unseen), as where a cache is reused. Budgets are shares of the context. Each cell is merged into
+the file as it is measured: a run that is cut short loses nothing, and policies can be measured one after the other.
 """
 
 import argparse
@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -123,37 +124,37 @@ def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tu
     return right, figures
 
 
-def measure(model: Any, way: str, lengths: Sequence[int], most: int) -> list[dict[str, Any]]:
+def measure(model: Any, way: str, lengths: Sequence[int], most: int) -> Iterator[dict[str, Any]]:
     """One row for each mode, task and length."""
-    rows = []
     for mode in MODES:
         for group in groups(lengths, most):
             length = group[0].length_tokens
             text = policy_text(way, length)
             began = time.perf_counter()
             right, figures = answers(model, text, group, mode)
-            rows.append(
-                {
-                    "way": way,
-                    "policy": text,
-                    "mode": mode,
-                    "task": group[0].task,
-                    "length_tokens": length,
-                    "examples": len(group),
-                    "right": sum(right),
-                    "seconds": time.perf_counter() - began,
-                    **figures,
-                }
-            )
-    return rows
+            yield {
+                "way": way,
+                "policy": text,
+                "mode": mode,
+                "task": group[0].task,
+                "length_tokens": length,
+                "examples": len(group),
+                "right": sum(right),
+                "seconds": time.perf_counter() - began,
+                **figures,
+            }
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new rows, and the old ones of ways that were not measured now."""
-    measured = {row["way"] for row in new["rows"]}
-    kept = [row for row in old.get("rows", []) if row["way"] not in measured]
-    order = list(WAYS)
-    return {**new, "rows": sorted(kept + new["rows"], key=lambda row: order.index(row["way"]))}
+    """The new rows, and the old ones of cells that were not measured now."""
+    rows = {_cell(row): row for row in (*old.get("rows", []), *new["rows"])}
+    return {**new, "rows": [rows[cell] for cell in sorted(rows)]}
+
+
+def _cell(row: dict[str, Any]) -> tuple[int, ...]:
+    """Where a row stands."""
+    place = [list(WAYS).index(row["way"]), MODES.index(row["mode"])]
+    return *place, TASKS.index(row["task"]), row["length_tokens"]
 
 
 def page(report: dict[str, Any]) -> str:
@@ -220,7 +221,6 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--examples", type=int, default=10)
     parser.add_argument("--policies", nargs="+", default=list(WAYS), metavar="NAME", help="beginnings of table rows")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no policy after this time")
     parser.add_argument("--commit", default=None, help="where there is no git")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--page", action="store_true")
@@ -229,7 +229,6 @@ def main() -> None:
     if arguments.page:
         PAGE.write_text(page(old), encoding="utf-8")
         return
-    began = time.perf_counter()
     with TemporaryDirectory() as folder:
         dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(expand(Path(folder) / "needle"), dtype=dtype)
@@ -246,24 +245,12 @@ def main() -> None:
             "commit": arguments.commit or _git("describe", "--always", "--dirty", "--abbrev=12"),
             "command": "python benchmarks/quality.py " + " ".join(sys.argv[1:]),
         }
-        for way in WAYS:
-            if not any(way.startswith(name) for name in arguments.policies):
-                continue
-            if time.perf_counter() - began > arguments.seconds:
-                sys.stdout.write(f"{way}: no time left\n")
-                continue
-            rows = measure(model, way, arguments.lengths, arguments.examples)
-            old = merged(old, {**report, "rows": rows})
+        ways = [way for way in WAYS if any(way.startswith(name) for name in arguments.policies)]
+        for row in chain.from_iterable(measure(model, w, arguments.lengths, arguments.examples) for w in ways):
+            old = merged(old, {**report, "rows": [row]})
             arguments.out.write_text(json.dumps(old, indent=1) + "\n")
-            for mode in MODES:
-                mine = [r for r in rows if r["mode"] == mode]
-                by_task = {t: [r for r in mine if r["task"] == t] for t in TASKS}
-                shares = [
-                    f"{sum(r['right'] for r in rs) / sum(r['examples'] for r in rs):.2f}"
-                    for rs in by_task.values()
-                    if rs
-                ]
-                sys.stdout.write(f"{way:40s} {mode:7s} {' '.join(shares)}  {sum(r['seconds'] for r in mine):6.1f} s\n")
+            shown = [row[name] for name in ("way", "mode", "task", "length_tokens", "right", "examples")]
+            sys.stdout.write("{:40s} {:7s} {:16s} {:6,d} {:3d} of {:2d}".format(*shown) + f" {row['seconds']:6.1f} s\n")
             sys.stdout.flush()
 
 
