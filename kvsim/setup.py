@@ -8,7 +8,8 @@ from kvsim.names import unknown_name
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
 
-ROUTERS = ("round-robin", "least-loaded")
+ROUTERS = ("round-robin", "least-loaded", "prefix-affinity", "kv-aware")
+CACHE_ROUTERS = ROUTERS[2:]  # these look into prefix caches
 SCHEDULERS = ("fcfs",)
 FIDELITIES = ("step", "op")
 PREEMPTIONS = ("swap", "recompute")
@@ -60,6 +61,11 @@ class Setup:
         ):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
+        if self.router in CACHE_ROUTERS and not (self.prefix_cache_hbm_bytes or self.prefix_cache_ddr_bytes):
+            raise ValueError(
+                f"router={self.router} looks into prefix caches, and there is none; give prefix_cache_hbm or "
+                "prefix_cache_ddr a size, or use router=least-loaded"
+            )
         if self.gpus % self.tp:
             raise ValueError(f"gpus={self.gpus} is not a multiple of tp={self.tp}; every replica takes tp GPUs")
         if self.tp > self.host.gpus_max:

@@ -49,7 +49,10 @@ def replay(
     ] = None,
     fidelity: Annotated[str | None, typer.Option(metavar="step|op", help="op: every operation, links shared.")] = None,
     scheduler: Annotated[str | None, typer.Option(metavar="NAME", help="In which order requests are admitted.")] = None,
-    router: Annotated[str | None, typer.Option(metavar="NAME", help="Which replica takes a request.")] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="round-robin, least-loaded, prefix-affinity or kv-aware (Mooncake)."),
+    ] = None,
     preemption: Annotated[str | None, typer.Option(metavar="swap|recompute", help="When memory runs out.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(metavar="N", help="Sequences that run at a time.")] = None,
     max_num_batched_tokens: Annotated[
@@ -191,12 +194,15 @@ def _warn_of_positions(setup: "Setup", trace: "Trace") -> None:
 
 
 def _warn_of_unused_caches(setups: Sequence["Setup"]) -> None:
+    from kvsim.setup import CACHE_ROUTERS
     from policies import Reuse, describe, reuse_of
 
     for setup in setups:
         cached_bytes = setup.prefix_cache_hbm_bytes + setup.prefix_cache_ddr_bytes
         if cached_bytes and reuse_of(setup.policy) is Reuse.NOTHING:
-            _warn(f"the prefix cache has no effect on {describe(setup.policy)}, whose state no other request can use")
+            name = describe(setup.policy)
+            also = f"; router={setup.router} goes by load alone" if setup.router in CACHE_ROUTERS else ""
+            _warn(f"the prefix cache has no effect on {name}, whose state no other request can use{also}")
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from kvsim.engine.state import (
     WANT_MATCH,
     WANT_PLAN,
     WANT_PROGRAM,
+    WANT_ROUTE,
     WANT_ROWS,
     WANT_STORE,
     WANT_TIMES,
@@ -40,7 +41,8 @@ from kvsim.engine.state import (
 from kvsim.engine.tables import model_arrays, plan_arrays, price_arrays
 from kvsim.makespan import Clock, Load
 from kvsim.prefix_cache import Hit, PrefixCache
-from kvsim.setup import ROUTERS, Setup
+from kvsim.routing import Router
+from kvsim.setup import CACHE_ROUTERS, ROUTERS, Setup
 from traces import Trace
 
 WATERMARK = 0.01  # of HBM kept free at admission (as vLLM)
@@ -57,6 +59,7 @@ class Engine:
         self.table, self.clock, self.caches = table, clock, caches
         self._trace = trace
         self._hits: dict[int, Hit] = {}
+        self._router = Router(trace, setup, table, clock, caches) if setup.router in CACHE_ROUTERS else None
         self._derived: tuple[int, ...] = ()  # what plan was asked for last
         self._structures: list[Structure] = []
         self._structure_index: dict[int, int] = {}
@@ -94,7 +97,11 @@ class Engine:
 
     def arrive(self, index: int, now_s: float) -> int:
         """Queue a request at a replica, which is returned."""
-        return arrive(self.cluster, index, now_s)
+        while True:
+            try:
+                return arrive(self.cluster, index, now_s)
+            except Detour:
+                self._serve()
 
     def batch(self) -> tuple[list[Load], int, int]:
         """The iteration begun last: its loads, tokens and rows of the head."""
@@ -148,8 +155,16 @@ class Engine:
             self._written.append((cluster.notes[: world["notes"]], cluster.gaps[: world["gaps"]]))
             world["notes"] = world["gaps"] = 0
             self.cluster = cluster._replace(notes=np.zeros_like(cluster.notes), gaps=np.zeros_like(cluster.gaps))
+        elif wanted == WANT_ROUTE:
+            self._route(arguments[0])
         else:
             self._serve_cache(wanted, arguments[0])
+
+    def _route(self, index: int) -> None:
+        if self._router is None:
+            raise RuntimeError("a router that sees no prefix caches asked for a look into them")
+        self.cluster.requests[index]["replica"] = self._router.choose(self.cluster, index)
+        self.cluster.world["routed"] = index + 1
 
     def _serve_cache(self, wanted: int, index: int) -> None:
         request = self.cluster.requests[index]

@@ -28,6 +28,7 @@ from kvsim.engine.state import (
     STALLED,
     SWAPPED,
     WAITING,
+    WANT_ROUTE,
     WANT_ROWS,
     Cluster,
     Detour,
@@ -106,9 +107,12 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
 
 
 def arrive(cluster: Cluster, index: int, now_s: float) -> int:
-    """Queue a request at a replica, which is returned; what that does is cut short unless the request must wait."""
-    cluster.world["arrived"] = index + 1
+    """Queue a request at a replica, which is returned; what that does is cut short unless the request must wait.
+
+    May make a detour.
+    """
     number, request = _route(cluster, index), cluster.requests[index]
+    cluster.world["arrived"] = index + 1
     replica = cluster.replicas[number]
     request["replica"] = number
     blocked = replica["length"][WAITING] or replica["length"][SWAPPED]
@@ -122,9 +126,14 @@ def arrive(cluster: Cluster, index: int, now_s: float) -> int:
 
 
 def _route(cluster: Cluster, index: int) -> int:
-    replicas = cluster.replicas
-    if cluster.world["router"] == ROUND_ROBIN:
+    replicas, world = cluster.replicas, cluster.world
+    if world["router"] == ROUND_ROBIN:
         return index % len(replicas)
+    if world["router"] > LEAST_LOADED:  # it looks into prefix caches
+        if world["routed"] <= index:
+            world["wanted"][0], world["wanted"][1] = WANT_ROUTE, index
+            raise Detour
+        return int(cluster.requests[index]["replica"])
     chosen = 0
     for i in range(1, len(replicas)):
         if replicas[i]["outstanding_tokens"] < replicas[chosen]["outstanding_tokens"]:

@@ -33,7 +33,7 @@ QUEUES = 4
 # detour: they are the places at which a replica goes on after one.
 IDLE, RUNNING, STALLED, ITERATING, SETTLING, JOINING, SCHEDULING, ADMITTING, READY = range(9)
 
-WANT_PLAN, WANT_PROGRAM, WANT_TIMES, WANT_ROWS, WANT_MATCH, WANT_ACCEPT, WANT_STORE = range(7)
+WANT_PLAN, WANT_PROGRAM, WANT_TIMES, WANT_ROWS, WANT_MATCH, WANT_ACCEPT, WANT_STORE, WANT_ROUTE = range(8)
 
 
 class Detour(Exception):
@@ -157,6 +157,7 @@ WORLD = np.dtype(
         "gpus_per_switch",
         "head_bytes",
         "arrived",  # requests so far
+        "routed",  # by a look into prefix caches
         "notes",  # rows written
         "gaps",
         "loads",  # of the batch, which was priced last, its tokens and its rows of the head
