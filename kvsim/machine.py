@@ -10,6 +10,7 @@ from policies.plan import Access, Buffer, Copy, Engine, Op, Processor, Sync, Tie
 
 LANES = ("sm", "h2d", "d2h", "cpu", "nvlink", "host")  # the last: the host thread that waits and launches
 SM, H2D, D2H, CPU, NVLINK, HOST = range(len(LANES))
+QKV_KERNELS, OUT_KERNELS, MLP_KERNELS, HEAD_KERNELS = 3, 1, 4, 2
 
 
 class Cost(NamedTuple):
@@ -117,16 +118,16 @@ class Machine:
     def layer_s(self, model: ModelShape, layer: LayerShape, tokens: int) -> tuple[float, float, float]:
         """Times of a layer's own parts for a batch of `tokens`: before the policy, output projection, MLP."""
         dtype = model.weight_dtype
-        qkv = self.linear_s(model.bytes_of(layer.qkv_params), 2 * layer.qkv_params * tokens, 3, dtype)
-        out = self.linear_s(model.bytes_of(layer.out_params), 2 * layer.out_params * tokens, 1, dtype)
+        qkv = self.linear_s(model.bytes_of(layer.qkv_params), 2 * layer.qkv_params * tokens, QKV_KERNELS, dtype)
+        out = self.linear_s(model.bytes_of(layer.out_params), 2 * layer.out_params * tokens, OUT_KERNELS, dtype)
         if not layer.mlp_params:
             return qkv, out, 0.0
         mlp_bytes = model.mlp_bytes_touched(layer, tokens)
-        return qkv, out, self.linear_s(mlp_bytes, 2 * layer.mlp_active_params * tokens, 4, dtype)
+        return qkv, out, self.linear_s(mlp_bytes, 2 * layer.mlp_active_params * tokens, MLP_KERNELS, dtype)
 
     def head_s(self, model: ModelShape, logits: int) -> float:
         """Time of the output head for `logits` positions."""
-        return self.linear_s(model.head_bytes, 2 * model.head_params * logits, 2, model.weight_dtype)
+        return self.linear_s(model.head_bytes, 2 * model.head_params * logits, HEAD_KERNELS, model.weight_dtype)
 
     def allreduce_bytes(self, model: ModelShape, tokens: int) -> int:
         """Bytes that one rank sends in a ring all-reduce of a batch's hidden states."""

@@ -7,7 +7,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.derive import AMOUNTS, LINKS, TIERS, Structure, Vector
-from kvsim.machine import ALONE, CPU, D2H, H2D, LANES, NVLINK, SM, Machine, Sharing
+from kvsim.machine import (
+    ALONE,
+    CPU,
+    D2H,
+    H2D,
+    LANES,
+    MLP_KERNELS,
+    NVLINK,
+    OUT_KERNELS,
+    QKV_KERNELS,
+    SM,
+    Machine,
+    Sharing,
+)
 from kvsim.program import Floats, Program, compile_program, makespan_s
 from policies.model import LayerShape, ModelShape
 
@@ -142,6 +155,13 @@ class Clock:
             busy[WORK] = 2 * (model.active_params - model.head_params) * tokens / machine.gpu.rates.flops("bf16")
             found = self._model_times[tokens] = (np.array(times), busy, weights)
         return found
+
+    def own_bounds_s(self, tokens: int) -> tuple[float, float]:
+        """Of the model's own layers: seconds of arithmetic and of streaming weights; the rest are launches."""
+        _, busy, _ = self.own_layers(tokens)
+        kernels = sum(QKV_KERNELS + OUT_KERNELS + (MLP_KERNELS if x.mlp_params else 0) for x in self.model.layers)
+        hbm_s = float(busy[HBM])
+        return float(busy[SM]) - hbm_s - kernels * self.machine.gpu.rates.launch_s, hbm_s
 
     def prices(self, structure: Structure) -> Prices:
         """The structure's costs as arrays."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvsim.attribution import columns
 from kvsim.curves import peak_and_mean
 from kvsim.derive import LINKS, TIERS
 from kvsim.engine.engine import Engine
@@ -44,8 +45,8 @@ class Outcome:
 
     def result(self, *, wall_s: float, cpu_s: float, setup_cpu_s: float) -> Result:
         """Everything that was recorded, and the three times that the simulator itself took."""
-        columns = self._columns()
-        ends = np.concatenate([columns["finish_s"], columns["first_token_s"]])
+        requests = self._columns()
+        ends = np.concatenate([requests["finish_s"], requests["first_token_s"]])
         start_s = float(self.trace.arrival_s[0])
         makespan_s = float(np.max(ends, where=~np.isnan(ends), initial=start_s)) - start_s
         traffic = self._traffic()
@@ -53,7 +54,7 @@ class Outcome:
         replicas = self.engine.cluster.replicas
         return Result(
             inputs=_inputs(self.trace, self.setup),
-            requests=columns,
+            requests=requests,
             token_gaps=_token_gaps(self.engine.gaps()),
             series=self._series(notes),
             memory=self._memory(notes, start_s, start_s + makespan_s),
@@ -95,6 +96,7 @@ class Outcome:
             "output_tokens": trace.output_tokens,
             "preemptions": requests["preemptions"].copy(),
             "status": np.where(requests["rejected"] > 0, "rejected", unless_rejected),
+            **columns(requests),
         }
 
     def _traffic(self) -> dict[str, dict[str, int]]:

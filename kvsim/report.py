@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from kvsim import report_tables as tables
+from kvsim.attribution import CAUSES
 from kvsim.report_page import Chart, Page, legend
-from kvsim.report_plots import COLOURS, cdf, occupancy, stacked, total_over_replicas
+from kvsim.report_plots import COLOURS, cdf, occupancy, stacked_bytes, stacked_shares, total_over_replicas
 from kvsim.report_runs import Run, runs_of
 from kvsim.results import Floats, Result, finished, latencies
 from kvsim.units import format_bytes, format_s
@@ -28,6 +29,7 @@ def report_html(results: Sequence[Result], *, slo: Mapping[str, float] | None = 
     key = legend((run.label, run.style.css_border) for run in runs) if several else ""
     page.section("Comparison" if several else "Result", tables.comparison(runs), tables.busy(runs))
     page.section("Latency", key, page.charts(_cdf(runs, "ttft_s", warmup_s), _cdf(runs, "tpot_s", warmup_s)))
+    page.section("What the latency was spent on", _spent(runs, page), tables.spent(runs))
     page.section("Memory over time", key, page.charts(*(_occupancy(runs, tier) for tier in ("hbm", "ddr"))))
     page.section("Where the bytes live", _places(runs, page), tables.places(runs), tables.cache(runs))
     page.section("What moves over each link", _links(runs, page), tables.links(runs))
@@ -83,6 +85,16 @@ def _cdf(runs: Sequence[Run], name: str, warmup_s: float) -> Chart:
     return Chart(title, caption, cdf(samples, title.lower()))
 
 
+def _spent(runs: Sequence[Run], page: Page) -> str:
+    charts = []
+    for phase, title in (("ttft", "Time to first token"), ("decode", "From the first token to the last")):
+        shares = {run.label: run.summary["attribution"][phase]["mean_share"] for run in runs}
+        bars = {label: causes for label, causes in shares.items() if causes["queue"] is not None}
+        caption = "Mean over the finished requests of the share of each cause."
+        charts.append(Chart(title, caption, stacked_shares(bars, CAUSES)))
+    return _coloured(CAUSES) + page.charts(*charts)
+
+
 def _occupancy(runs: Sequence[Run], tier: str) -> Chart:
     curves = {run.label: total_over_replicas(run.result.series, f"{tier}_bytes") for run in runs}
     capacities = [run.tier_bytes(tier, "capacity_bytes") or 0.0 for run in runs]
@@ -94,7 +106,7 @@ def _places(runs: Sequence[Run], page: Page) -> str:
     tiers = list(dict.fromkeys(tier for run in runs for tier in run.tiers()))
     bars = {run.label: {tier: run.tier_bytes(tier, "peak_bytes") or 0.0 for tier in tiers} for run in runs}
     caption = "Each tier at its own peak, summed over its memories."
-    return _coloured(tiers) + page.charts(Chart("Bytes at the peak", caption, stacked(bars, tiers)))
+    return _coloured(tiers) + page.charts(Chart("Bytes at the peak", caption, stacked_bytes(bars, tiers)))
 
 
 def _links(runs: Sequence[Run], page: Page) -> str:
@@ -102,7 +114,7 @@ def _links(runs: Sequence[Run], page: Page) -> str:
     bars = {kind: {run.label: run.cause_bytes(run.link_kinds().get(kind, ())) for run in runs} for kind in kinds}
     moved = [cause for of_runs in bars.values() for causes in of_runs.values() for cause in causes]
     causes = list(dict.fromkeys((*_CAUSES, *moved)))
-    charts = [Chart(kind, "Bytes over the whole run, by cause.", stacked(bars[kind], causes)) for kind in kinds]
+    charts = [Chart(kind, "Bytes over the whole run, by cause.", stacked_bytes(bars[kind], causes)) for kind in kinds]
     return _coloured(causes) + page.charts(*charts)
 
 
@@ -118,6 +130,8 @@ def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float) -> st
     notes = [
         "TTFT is the time from a request's arrival to its first token, queue the time from arrival to admission.",
         "TPOT is the mean time per output token after the first.",
+        "Latency is spent in the queue, on a cached prefix, on swaps, and in the batch.",
+        "In the batch it is arithmetic, HBM or launches while the SMs work, and otherwise what they wait for.",
         "Percentiles are nearest ranks over finished requests.",
         f"Goodput counts finished requests{bounds}.",
         "Memory and links show what the simulator charged; lines are thinned to what a screen shows, with their peaks.",

@@ -5,7 +5,7 @@ traces and policies is escaped here, because Plotly reads tags in labels.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -18,8 +18,8 @@ from kvsim.units import format_bytes, format_s
 
 Figure: TypeAlias = dict[str, Any]
 
-# Okabe and Ito's palette for the colour-blind, without black and with its light colours darker: 3:1 on light and dark.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c5659a", "#b8860b", "#8a63d2", "#2f97d4", "#7f8790")
+# Okabe and Ito's palette for the colour-blind, without black, light colours darker, and more: 3:1 on light and dark.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c5659a", "#b8860b", "#8a63d2", "#2f97d4", "#7f8790", "#a0522d")
 _DASHES = {"solid": "solid", "dash": "dashed", "dot": "dotted"}  # Plotly's name and that of CSS
 
 _CDF_POINTS = 400
@@ -88,9 +88,22 @@ def occupancy(curves: Mapping[str, tuple[Floats, Floats]], capacity_bytes: float
     return {"data": lines, "layout": layout}
 
 
-def stacked(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str]) -> Figure:
+def stacked_bytes(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str]) -> Figure:
     """Bytes as one horizontal bar per label, stacked by `parts`, which are coloured in their order."""
     scale, unit = _byte_unit(max((sum(bar.values()) for bar in bars.values()), default=0.0))
+    return _stacked(bars, parts, scale, unit, format_bytes)
+
+
+def stacked_shares(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str]) -> Figure:
+    """Shares as one horizontal bar per label, stacked by `parts`, which are coloured in their order."""
+    figure = _stacked(bars, parts, 1, "", "{:.1%}".format)
+    figure["layout"]["xaxis"] |= {"range": [0, 1], "tickformat": ".0%"}
+    return figure
+
+
+def _stacked(
+    bars: Mapping[str, Mapping[str, float]], parts: Sequence[str], scale: float, unit: str, show: Callable[[float], str]
+) -> Figure:
     rows = list(range(len(bars)))
     data = [
         {
@@ -99,7 +112,7 @@ def stacked(bars: Mapping[str, Mapping[str, float]], parts: Sequence[str]) -> Fi
             "name": escape(part, quote=False),
             "y": rows,
             "x": _numbers(np.array([bar.get(part, 0) / scale for bar in bars.values()], np.float64)),
-            "customdata": [format_bytes(bar.get(part, 0)) for bar in bars.values()],
+            "customdata": [show(bar.get(part, 0)) for bar in bars.values()],
             "hovertemplate": "%{customdata}<extra>%{fullData.name}</extra>",
             "marker": {"color": COLOURS[index % len(COLOURS)]},
         }

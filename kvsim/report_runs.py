@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvsim.report_page import name_cell
+from kvsim.attribution import WAITS
+from kvsim.report_page import MISSING, name_cell
 from kvsim.report_plots import Style, style
 from kvsim.results import Result, summarize
 
@@ -30,6 +31,14 @@ class Run(NamedTuple):
     def tiers(self) -> list[str]:
         """The tiers of the memories, in their order."""
         return list(dict.fromkeys(map(_tier, self.summary["memory"])))
+
+    def bottleneck(self) -> str:
+        """The bottleneck, and its share of the time that requests spent once admitted."""
+        name, spent_s = self.summary["bottleneck"], self.summary["attribution"]["e2e"]["mean_s"]
+        if name is None:
+            return MISSING
+        admitted_s = sum(seconds for cause, seconds in spent_s.items() if cause not in WAITS)
+        return f"{name}, {spent_s[name] / admitted_s:.1%} of the time of admitted requests"
 
     def pcie_bytes(self) -> float:
         """Bytes that crossed between an HBM and its host, both ways; each byte counts at its GPU's link only."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from kvsim.attribution import CAUSES
 from kvsim.report_page import MISSING, name_cell, number_cell, table, text_cell
 from kvsim.report_runs import Run
 from kvsim.units import format_bytes, format_count, format_s
@@ -58,19 +59,31 @@ def comparison(runs: Sequence[Run]) -> str:
 
 def busy(runs: Sequence[Run]) -> str:
     """How much of the time each resource worked."""
+
+    def busiest(run: Run) -> str | None:
+        return max(run.summary["busy"], key=run.summary["busy"].__getitem__, default=None)
+
     resources = list(dict.fromkeys(name for run in runs for name in run.summary["busy"]))
     rows = [
         [
             run.name_cell,
-            *(
-                number_cell(run.summary["busy"].get(name), _share, name == run.summary["bottleneck"])
-                for name in resources
-            ),
+            *(number_cell(run.summary["busy"].get(name), _share, name == busiest(run)) for name in resources),
         ]
         for run in runs
     ]
-    caption = "Share of the makespan in which each resource was busy, mean over replicas; the bottleneck is bold."
+    caption = "Share of the makespan in which each resource was busy, mean over replicas; the busiest is bold."
     return table(caption, ["policy", *resources], rows)
+
+
+def spent(runs: Sequence[Run]) -> str:
+    """How long a request waited for what, in the mean, and the mean latency that this adds up to."""
+    rows = []
+    for run in runs:
+        mean_s = run.summary["attribution"]["e2e"]["mean_s"]
+        cells = [number_cell(mean_s[name], format_s, name == run.summary["bottleneck"]) for name in CAUSES]
+        rows.append([run.name_cell, *cells, number_cell(run.summary["e2e_s"]["mean"], format_s)])
+    caption = "Mean time of a finished request by cause; the bottleneck, once it is admitted, is bold."
+    return table(caption, ["policy", *CAUSES, "end to end"], rows)
 
 
 def places(runs: Sequence[Run]) -> str:

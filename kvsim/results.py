@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kvsim.attribution import attribution, bottleneck
 from kvsim.names import unknown_name
 
 SCHEMA_VERSION = 1
@@ -28,7 +29,8 @@ class Result:
 
     `requests` are columns with one row per submitted request, in order of arrival: request, tenant, session, replica,
     arrival_s, admitted_s, first_token_s, finish_s (NaN for what did not happen), prompt_tokens, cached_tokens,
-    output_tokens, preemptions, status (`finished`, `rejected` or `unfinished`).
+    output_tokens, preemptions, status (`finished`, `rejected` or `unfinished`), and seconds by cause
+    (`kvsim.attribution.columns`).
     `series` are columns with one row per iteration boundary of a replica: time_s (ascending for each replica), replica,
     hbm_bytes, ddr_bytes, running, waiting. Values change linearly between rows; two rows of one time are a jump.
     """
@@ -104,27 +106,25 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
     knows no requests, keeps all tokens). Raises ValueError for an unknown bound and for negative numbers.
     """
     outcome = _outcome(result, _checked(slo or {}, warmup_s), warmup_s)
+    everything = _group(result, outcome, np.arange(len(outcome.finished)), statistics(*result.token_gaps))
     # Sorted by tenant, so that each one's requests are a run of rows, however many tenants there are.
     tenants, members = np.unique(result.requests["tenant"].astype(str), return_inverse=True)
     rows = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1]) if len(members) else []
-    itl_s = statistics(*result.token_gaps)
     # The gaps are not recorded per tenant: theirs are known only where one tenant has all of them.
-    tenant_itl_s = itl_s if len(tenants) == 1 else dict.fromkeys(itl_s)
+    itl_s = everything["itl_s"] if len(tenants) == 1 else dict.fromkeys(everything["itl_s"])
     return {
         "schema_version": SCHEMA_VERSION,
         "inputs": plain(result.inputs),
-        **_group(result, outcome, np.arange(len(members)), itl_s),
+        **everything,
         "makespan_s": float(result.makespan_s),
-        "tenants": {
-            str(name): _group(result, outcome, own, tenant_itl_s) for name, own in zip(tenants, rows, strict=True)
-        },
+        "tenants": {str(name): _group(result, outcome, own, itl_s) for name, own in zip(tenants, rows, strict=True)},
         "memory": plain(result.memory),
         "links": plain(result.links),
         "traffic": plain(result.traffic),
         "cache": plain(result.cache),
         "swaps": plain(result.swaps),
         "busy": plain(result.busy),
-        "bottleneck": max(result.busy, key=lambda name: result.busy[name], default=None),
+        "bottleneck": bottleneck(everything["attribution"]["e2e"]["mean_s"]),
         "wall_s": float(result.wall_s),
         "cpu_s": float(result.cpu_s),
         "setup_cpu_s": float(result.setup_cpu_s),
@@ -187,6 +187,7 @@ def _group(result: Result, outcome: _Outcome, rows: NDArray[np.intp], itl_s: Sta
         "itl_s": dict(itl_s),
         "e2e_s": spread["e2e_s"],
         "queue_s": spread["queue_s"],
+        "attribution": attribution(columns, measured),
     }
 
 

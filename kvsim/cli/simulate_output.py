@@ -91,7 +91,7 @@ def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:
             facts[f"{tier.upper()} cache"] = f"{hits:.1%} of {lookups['lookup_blocks']:,} blocks looked up were there"
     if summary["swaps"]["count"]:
         facts["swaps"] = f"{summary['swaps']['count']:,}, {format_bytes(summary['swaps']['bytes'])}"
-    facts["bottleneck"] = f"{summary['bottleneck']}, busy {summary['busy'][summary['bottleneck']]:.1%} of the time"
+    facts["bottleneck"] = run.bottleneck()
     facts["simulated in"] = f"{format_s(summary['cpu_s'])} of CPU time, after {format_s(summary['setup_cpu_s'])}"
     return facts
 
@@ -109,7 +109,7 @@ def _cells(run: "Run", first: "Run") -> list[str]:
         format_bytes(run.pcie_bytes()),
         _cached(run),
         f"{summary['swaps']['count']:,}",
-        summary["bottleneck"],
+        summary["bottleneck"] or MISSING,
     ]
 
 

@@ -10,9 +10,35 @@ from typing import Any
 import numba
 from numba.extending import register_jitable
 
-from kvsim.engine import books, decoding, iteration, loop, memory, neighbours, plans, pricing, queues, runs, scheduling
+from kvsim.engine import (
+    attribution,
+    books,
+    decoding,
+    iteration,
+    loop,
+    memory,
+    neighbours,
+    plans,
+    pricing,
+    queues,
+    runs,
+    scheduling,
+)
 
-_KERNELS = (books, decoding, iteration, loop, memory, neighbours, plans, pricing, queues, runs, scheduling)
+_KERNELS = (
+    attribution,
+    books,
+    decoding,
+    iteration,
+    loop,
+    memory,
+    neighbours,
+    plans,
+    pricing,
+    queues,
+    runs,
+    scheduling,
+)
 
 
 def _functions(module: ModuleType) -> list[Any]:

@@ -1,5 +1,6 @@
 """The sequences of a replica that decode: what they amount to together, and when one of them ends or changes."""
 
+from kvsim.engine.attribution import finish
 from kvsim.engine.plans import DECODE, NEVER, amounts, evaluate, find, slopes, steps_until_change
 from kvsim.engine.queues import push_last, take_out
 from kvsim.engine.state import COUNT, DECODING, NOBODY, SLOPE, STORED, TIERS, VECTOR, Cluster, Record
@@ -126,7 +127,7 @@ def settle(cluster: Cluster, replica_index: int, leave_s: float) -> None:
             take_out(requests, replica, index)
             _subtract(cluster, index)
             leave(replica, requests[index])
-            requests[index]["finish_s"] = leave_s
+            finish(replica, requests[index], leave_s)
         index = after
     replica["next_due"] = _next_due(cluster, replica)
 

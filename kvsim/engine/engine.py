@@ -11,6 +11,7 @@ from kvsim.engine.iteration import first_load
 from kvsim.engine.loop import arrive, play
 from kvsim.engine.plans import INPUTS
 from kvsim.engine.state import (
+    BOUNDS,
     GAP,
     IDLE,
     MOST_PARTS,
@@ -39,6 +40,7 @@ from kvsim.engine.state import (
     Records,
 )
 from kvsim.engine.tables import model_arrays, plan_arrays, price_arrays
+from kvsim.machine import HEAD_KERNELS
 from kvsim.makespan import Clock, Load
 from kvsim.prefix_cache import Hit, PrefixCache
 from kvsim.routing import Router
@@ -150,6 +152,7 @@ class Engine:
         elif wanted == WANT_TIMES:
             tokens = arguments[0]
             self._model_s[tokens], busy_s, weight_bytes = self.clock.own_layers(tokens)
+            busy_s = np.concatenate([busy_s, self.clock.own_bounds_s(tokens), np.zeros(len(BOUNDS) - 2)])
             self._model[tokens] = (1, weight_bytes, self.clock.collective_bytes(tokens), busy_s)
         elif wanted == WANT_ROWS:
             self._written.append((cluster.notes[: world["notes"]], cluster.gaps[: world["gaps"]]))
@@ -264,6 +267,7 @@ def _world(setup: Setup, clock: Clock) -> Record:
     world["tp"], world["gpus_per_switch"] = setup.tp, host.gpus_per_switch
     world["head_bytes"] = clock.model.head_bytes
     world["head_s"], world["logit_s"] = clock.head_parts_s
+    world["head_launch_s"] = HEAD_KERNELS * rates.launch_s
     world["pcie_latency_s"] = rates.pcie_latency_s
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
     world["ddr_Bps"], world["switch_Bps"] = host.ddr_Bps, host.switch_Bps

@@ -2,6 +2,7 @@
 
 import math
 
+from kvsim.engine.attribution import contend, finish, first_token, note_shared
 from kvsim.engine.books import charge_model, charge_plans, emit, gap, note, note_now
 from kvsim.engine.decoding import advance, join, last_generated, leave, target_tokens
 from kvsim.engine.memory import release
@@ -10,6 +11,7 @@ from kvsim.engine.pricing import price
 from kvsim.engine.queues import take_out
 from kvsim.engine.state import (
     BUSY,
+    BY_SWAP,
     COUNT,
     DECODING,
     ITERATING,
@@ -32,6 +34,7 @@ def stall(cluster: Cluster, number: int, now_s: float) -> bool:
         return False
     note_now(cluster, number, now_s)
     replica["phase"], replica["began_s"], replica["wake_s"] = STALLED, now_s, now_s + replica["stall_s"]
+    replica["busy_s"][BY_SWAP] += replica["stall_s"]
     replica["stall_s"] = 0.0
     return True
 
@@ -51,6 +54,7 @@ def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
     charge_model(world, replica, prices, 1, tokens, logits)
     for i in range(len(BUSY)):
         replica["busy_s"][i] += world["busy_s"][i]
+    note_shared(replica, world["busy_s"])
     replica["decoding_now"] = decoding
     replica["phase"], replica["wake_s"] = ITERATING, now_s + seconds
 
@@ -59,6 +63,8 @@ def end_iteration(cluster: Cluster, number: int, now_s: float) -> None:
     """Every decoding sequence has emitted a token, and every chunk is done."""
     replica = cluster.replicas[number]
     note(cluster, number, now_s, 0)
+    if now_s != replica["wake_s"]:  # whoever keeps the time let others compete with it
+        contend(replica, now_s - replica["wake_s"])
     emit(cluster, number, now_s - replica["began_s"])
     advance(cluster, number, 1)
     index = replica["first"][PREFILLING]
@@ -89,13 +95,13 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     request["chunk_tokens"] = 0
     first = math.isnan(request["first_token_s"])
     if first:
-        request["first_token_s"] = now_s
+        first_token(replica, request, now_s)
     else:
         gap(cluster, now_s - request["last_token_s"], 0.0, 1, 1)
     if decodes:
         join(cluster, index, 1)
     else:
-        request["finish_s"] = now_s
+        finish(replica, request, now_s)
         leave(replica, request)
     if first and replica["cached"]:
         cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_STORE, index

@@ -7,9 +7,12 @@ the order that `kvsim.program` has compiled.
 
 import numpy as np
 
+from kvsim.engine.attribution import expose
 from kvsim.engine.state import (
     AMOUNTS,
     BUSY,
+    BY_COMPUTE,
+    BY_HBM,
     HBM_BUSY,
     OPS,
     WANT_PROGRAM,
@@ -76,7 +79,10 @@ def price(
         head_s = world["head_s"] + logits * world["logit_s"]
         busy[SM] += head_s
         busy[HBM_BUSY] += world["head_s"]
+        busy[BY_HBM] += world["head_s"] - world["head_launch_s"]
+        busy[BY_COMPUTE] += logits * world["logit_s"]
         total_s += head_s
+    expose(busy, total_s)
     return float(total_s)
 
 
@@ -98,6 +104,7 @@ def _op_s(
     if lane == SM:
         busy[WORK] += op["layers"] * arithmetic
         busy[HBM_BUSY] += op["layers"] * transfers
+        busy[BY_COMPUTE if arithmetic > transfers else BY_HBM] += op["layers"] * max(arithmetic, transfers)
     return float(seconds)
 
 

@@ -15,6 +15,7 @@ from kvsim.engine.pricing import price
 from kvsim.engine.scheduling import next_ready_s
 from kvsim.engine.state import (
     BUSY,
+    BY_SWAP,
     COUNT,
     DDR,
     DECODING,
@@ -54,6 +55,7 @@ def end_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None
     """Book a run that is over."""
     replica, parts = cluster.replicas[number], cluster.parts[number]
     decoding, steps = replica["decoding_now"], charge_busy(parts, replica)
+    replica["busy_s"][BY_SWAP] += replica["run_stall_s"]
     sums = cluster.sums
     for structure in range(sums.shape[1]):
         if sums[number, structure, 0, COUNT]:

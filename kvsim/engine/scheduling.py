@@ -5,6 +5,7 @@
 
 import math
 
+from kvsim.engine.attribution import enter_batch, preempted, prefix_ready, returned
 from kvsim.engine.decoding import generated_tokens, join, leave, target_tokens, withdraw
 from kvsim.engine.memory import (
     DOWN,
@@ -72,6 +73,7 @@ def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> Non
         return
     request["preemptions"] += 1
     request["last_token_s"] = now_s
+    preempted(replica, request, now_s)
     hbm_bytes = world["need_bytes"][HBM]
     world["need_bytes"][HBM] = 0
     world["need_bytes"][DDR] += hbm_bytes
@@ -94,6 +96,8 @@ def continue_prompts(cluster: Cluster, replica: Record, now_s: float) -> None:
     while index != NOBODY:
         request = cluster.requests[index]
         request["chunk_tokens"] = 0
+        if request["loading"] and request["ready_s"] <= now_s:
+            prefix_ready(replica, request, now_s)
         if left > 0 and request["ready_s"] <= now_s:
             chunk = min(left, target_tokens(request) - request["past_tokens"])
             request["chunk_tokens"] = chunk
@@ -106,7 +110,7 @@ def continue_prompts(cluster: Cluster, replica: Record, now_s: float) -> None:
 def admit(cluster: Cluster, replica: Record, now_s: float) -> None:
     """Let swapped sequences return, the one that joined first first, then new ones begin. May make detours."""
     while replica["length"][SWAPPED] and _may_run(cluster, replica):
-        if not _swap_in(cluster, replica, replica["first"][SWAPPED]):
+        if not _swap_in(cluster, replica, replica["first"][SWAPPED], now_s):
             break
         replica["batch_tokens"] -= 1
     while replica["length"][WAITING] and not replica["length"][SWAPPED] and _may_run(cluster, replica):
@@ -143,12 +147,16 @@ def _begin(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
     request["past_tokens"], request["chunk_tokens"], request["ready_s"] = past, 0, now_s
     if math.isnan(request["admitted_s"]):
         request["admitted_s"], request["cached_tokens"] = now_s, past
+    else:
+        returned(request, now_s)
     if load_bytes:  # loads of a replica queue
         replica["prefix_up_bytes"] += load_bytes
         began_s = max(now_s, replica["loader_free_s"])
         replica["loader_free_s"] = began_s + transfer_s(cluster.world, replica, load_bytes, UP)
         request["ready_s"] = replica["loader_free_s"]
+        request["loading"], request["since_s"] = 1, now_s
     else:
+        enter_batch(replica, request)
         request["chunk_tokens"] = chunk
         replica["chunks"] += 1
         replica["batch_tokens"] -= chunk
@@ -158,7 +166,7 @@ def _begin(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
     return True
 
 
-def _swap_in(cluster: Cluster, replica: Record, index: int) -> bool:
+def _swap_in(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
     request, plans, world = cluster.requests[index], cluster.plans, cluster.world
     generated = request["generated_at_join"]
     amounts(plans, find(plans, DECODE, target_tokens(request), generated, 0), cluster.rows, VECTOR)
@@ -173,6 +181,8 @@ def _swap_in(cluster: Cluster, replica: Record, index: int) -> bool:
     swap(world, replica, hbm_bytes, UP)
     join(cluster, index, generated)
     replica["late"] += 1
+    returned(request, now_s)
+    enter_batch(replica, request)
     return True
 
 

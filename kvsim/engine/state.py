@@ -14,8 +14,13 @@ Ints = NDArray[np.int64]
 Records = NDArray[np.void]
 Record = Any  # one element of Records
 
-BUSY = (*LANES, "work", "hbm")  # lanes, then the SMs' arithmetic and the HBM's transfers within the SM lane
+# Lanes, then the SMs' arithmetic and the HBM's transfers within the SM lane, then what time is attributed to: what is
+# left of it are launches and waits of the host (`kvsim.attribution`).
+BOUNDS = ("compute", "hbm", "pcie", "nvlink", "cpu", "swap")
+BUSY = (*LANES, "work", "hbm", *(f"{name} bound" for name in BOUNDS))
 WORK, HBM_BUSY = len(LANES), len(LANES) + 1
+BOUND = len(LANES) + 2  # where they begin
+BY_COMPUTE, BY_HBM, BY_PCIE, BY_NVLINK, BY_CPU, BY_SWAP = range(BOUND, len(BUSY))
 LINKS = 4
 TIERS = 3
 HBM, DDR, NVME = range(TIERS)
@@ -60,6 +65,8 @@ REQUEST = np.dtype(
         "finish_s",
         "last_token_s",  # before it was preempted
         "ready_s",  # when its cached prefix has come up
+        "since_s",  # when it began to wait for that, or was preempted
+        "prefix_s",  # for how long it waited for that
     )
     + _ints(
         "prompt_tokens",
@@ -78,11 +85,13 @@ REQUEST = np.dtype(
         "joined",  # the iteration at which it ends
         "generated_at_join",
         "due",
+        "loading",  # whether it waits for its cached prefix
         "matched",  # the version of the cache in which these were its hits
         "hit_tokens",
         "hit_load_bytes",
     )
     + [("held", np.int64, (TIERS,))]  # bytes reserved for its prefill, or taken while it is swapped out
+    + [(name, np.float64, (len(BOUNDS),)) for name in ("bound_s", "ttft_bound_s")]  # all of it, up to its first token
 )
 REPLICA = np.dtype(
     _floats(
@@ -131,6 +140,7 @@ REPLICA = np.dtype(
         ("cache_bytes", np.int64, (TIERS,)),
         ("plan_bytes", np.int64, (LINKS,)),
         ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
+        ("shared_s", np.float64, (2,)),  # copies, and CPU work, of the iteration under way, if alone on the host
         *_seconds("busy_s"),
     ]
 )
@@ -167,6 +177,7 @@ WORLD = np.dtype(
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
     + _floats("ddr_Bps", "switch_Bps")
     + _floats("head_s", "logit_s")  # of the output head: once, and for each position
+    + _floats("head_launch_s")  # the part of the former that is no transfer
     + [
         ("capacity_bytes", np.int64, (TIERS,)),
         ("need_bytes", np.int64, (TIERS,)),  # scratch

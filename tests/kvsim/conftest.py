@@ -6,11 +6,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvsim.results import Result
+from kvsim.attribution import CAUSES as SPENT_ON
+from kvsim.results import Array, Result
 
 GIB = 2**30
 CAUSES = ("plans", "weights", "swaps", "prefix", "collectives")
 LINKS = ("gpu0.hbm->gpu0.sm", "gpu1.hbm->gpu1.sm", "host.ddr->gpu0.hbm", "gpu0.hbm->host.ddr", "gpu0.hbm->gpu1.hbm")
+
+
+def spent(rng: np.random.Generator, ttft_s: Array, e2e_s: Array) -> dict[str, Array]:
+    """Columns of seconds by cause that add up to times since admission, at random."""
+    names = [name for name in SPENT_ON if name != "queue"]
+    shares = rng.dirichlet(np.ones(len(names)), len(e2e_s)).T
+    ttft = {name: share * ttft_s for name, share in zip(names, shares, strict=True)}
+    later = rng.dirichlet(np.ones(len(names) - 1), len(e2e_s)).T  # nobody waits for a prefix once it has a token
+    found = {"prefix_s": ttft.pop("prefix")}
+    for (name, first_s), share in zip(ttft.items(), later, strict=True):
+        found |= {f"{name}_s": first_s + share * (e2e_s - ttft_s), f"ttft_{name}_s": first_s}
+    return found
 
 
 def build_result(
@@ -58,6 +71,7 @@ def build_result(
             "output_tokens": output_tokens,
             "preemptions": rng.integers(0, 2, count),
             "status": status,
+            **spent(rng, first_token_s - admitted_s, finish_s - admitted_s),
         },
         "token_gaps": (rng.lognormal(-4, 0.3, 500), rng.integers(1, 50, 500)),
         "series": {

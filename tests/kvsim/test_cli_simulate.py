@@ -65,7 +65,7 @@ def test_simulate_prints_the_summary_of_the_scenario(capsys: pytest.CaptureFixtu
 def test_the_summary_has_every_name_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads(out_of(capsys, "simulate", *SMALL, "--trace", LONG, "--prefix-cache-ddr", "10GiB", "--json"))
     names = "inputs requests tokens makespan_s output_tokens_per_s goodput_rps ttft_s tpot_s itl_s e2e_s queue_s"
-    names += " tenants memory links cache swaps bottleneck wall_s cpu_s setup_cpu_s"
+    names += " tenants memory links cache swaps bottleneck attribution wall_s cpu_s setup_cpu_s"
     assert set(names.split()) <= set(summary)
     for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s"):
         assert set(summary[name]) == {"mean", "p50", "p90", "p99", "max"}

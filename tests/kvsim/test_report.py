@@ -125,6 +125,10 @@ def test_the_other_tables_show_the_summaries(compared: list[Result]) -> None:
     page, summaries = report(compared), dict(zip(POLICIES, map(summarize, compared), strict=True))
     for row in page.table("Share of the makespan"):
         assert {name: row[name] for name in row if name != "policy"} == summaries[row["policy"]]["busy"]
+    for row in page.table("Mean time of a finished request by cause"):
+        spent = {name: row[name] for name in row if name not in ("policy", "end to end")}
+        assert spent == summaries[row["policy"]]["attribution"]["e2e"]["mean_s"]
+        assert sum(spent.values()) == pytest.approx(row["end to end"])
     for row in page.table("Prefix cache"):
         blocks = summaries[row["policy"]]["cache"][row["tier"]]
         assert (row["lookups"], row["hits"]) == (blocks["lookup_blocks"], blocks["hit_blocks"])
@@ -216,7 +220,9 @@ def test_plotly_knows_every_property(compared: list[Result]) -> None:
     from plotly.graph_objects import Figure
 
     figures = report(compared).figures
-    assert len(figures) == 2 + 2 + 1 + 4  # latencies, memories, places, and four kinds of link
+    assert (
+        len(figures) == 2 + 2 + 2 + 1 + 4
+    )  # latencies, what they were spent on, memories, places, and four kinds of link
     for figure in figures:
         Figure(figure)  # raises ValueError for a property that Plotly would ignore
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.report_plots import cdf, occupancy, stacked, style, thin, total_over_replicas
+from kvsim.report_plots import COLOURS, cdf, occupancy, stacked_bytes, stacked_shares, style, thin, total_over_replicas
 
 GIB = 2**30
 
@@ -72,12 +72,19 @@ def test_ticks_are_round_times(values: list[float], ticks: list[str]) -> None:
 
 def test_bars_keep_every_part_and_the_labels_short_and_escaped() -> None:
     long = "quest:" + "x" * 60
-    figure = stacked({"a & <b>": {"plans": GIB}, long: {"swaps": 3 * GIB, "plans": GIB}}, ["plans", "swaps"])
+    figure = stacked_bytes({"a & <b>": {"plans": GIB}, long: {"swaps": 3 * GIB, "plans": GIB}}, ["plans", "swaps"])
     assert {trace["name"]: trace["x"] for trace in figure["data"]} == {"plans": [1, 1], "swaps": [0, 3]}
     first, second = figure["layout"]["yaxis"]["ticktext"]
     assert first == "a &amp; &lt;b&gt;"
     assert len(second) == 30
     assert second.endswith("…")
+
+
+def test_shares_fill_their_axis() -> None:
+    figure = stacked_shares({"full": {"queue": 0.25, "hbm": 0.75}}, ["queue", "hbm", "pcie"])
+    assert [trace["x"] for trace in figure["data"]] == [[0.25], [0.75], [0]]
+    assert [trace["customdata"] for trace in figure["data"]] == [["25.0%"], ["75.0%"], ["0.0%"]]
+    assert figure["layout"]["xaxis"]["range"] == [0, 1]
 
 
 def test_two_dozen_runs_look_different() -> None:
@@ -98,4 +105,6 @@ def contrast(colour: str, background: str) -> float:
 
 @pytest.mark.parametrize("background", ["#ffffff", "#12161c"])
 def test_every_colour_is_seen_on_light_and_dark(background: str) -> None:
-    assert min(contrast(style(index).colour, background) for index in range(8)) >= 3  # WCAG 1.4.11 for graphics
+    assert (
+        min(contrast(style(index).colour, background) for index in range(len(COLOURS))) >= 3
+    )  # WCAG 1.4.11 for graphics

@@ -32,6 +32,14 @@ BY_HAND: dict[str, Any] = {
         "output_tokens": np.array([5, 1, 7, 3]),
         "preemptions": np.array([0, 0, 0, 2]),
         "status": np.array(["finished", "finished", "rejected", "finished"]),
+        "prefix_s": np.array([0.0, 0.0, NAN, 1.0]),
+        **{f"{cause}_s": np.zeros(4) for cause in ("pcie", "nvlink", "cpu", "overhead")},
+        **{f"ttft_{cause}_s": np.zeros(4) for cause in ("pcie", "nvlink", "cpu", "swap", "overhead")},
+        "ttft_compute_s": np.array([2.0, 1.0, NAN, 3.0]),
+        "ttft_hbm_s": np.array([1.0, 0.0, NAN, 0.0]),
+        "compute_s": np.array([3.0, 1.0, NAN, 3.0]),
+        "hbm_s": np.array([4.0, 0.0, NAN, 0.5]),
+        "swap_s": np.array([0.0, 0.0, NAN, 0.5]),
     },
     "token_gaps": (np.array([0.5, 1.0]), np.array([2, 4])),
     "makespan_s": 50.0,
@@ -49,6 +57,37 @@ def test_figures_by_hand(make_result: Make) -> None:
     assert summary["e2e_s"]["max"] == 8
     assert summary["queue_s"] == {"mean": 1, "p50": 1, "p90": 2, "p99": 2, "max": 2}  # of 0, 1, 2
     assert summary["itl_s"] == {"mean": 5 / 6, "p50": 1, "p90": 1, "p99": 1, "max": 1}  # the third of six gaps is 1
+
+
+def test_attribution_by_hand(make_result: Make) -> None:
+    summary = summarize(make_result(**BY_HAND))
+    found = {
+        phase: {figure: {cause: x for cause, x in values.items() if x} for figure, values in figures.items()}
+        for phase, figures in summary["attribution"].items()
+    }
+    # Latencies of 8, 1 and 7 s; of the first, 1 s in the queue, 3 s of arithmetic, 4 s of the HBM, and so on.
+    assert found["e2e"]["mean_s"] == pytest.approx(
+        {"queue": 1.0, "prefix": 1 / 3, "compute": 7 / 3, "hbm": 1.5, "swap": 0.5 / 3}
+    )
+    assert found["e2e"]["mean_share"] == pytest.approx(
+        {
+            "queue": (1 / 8 + 0 + 2 / 7) / 3,
+            "prefix": (0 + 0 + 1 / 7) / 3,
+            "compute": (3 / 8 + 1 + 3 / 7) / 3,
+            "hbm": (4 / 8 + 0 + 0.5 / 7) / 3,
+            "swap": (0 + 0 + 0.5 / 7) / 3,
+        }
+    )
+    assert found["ttft"]["mean_s"] == pytest.approx({"queue": 1.0, "prefix": 1 / 3, "compute": 2.0, "hbm": 1 / 3})
+    # The second has one token and no decode; the others took 4 and 1 s.
+    assert found["decode"]["mean_share"] == pytest.approx({"compute": 1 / 8, "hbm": (3 / 4 + 0.5) / 2, "swap": 0.25})
+    assert summary["bottleneck"] == "compute"
+    sums = {phase: sum(values["mean_s"].values()) for phase, values in found.items()}
+    assert sums["e2e"] == pytest.approx(summary["e2e_s"]["mean"])
+    assert sums["ttft"] == pytest.approx(summary["ttft_s"]["mean"])
+    nobody = summarize(make_result(**BY_HAND), warmup_s=1000.0)
+    assert nobody["bottleneck"] is None
+    assert set(nobody["attribution"]["e2e"]["mean_s"].values()) == {None}
 
 
 def test_tenants_are_summarized_alike_and_in_order(make_result: Make) -> None:
@@ -80,7 +119,7 @@ def test_warmup_leaves_early_requests_out_of_the_latencies_only(make_result: Mak
     cold, warm = summarize(make_result(**BY_HAND)), summarize(make_result(**BY_HAND), warmup_s=10.0)
     assert warm["ttft_s"] == {"mean": 3.5, "p50": 1, "p90": 6, "p99": 6, "max": 6}  # the request at 0 s is out
     differing = {key for key in cold if cold[key] != warm[key]}
-    assert differing <= {"ttft_s", "tpot_s", "e2e_s", "queue_s", "tenants"}
+    assert differing <= {"ttft_s", "tpot_s", "e2e_s", "queue_s", "tenants", "attribution", "bottleneck"}
 
 
 def test_statistics_of_nothing_are_null(make_result: Make) -> None:
@@ -108,13 +147,14 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
         "itl_s",
         "e2e_s",
         "queue_s",
+        "attribution",
     ]
     rest = ["makespan_s", "tenants", "memory", "links", "traffic", "cache", "swaps", "busy", "bottleneck"]
     clocks = ["wall_s", "cpu_s", "setup_cpu_s"]
     summary = summarize(make_result(tenants=("x", "y")))
     assert sorted(summary) == sorted(["schema_version", "inputs", *group, *rest, *clocks])
     assert sorted(summary["tenants"]["x"]) == sorted(group)
-    assert summary["bottleneck"] == max(summary["busy"], key=summary["busy"].get)
+    assert sorted(summary["attribution"]) == ["decode", "e2e", "ttft"]
     assert json.loads(json.dumps(summary)) == summary  # plain values all through
 
 
