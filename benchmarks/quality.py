@@ -75,10 +75,10 @@ def policy_text(way: str, tokens: int) -> str:
     return WAYS[way].format(**shares, **outliers)
 
 
-def groups(lengths: Sequence[int], most: int) -> Iterable[list[Example]]:
+def groups(tasks: Sequence[str], lengths: Sequence[int], most: int) -> Iterable[list[Example]]:
     """Examples of one task and one length, which run as one batch."""
     found: defaultdict[tuple[str, int], list[Example]] = defaultdict(list)
-    for example in load_evals(TASKS):
+    for example in load_evals(tasks):
         if example.length_tokens in lengths:
             found[example.task, example.length_tokens].append(example)
     return (group[:most] for group in found.values())
@@ -124,25 +124,24 @@ def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tu
     return right, figures
 
 
-def measure(model: Any, way: str, lengths: Sequence[int], most: int) -> Iterator[dict[str, Any]]:
-    """One row for each mode, task and length."""
-    for mode in MODES:
-        for group in groups(lengths, most):
-            length = group[0].length_tokens
-            text = policy_text(way, length)
-            began = time.perf_counter()
-            right, figures = answers(model, text, group, mode)
-            yield {
-                "way": way,
-                "policy": text,
-                "mode": mode,
-                "task": group[0].task,
-                "length_tokens": length,
-                "examples": len(group),
-                "right": sum(right),
-                "seconds": time.perf_counter() - began,
-                **figures,
-            }
+def measure(model: Any, way: str, mode: str, batches: Iterable[Sequence[Example]]) -> Iterator[dict[str, Any]]:
+    """A row for each batch of examples."""
+    for examples in batches:
+        task, length = examples[0].task, examples[0].length_tokens
+        text = policy_text(way, length)
+        began = time.perf_counter()
+        right, figures = answers(model, text, examples, mode)
+        yield {
+            "way": way,
+            "policy": text,
+            "mode": mode,
+            "task": task,
+            "length_tokens": length,
+            "examples": len(examples),
+            "right": sum(right),
+            "seconds": time.perf_counter() - began,
+            **figures,
+        }
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +219,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--examples", type=int, default=10)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--policies", nargs="+", default=list(WAYS), metavar="NAME", help="beginnings of table rows")
     parser.add_argument("--commit", default=None, help="where there is no git")
     parser.add_argument("--out", type=Path, default=OUT)
@@ -246,7 +247,9 @@ def main() -> None:
             "command": "python benchmarks/quality.py " + " ".join(sys.argv[1:]),
         }
         ways = [way for way in WAYS if any(way.startswith(name) for name in arguments.policies)]
-        for row in chain.from_iterable(measure(model, w, arguments.lengths, arguments.examples) for w in ways):
+        batches = list(groups(arguments.tasks, arguments.lengths, arguments.examples))
+        runs = (measure(model, way, mode, batches) for way in ways for mode in arguments.modes)
+        for row in chain.from_iterable(runs):
             old = merged(old, {**report, "rows": [row]})
             arguments.out.write_text(json.dumps(old, indent=1) + "\n")
             shown = [row[name] for name in ("way", "mode", "task", "length_tokens", "right", "examples")]
