@@ -1,4 +1,4 @@
-"""Simulations of several policies beside each other, one process for each, which Ctrl-C ends early but in order."""
+"""Simulations beside each other, one process for each policy and seed, which Ctrl-C ends early but in order."""
 
 import multiprocessing
 import os
@@ -22,24 +22,31 @@ Show = Callable[[Sequence[int]], None]
 
 
 class Outcome(NamedTuple):
-    """Results in the order of the setups; after an interruption partial ones, without the last, which never began."""
+    """Results in the order of the jobs; after an interruption partial ones, without the last, which never began."""
 
     results: list[Result]
     interrupted: bool
 
 
-def simulate_all(trace: Trace, setups: Sequence[Setup], show: Show) -> Outcome:
-    """Simulate each setup on `trace`, at most as many at a time as there are processors.
+class Job(NamedTuple):
+    """One simulation."""
+
+    trace: Trace
+    setup: Setup
+
+
+def simulate_all(jobs: Sequence[Job], show: Show) -> Outcome:
+    """Do every job, at most as many at a time as there are processors.
 
     The first Ctrl-C ends the simulations at their next event boundary, a second one at once (KeyboardInterrupt).
     Raises the ValueError of a simulation, with the name of its policy when there are several.
     """
-    left, stop = RawArray("q", len(setups)), RawValue(c_bool)
+    left, stop = RawArray("q", len(jobs)), RawValue(c_bool)
     with _stopping(stop):
-        if len(setups) == 1:
-            results = [_simulate(trace, setups[0], 0, left, stop, show)]
+        if len(jobs) == 1:
+            results = [_simulate(jobs[0], 0, left, stop, show)]
         else:
-            results = _simulate_beside(trace, setups, left, stop, show)
+            results = _simulate_beside(jobs, left, stop, show)
     return Outcome(results, bool(stop.value))
 
 
@@ -59,7 +66,7 @@ def _stopping(stop: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _simulate(trace: Trace, setup: Setup, index: int, left: Any, stop: Any, show: Show | None = None) -> Result:
+def _simulate(job: Job, index: int, left: Any, stop: Any, show: Show | None = None) -> Result:
     def progress(gone: int) -> None:
         left[index] = gone
         if show:
@@ -67,29 +74,29 @@ def _simulate(trace: Trace, setup: Setup, index: int, left: Any, stop: Any, show
         if stop.value:
             raise KeyboardInterrupt  # between two events, where `simulate` takes it
 
-    return simulate(trace, setup, progress)
+    return simulate(job.trace, job.setup, progress)
 
 
-def _simulate_beside(trace: Trace, setups: Sequence[Setup], left: Any, stop: Any, show: Show) -> list[Result]:
+def _simulate_beside(jobs: Sequence[Job], left: Any, stop: Any, show: Show) -> list[Result]:
     with suppress(ValueError):  # one that cannot run says so itself, with its policy's name
-        compile_loop(trace, setups[0])
+        compile_loop(*jobs[0])
     context = _processes()
-    waiting = list(enumerate(setups))
+    waiting = list(enumerate(jobs))
     running: dict[Connection, tuple[int, Any]] = {}
     results: dict[int, Result] = {}
     try:
         while running or (waiting and not stop.value):
             while waiting and len(running) < (os.cpu_count() or 1) and not stop.value:
-                index, setup = waiting.pop(0)
+                index, job = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(sender, trace, setup, index, left, stop), daemon=True)
+                process = context.Process(target=_child, args=(sender, job, index, left, stop), daemon=True)
                 _start_deaf(process)
                 sender.close()
                 running[receiver] = index, process
             ready = wait(list(running), _POLL_S)
             for receiver in [receiver for receiver in running if receiver in ready]:
                 index, process = running.pop(receiver)
-                results[index] = _received(receiver, process, describe(setups[index].policy))
+                results[index] = _received(receiver, process, describe(jobs[index].setup.policy))
             show(left)
     finally:
         for _, process in running.values():  # a failure of one ends the others
@@ -115,9 +122,9 @@ def _start_deaf(process: Any) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
-def _child(sender: Connection, trace: Trace, setup: Setup, index: int, left: Any, stop: Any) -> None:
+def _child(sender: Connection, job: Job, index: int, left: Any, stop: Any) -> None:
     try:
-        sender.send(_simulate(trace, setup, index, left, stop))
+        sender.send(_simulate(job, index, left, stop))
     except ValueError as error:
         sender.send(str(error))
 

@@ -30,6 +30,8 @@ def report_html(results: Sequence[Result], *, slo: Mapping[str, float] | None = 
     page.section("Comparison" if several else "Result", tables.comparison(runs), tables.busy(runs))
     page.section("Latency", key, page.charts(_cdf(runs, "ttft_s", warmup_s), _cdf(runs, "tpot_s", warmup_s)))
     page.section("What the latency was spent on", _spent(runs, page), tables.spent(runs))
+    if any(run.summary["uncertainty"] for run in runs):
+        page.section("Uncertainty", tables.uncertainty(runs))
     page.section("Memory over time", key, page.charts(*(_occupancy(runs, tier) for tier in ("hbm", "ddr"))))
     page.section("Where the bytes live", _places(runs, page), tables.places(runs), tables.cache(runs))
     page.section("What moves over each link", _links(runs, page), tables.links(runs))

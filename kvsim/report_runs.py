@@ -1,13 +1,17 @@
 """The runs that a report compares, and what it reads from each one's summary beyond single figures."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvsim.attribution import WAITS
 from kvsim.report_page import MISSING, name_cell
 from kvsim.report_plots import Style, style
 from kvsim.results import Result, summarize
+from kvsim.units import format_s
+
+RATES = {"output_tokens_per_s": "output tokens/s", "goodput_rps": "goodput req/s"}
+LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end to end", "queue_s": "queue"}
 
 
 class Run(NamedTuple):
@@ -39,6 +43,20 @@ class Run(NamedTuple):
             return MISSING
         admitted_s = sum(seconds for cause, seconds in spent_s.items() if cause not in WAITS)
         return f"{name}, {spent_s[name] / admitted_s:.1%} of the time of admitted requests"
+
+    def intervals(self) -> Iterator[tuple[str, Callable[[float], str], tuple[float, float, float]]]:
+        """Of each figure with a known interval: its name, how to show it, and its mean and both ends."""
+        found = self.summary["uncertainty"] or {}
+        figures: list[tuple[str, Callable[[float], str], Mapping[str, Any] | None]]
+        figures = [(name, format_rate, found.get(key)) for key, name in RATES.items()]
+        figures += [
+            (f"{name} {rank}", format_s, interval)
+            for key, name in LATENCIES.items()
+            for rank, interval in found.get(key, {}).items()
+        ]
+        for name, show, interval in figures:
+            if interval and interval["mean"] is not None:
+                yield name, show, (interval["mean"], interval["low"], interval["high"])
 
     def pcie_bytes(self) -> float:
         """Bytes that crossed between an HBM and its host, both ways; each byte counts at its GPU's link only."""
@@ -73,6 +91,11 @@ def runs_of(results: Sequence[Result], slo: Mapping[str, float] | None, warmup_s
         Run(label, style(index), result, summarize(result, slo, warmup_s))
         for index, (label, result) in enumerate(zip(labels, results, strict=True))
     ]
+
+
+def format_rate(value: float) -> str:
+    """A rate for people: whole from 100 on, three digits below."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _tier(node: str) -> str:

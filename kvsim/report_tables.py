@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
 from typing import Any, NamedTuple
 
 from kvsim.attribution import CAUSES
+from kvsim.intervals import CONFIDENCE
 from kvsim.report_page import MISSING, name_cell, number_cell, table, text_cell
-from kvsim.report_runs import Run
+from kvsim.report_runs import Run, format_rate
 from kvsim.units import format_bytes, format_count, format_s
 
 _TENANTS_SHOWN = 50  # of each run
@@ -21,17 +23,13 @@ class Column(NamedTuple):
     best: Callable[[Sequence[float]], float] | None = None
 
 
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
 COMPARED = (
-    Column("output tokens/s", lambda run: run.summary["output_tokens_per_s"], _rate, max),
-    Column("goodput req/s", lambda run: run.summary["goodput_rps"], _rate, max),
+    Column("output tokens/s", lambda run: run.summary["output_tokens_per_s"], format_rate, max),
+    Column("goodput req/s", lambda run: run.summary["goodput_rps"], format_rate, max),
     Column("TTFT p50", lambda run: run.summary["ttft_s"]["p50"], format_s, min),
     Column("TTFT p99", lambda run: run.summary["ttft_s"]["p99"], format_s, min),
     Column("TPOT p50", lambda run: run.summary["tpot_s"]["p50"], format_s, min),
@@ -84,6 +82,19 @@ def spent(runs: Sequence[Run]) -> str:
         rows.append([run.name_cell, *cells, number_cell(run.summary["e2e_s"]["mean"], format_s)])
     caption = "Mean time of a finished request by cause; the bottleneck, once it is admitted, is bold."
     return table(caption, ["policy", *CAUSES, "end to end"], rows)
+
+
+def uncertainty(runs: Sequence[Run]) -> str:
+    """Means and confidence intervals, where they were asked for; the method of each run below the table."""
+    rows = [
+        [run.name_cell, text_cell(name), *(number_cell(value, show) for value in interval)]
+        for run in runs
+        for name, show, interval in run.intervals()
+    ]
+    found = [run.summary["uncertainty"] for run in runs if run.summary["uncertainty"]]
+    methods = "".join(f"<p>{escape(text)}</p>" for text in dict.fromkeys(each["method"] for each in found))
+    caption = f"Means and {CONFIDENCE:.0%} confidence intervals."
+    return (table(caption, ["policy", "figure", "mean", "from", "to"], rows, ["figure"]) if rows else "") + methods
 
 
 def places(runs: Sequence[Run]) -> str:
@@ -148,8 +159,8 @@ def tenants(runs: Sequence[Run]) -> str:
                     run.name_cell,
                     text_cell(name),
                     *(number_cell(count, format_count) for count in own["requests"].values()),
-                    number_cell(own["output_tokens_per_s"], _rate),
-                    number_cell(own["goodput_rps"], _rate),
+                    number_cell(own["output_tokens_per_s"], format_rate),
+                    number_cell(own["goodput_rps"], format_rate),
                     *(number_cell(latency_s, format_s) for latency_s in latencies),
                 ]
             )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvsim.attribution import attribution, bottleneck
 from kvsim.names import unknown_name
+from kvsim.uncertainty import over_blocks, over_seeds
 
 SCHEMA_VERSION = 1
 
@@ -49,6 +50,8 @@ class Result:
     wall_s: float
     cpu_s: float
     setup_cpu_s: float
+    # The same run on traces of other seeds; () where the trace is recorded, None where nobody asked.
+    repeats: "tuple[Result, ...] | None" = None
 
 
 def latencies(result: Result) -> dict[str, Floats]:
@@ -125,6 +128,7 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
         "swaps": plain(result.swaps),
         "busy": plain(result.busy),
         "bottleneck": bottleneck(everything["attribution"]["e2e"]["mean_s"]),
+        "uncertainty": _uncertainty(result, outcome, slo, warmup_s),
         "wall_s": float(result.wall_s),
         "cpu_s": float(result.cpu_s),
         "setup_cpu_s": float(result.setup_cpu_s),
@@ -142,6 +146,25 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _uncertainty(
+    result: Result, outcome: "_Outcome", slo: Mapping[str, float] | None, warmup_s: float
+) -> dict[str, Any] | None:
+    if result.repeats is None:
+        return None
+    if result.repeats:
+        runs = (replace(result, repeats=None), *result.repeats)
+        return over_seeds([summarize(run, slo, warmup_s) for run in runs], (*LATENCIES, "itl_s"))
+    columns = result.requests
+    return over_blocks(
+        columns["arrival_s"],
+        result.makespan_s,
+        np.where(outcome.finished, columns["output_tokens"], 0),
+        outcome.good,
+        {name: np.where(outcome.measured, values, np.nan) for name, values in outcome.latencies.items()},
+        int(result.inputs["seed"]),
+    )
 
 
 class _Outcome(NamedTuple):

@@ -1,6 +1,6 @@
 """A scenario: everything that a simulation is asked for, as flags and scenario files say it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -12,7 +12,7 @@ from kvsim.documents import parse_yaml, validated
 from kvsim.hardware import load_gpu, load_host
 from kvsim.models import load_model
 from kvsim.names import unknown_name
-from kvsim.results import LATENCIES
+from kvsim.results import LATENCIES, Result
 from kvsim.shares import measured_shares
 from kvsim.simulate import Setup
 from kvsim.units import parse_bytes, parse_duration_s, parse_tokens
@@ -92,6 +92,7 @@ class Scenario(BaseModel):
     limit: Number | None = None
     rate_scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     seed: Annotated[Number, Field(ge=0)] = 0
+    seeds: Annotated[Number, Field(ge=1, le=1000)] = 1  # this one and those that follow it
     skip_bad_rows: bool = False
     gpus: Annotated[Number, Field(le=65_536)] = _default("gpus")  # more would outgrow this machine's memory
     tp: Number = _default("tp")
@@ -118,10 +119,21 @@ class Scenario(BaseModel):
         """The SLO's bounds by the names of latencies in results."""
         return {_BOUNDS[name]: bound_s for name, bound_s in self.slo.items()}
 
-    def load_trace(self) -> traces.Trace:
-        """The trace's first `limit` requests, arriving `rate_scale` times as fast; raises TraceError as loaders do."""
-        trace = traces.load(self.trace, limit=self.limit, seed=self.seed, skip_bad_rows=self.skip_bad_rows)
+    def load_trace(self, further: int = 0) -> traces.Trace:
+        """The trace's first `limit` requests, arriving `rate_scale` times as fast; raises TraceError as loaders do.
+
+        `further` seeds after the first, where it is drawn at random.
+        """
+        seed = self.seed + further
+        trace = traces.load(self.trace, limit=self.limit, seed=seed, skip_bad_rows=self.skip_bad_rows)
         return trace if self.rate_scale == 1 else trace.scaled_rate(self.rate_scale)
+
+    def load_traces(self) -> list[traces.Trace]:
+        """The trace of each seed; a single one where the seed changes nothing, because the trace is recorded."""
+        loaded = [self.load_trace(further) for further in range(min(2, self.seeds))]
+        if len(loaded) > 1 and loaded[0].same_requests(loaded[1]):
+            return loaded[:1]
+        return loaded + [self.load_trace(further) for further in range(2, self.seeds)]
 
     def load_model(self) -> ModelShape:
         """The model, stored in the dtypes that were asked for; `weight_dtype` holds for routed experts too."""
@@ -144,6 +156,20 @@ class Scenario(BaseModel):
             setup.capacity()
         return setups
 
+    def gather(self, results: Sequence[Result], policies: int, *, whole: bool) -> list[Result]:
+        """For each policy its result on the first trace, which carries those on further ones if all are `whole`.
+
+        `results` are those of all policies on the first trace, then on the second, and so on.
+        """
+        known = [
+            replace(result, inputs={**result.inputs, **self.resolved(), "seed": self.seed + index // policies})
+            for index, result in enumerate(results)
+        ]
+        if self.seeds == 1 or not whole:
+            return known[:policies]
+        repeats = [replace(result, series={}) for result in known[policies:]]  # nothing reads a repeat's series
+        return [replace(known[i], repeats=tuple(repeats[i::policies])) for i in range(policies)]
+
     def resolved(self) -> dict[str, Any]:
         """What `Setup` does not know of, for the `inputs` of a result."""
         return {
@@ -151,6 +177,7 @@ class Scenario(BaseModel):
             "limit": self.limit,
             "rate_scale": self.rate_scale,
             "seed": self.seed,
+            "seeds": self.seeds,
             "skip_bad_rows": self.skip_bad_rows,
             "slo": self.slo_s,
             "warmup_s": self.warmup,

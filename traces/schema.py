@@ -141,6 +141,11 @@ class Trace:
             raise TraceError(f"rate factor={factor}: must be a finite number above 0; use 1 for the recorded rate")
         return replace(self, arrival_s=self.arrival_s / factor)
 
+    def same_requests(self, other: Trace) -> bool:
+        """Whether the other trace has the same requests at the same times, whatever its name and notes."""
+        columns = ("arrival_s", "prompt_tokens", "output_tokens", "tenant", "session", "block_offsets", "block_ids")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in columns)
+
     def validate(self) -> None:
         """Raise TraceError for the first request that breaks a rule of the class docstring."""
         n = len(self.arrival_s)

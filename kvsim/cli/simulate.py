@@ -39,6 +39,9 @@ def replay(
     limit: Annotated[str | None, typer.Option(metavar="N", help="Replay the first N requests only.")] = None,
     rate_scale: Annotated[float | None, typer.Option(metavar="X", help="Let requests arrive X times as fast.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of traces that are drawn at random.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(metavar="N", help="So many from --seed on, or resample: adds 95 % intervals.")
+    ] = None,
     skip_bad_rows: Annotated[
         bool | None, typer.Option("--skip-bad-rows", help="Count malformed rows instead of refusing them.")
     ] = None,
@@ -89,24 +92,25 @@ def replay(
     json: JsonFlag = False,
 ) -> None:
     """Replay a trace of requests on a simulated cluster."""
-    from dataclasses import replace
-
     from kvsim.cli.simulate_output import print_comparison, print_run, progress_bars
-    from kvsim.parallel import simulate_all
+    from kvsim.parallel import Job, simulate_all
     from kvsim.result_files import write
     from policies import describe
 
     several = ctx.info_name == "compare"
     asked = _scenario(ctx, scenario, several)
     setups = asked.setups()
-    requests = asked.load_trace()
+    drawn = asked.load_traces()
+    requests = drawn[0]
     _check_counts(asked, setups, requests)
     _warn_of_positions(setups[0], requests)
     _warn_of_unused_caches(setups)
+    jobs = [Job(each, setup) for each in drawn for setup in setups]
     labels = [describe(setup.policy) for setup in setups]
-    with _folder(out), progress_bars(labels, len(requests)) as show:
-        results, interrupted = simulate_all(requests, setups, show)
-    results = [replace(result, inputs={**result.inputs, **asked.resolved()}) for result in results]
+    runs = [f"{label}, seed {asked.seed + i}" for i in range(len(drawn)) for label in labels]
+    with _folder(out), progress_bars(runs if len(drawn) > 1 else labels, len(requests)) as show:
+        results, interrupted = simulate_all(jobs, show)
+    results = asked.gather(results, len(setups), whole=not interrupted)
     if out is not None and results:
         write(results, out, slo=asked.slo_s, warmup_s=asked.warmup)
     if several:

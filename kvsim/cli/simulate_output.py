@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from kvsim.results import Result
 
 MISSING = "-"
-LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "end to end", "queue_s": "queue"}
 STATISTICS = ("mean", "p50", "p90", "p99", "max")
 COMPARED = (
     "finished",
@@ -37,7 +36,7 @@ COMPARED = (
 
 def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, json: bool) -> None:
     """Print one simulation: its summary as JSON, or its main figures."""
-    from kvsim.report_runs import runs_of
+    from kvsim.report_runs import LATENCIES, runs_of
 
     (run,) = runs_of([result], slo_s, warmup_s)
     if json:
@@ -50,8 +49,19 @@ def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, 
     columns: Columns = {"latency": "left", **dict.fromkeys(STATISTICS, "right")}
     rows = ([name, *(_time(run.summary[key][x]) for x in STATISTICS)] for key, name in LATENCIES.items())
     print_table(columns, rows)
+    if run.summary["uncertainty"]:
+        _print_uncertainty(run)
     for note in inputs["trace_notes"]:
         typer.echo(f"note: {note}")
+
+
+def _print_uncertainty(run: "Run") -> None:
+    typer.echo()
+    columns: Columns = {f"{run.label}, 95 % intervals": "left", **dict.fromkeys(("mean", "from", "to"), "right")}
+    rows = list(run.intervals())
+    if rows:
+        print_table(columns, ([name, *map(show, interval)] for name, show, interval in rows))
+    typer.echo(run.summary["uncertainty"]["method"])
 
 
 def print_comparison(results: Sequence["Result"], slo_s: Mapping[str, float], warmup_s: float, *, json: bool) -> None:
@@ -64,6 +74,9 @@ def print_comparison(results: Sequence["Result"], slo_s: Mapping[str, float], wa
         return
     columns: Columns = {"policy": "left", **dict.fromkeys(COMPARED, "right"), "bottleneck": "left"}
     print_table(columns, (_cells(run, runs[0]) for run in runs))
+    for run in runs:
+        if run.summary["uncertainty"]:
+            _print_uncertainty(run)
 
 
 def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:

@@ -62,10 +62,47 @@ def test_simulate_prints_the_summary_of_the_scenario(capsys: pytest.CaptureFixtu
     assert printed["tokens"]["output"] == head.output_tokens.sum()
 
 
+def test_seeds_give_the_mean_and_interval_of_their_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    drawn = {"trace": "servegen-deepseek-r1:span_s=60", "model": BASE[3], "gpu": BASE[5], "limit": 30}
+    options = [word for name, value in drawn.items() for word in (f"--{name}", str(value))]
+    options += ["--seed", "5", "--seeds", "2", "--json", "--out", str(tmp_path)]
+    together = json.loads(out_of(capsys, "simulate", *options))
+    asked = [scenario({**drawn, "seed": seed}) for seed in (5, 6)]
+    apart = [summarize(simulate(each.load_trace(), each.setups()[0])) for each in asked]
+    found = together["uncertainty"]
+    assert (found["seeds"], together["inputs"]["seed"], together["inputs"]["seeds"]) == ([5, 6], 5, 2)
+    for figure, name, rank in (("output_tokens_per_s", None, None), (None, "ttft_s", "p99"), (None, "itl_s", "p50")):
+        values = [run[figure] if figure else run[name][rank] for run in apart]
+        interval = found[figure] if figure else found[name][rank]
+        margin = 12.7062 * np.std(values, ddof=1) / np.sqrt(2)  # Student's t with one degree of freedom
+        assert interval["mean"] == pytest.approx(np.mean(values))
+        assert (interval["low"], interval["high"]) == pytest.approx(
+            (np.mean(values) - margin, np.mean(values) + margin)
+        )
+    of_the_first = {name: value for name, value in without_clocks(together).items() if name != "uncertainty"}
+    assert of_the_first["ttft_s"] == apart[0]["ttft_s"]
+    assert "Means and 95% confidence intervals" in (tmp_path / "report.html").read_text()
+
+
+def test_seeds_resample_a_recorded_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    once, again = (json.loads(out_of(capsys, "simulate", *SMALL, "--seeds", "2", "--json")) for _ in range(2))
+    found = once["uncertainty"]
+    assert found == again["uncertainty"]
+    assert found["method"].startswith("percentile interval of a circular block bootstrap")
+    for name in ("ttft_s", "tpot_s", "e2e_s", "queue_s"):
+        for rank in ("mean", "p50", "p99"):
+            interval = found[name][rank]
+            assert interval["mean"] == pytest.approx(once[name][rank])
+            assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert found["output_tokens_per_s"]["mean"] == pytest.approx(once["output_tokens_per_s"])
+    few = json.loads(out_of(capsys, "simulate", *SMALL, "--limit", "20", "--seeds", "2", "--json"))["uncertainty"]
+    assert few["method"].startswith("none: the seed changes nothing in this trace")
+
+
 def test_the_summary_has_every_name_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads(out_of(capsys, "simulate", *SMALL, "--trace", LONG, "--prefix-cache-ddr", "10GiB", "--json"))
     names = "inputs requests tokens makespan_s output_tokens_per_s goodput_rps ttft_s tpot_s itl_s e2e_s queue_s"
-    names += " tenants memory links cache swaps bottleneck attribution wall_s cpu_s setup_cpu_s"
+    names += " tenants memory links cache swaps bottleneck attribution uncertainty wall_s cpu_s setup_cpu_s"
     assert set(names.split()) <= set(summary)
     for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s"):
         assert set(summary[name]) == {"mean", "p50", "p90", "p99", "max"}

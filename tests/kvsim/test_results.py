@@ -149,7 +149,18 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
         "queue_s",
         "attribution",
     ]
-    rest = ["makespan_s", "tenants", "memory", "links", "traffic", "cache", "swaps", "busy", "bottleneck"]
+    rest = [
+        "makespan_s",
+        "tenants",
+        "memory",
+        "links",
+        "traffic",
+        "cache",
+        "swaps",
+        "busy",
+        "bottleneck",
+        "uncertainty",
+    ]
     clocks = ["wall_s", "cpu_s", "setup_cpu_s"]
     summary = summarize(make_result(tenants=("x", "y")))
     assert sorted(summary) == sorted(["schema_version", "inputs", *group, *rest, *clocks])
