@@ -1,7 +1,6 @@
 """What a cluster recorded while it replayed a trace, gathered into a `Result`."""
 
 import platform
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,9 @@ from kvsim.derive import LINKS, TIERS
 from kvsim.engine.engine import Engine
 from kvsim.machine import CPU, D2H, H2D, NVLINK
 from kvsim.makespan import HBM, WORK
-from kvsim.prefix_cache import LruTier
+from kvsim.prefix_cache import DDR, TIER_NAMES
+from kvsim.prefix_links import Link
+from kvsim.prefix_tiers import PrefixTiers
 from kvsim.results import Array, Result
 from kvsim.setup import Setup
 from kvsim.version import __version__
@@ -36,12 +37,12 @@ MEMORY = ("hbm_bytes", "ddr_bytes")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The records of one run: what became of each request and each replica, and the tiers of the prefix caches."""
+    """The records of one run: what became of each request and each replica, and the prefix caches."""
 
     setup: Setup
     trace: Trace
     engine: Engine
-    tiers: Mapping[str, Sequence[LruTier]]
+    prefixes: PrefixTiers
 
     def result(self, *, wall_s: float, cpu_s: float, setup_cpu_s: float) -> Result:
         """Everything that was recorded, and the three times that the simulator itself took."""
@@ -58,15 +59,9 @@ class Outcome:
             token_gaps=_token_gaps(self.engine.gaps()),
             series=self._series(notes),
             memory=self._memory(notes, start_s, start_s + makespan_s),
-            links=self._links(traffic, makespan_s),
-            traffic=traffic,
-            cache={
-                name: {
-                    "lookup_blocks": sum(tier.lookup_blocks for tier in tiers),
-                    "hit_blocks": sum(tier.hit_blocks for tier in tiers),
-                }
-                for name, tiers in self.tiers.items()
-            },
+            links=self._links(traffic, makespan_s) | self._slow_links(makespan_s),
+            traffic=traffic | self._slow_traffic(),
+            cache=self._cache(),
             swaps={
                 "count": int(replicas["swaps"].sum()),
                 "bytes": sum(traffic[link]["swaps"] for link in (UP, DOWN)),
@@ -133,6 +128,42 @@ class Outcome:
                 "utilization": busy_s / (makespan_s * self.setup.replicas) if makespan_s else 0.0,
             }
         return links
+
+    @property
+    def _slow(self) -> list[str]:
+        """The tiers below DDR that are on."""
+        sizes = self.setup.prefix_cache_bytes
+        return [name for name in TIER_NAMES[DDR + 1 :] if sizes[name]]
+
+    def _slow_ways(self) -> dict[str, list[Link]]:
+        """The links to tiers below DDR, of all hosts."""
+        hosts = self.prefixes.ways
+        up = {f"{name}->ddr": [ways[name].up for ways in hosts] for name in self._slow}
+        return up | {f"ddr->{name}": [ways[name].down for ways in hosts] for name in self._slow}
+
+    def _slow_traffic(self) -> dict[str, dict[str, int]]:
+        moved = {name: sum(link.moved_bytes for link in links) for name, links in self._slow_ways().items()}
+        return {name: dict.fromkeys(CAUSES, 0) | {"prefix": nbytes} for name, nbytes in moved.items()}
+
+    def _slow_links(self, makespan_s: float) -> dict[str, dict[str, float]]:
+        rows = {}
+        for name, links in self._slow_ways().items():
+            busy_s = sum(link.busy_s for link in links)
+            rows[name] = {
+                "bytes": sum(link.moved_bytes for link in links),
+                "busy_s": busy_s,
+                "utilization": busy_s / (makespan_s * len(links)) if makespan_s and links else 0.0,
+            }
+        return rows
+
+    def _cache(self) -> dict[str, dict[str, int]]:
+        return {
+            name: {
+                "lookup_blocks": sum(tier.lookup_blocks for tier in self.prefixes.tiers[name]),
+                "hit_blocks": sum(tier.hit_blocks for tier in self.prefixes.tiers[name]),
+            }
+            for name in (*TIER_NAMES[: DDR + 1], *self._slow)
+        }
 
     def _series(self, notes: Array) -> dict[str, Array]:
         series = {name: notes[name].copy() for name in ("time_s", "replica", *MEMORY, "running", "waiting")}

@@ -85,11 +85,12 @@ class Router:
         for number, (replica, cache) in enumerate(zip(cluster.replicas, self._caches, strict=True)):
             ttft_s, cached_tokens = queue_s[number], 0
             if cache is not None:
-                hit = cache.match(blocks, prompt_tokens)
-                cached_tokens = hit.tokens
+                hit = cache.match(blocks, prompt_tokens, now_s)
+                cached_tokens, load_s = hit.tokens, 0.0
                 if hit.load_bytes:
-                    ttft_s += max(0.0, replica["loader_free_s"] - now_s)
-                    ttft_s += self._machine.transfer_s(hit.load_bytes, to_hbm=True)
+                    load_s = max(0.0, replica["loader_free_s"] - now_s)
+                    load_s += self._machine.transfer_s(hit.load_bytes, to_hbm=True)
+                ttft_s += max(load_s, cache.fetch_s(hit, now_s))
             if replica["phase"] in (ITERATING, STALLED):
                 ttft_s += max(0.0, replica["wake_s"] - now_s)
             ttft_s += self._estimate(prompt_tokens, cached_tokens)

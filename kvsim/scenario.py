@@ -64,10 +64,6 @@ def _known_latencies(slo: dict[str, float]) -> dict[str, float]:
     return slo
 
 
-def _refuse_nvme(_value: object) -> None:
-    raise ValueError("prefixes are not cached on NVMe yet; leave it out, and use prefix_cache_ddr")
-
-
 Number = Annotated[int, _written(parse_tokens)]
 Size = Annotated[int, _written(parse_bytes), Field(ge=0)]
 Seconds = Annotated[float, _written(parse_duration_s), Field(ge=0)]
@@ -107,7 +103,11 @@ class Scenario(BaseModel):
     host_memory_utilization: float = _default("host_memory_utilization")
     prefix_cache_hbm: Size = _default("prefix_cache_hbm_bytes")
     prefix_cache_ddr: Size = _default("prefix_cache_ddr_bytes")
-    prefix_cache_nvme: Annotated[None, BeforeValidator(_refuse_nvme)] = None
+    prefix_cache_nvme: Size = _default("prefix_cache_nvme_bytes")
+    prefix_cache_remote: Size = _default("prefix_cache_remote_bytes")
+    prefix_cache_eviction: str = _default("prefix_cache_eviction")
+    prefix_cache_write: str = _default("prefix_cache_write")
+    prefix_cache_sharing: str = _default("prefix_cache_sharing")
     kv_dtype: str | None = None
     weight_dtype: str | None = None
     counts: Annotated[dict[str, Share], _written(lambda text: measured_shares(Path(text)))] = _default("counts")

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from kvsim.eviction import EVICTIONS
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import Machine
 from kvsim.names import unknown_name
+from kvsim.prefix_cache import SHARINGS, WRITES
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
 
@@ -19,8 +21,9 @@ PREEMPTIONS = ("swap", "recompute")
 class Setup:
     """Everything that a simulation of one policy depends on, besides the trace.
 
-    There are `gpus` / `tp` engine replicas. Sizes of prefix caches are per host, that of HBM over all its GPUs; 0 is
-    off. `counts` replaces the default mean of a data-dependent count, as a share of its maximum.
+    There are `gpus` / `tp` engine replicas. Sizes of prefix caches are per host, that of HBM over all its GPUs, and
+    that of the remote pool for all hosts; 0 is off. `counts` replaces the default mean of a data-dependent count, as a
+    share of its maximum.
 
     Raises ValueError for a figure out of its range, an unknown name, and replicas that no host holds.
     """
@@ -41,15 +44,20 @@ class Setup:
     host_memory_utilization: float = 0.9
     prefix_cache_hbm_bytes: int = 0
     prefix_cache_ddr_bytes: int = 0
+    prefix_cache_nvme_bytes: int = 0
+    prefix_cache_remote_bytes: int = 0  # of all hosts together
+    prefix_cache_eviction: str = "lru"
+    prefix_cache_write: str = "through"
+    prefix_cache_sharing: str = "tenant"
     counts: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tp", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("prefix_cache_hbm_bytes", "prefix_cache_ddr_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name, size_bytes in self.prefix_cache_bytes.items():
+            if size_bytes < 0:
+                raise ValueError(f"prefix_cache_{name}_bytes={size_bytes} must not be negative")
         for name in ("gpu_memory_utilization", "host_memory_utilization"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
@@ -58,10 +66,13 @@ class Setup:
             ("scheduler", SCHEDULERS),
             ("router", ROUTERS),
             ("preemption", PREEMPTIONS),
+            ("prefix_cache_eviction", EVICTIONS),
+            ("prefix_cache_write", WRITES),
+            ("prefix_cache_sharing", SHARINGS),
         ):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
-        if self.router in CACHE_ROUTERS and not (self.prefix_cache_hbm_bytes or self.prefix_cache_ddr_bytes):
+        if self.router in CACHE_ROUTERS and not any(self.prefix_cache_bytes.values()):
             raise ValueError(
                 f"router={self.router} looks into prefix caches, and there is none; give prefix_cache_hbm or "
                 "prefix_cache_ddr a size, or use router=least-loaded"
@@ -70,9 +81,31 @@ class Setup:
             raise ValueError(f"gpus={self.gpus} is not a multiple of tp={self.tp}; every replica takes tp GPUs")
         if self.tp > self.host.gpus_max:
             raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {self.host.name!r}")
+        self._check_prefix_cache()
         for name, share in self.counts.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"counts: {name}={share} must be a share from 0 to 1 of the count's maximum")
+
+    def _check_prefix_cache(self) -> None:
+        host, nvme_bytes = self.host, self.prefix_cache_nvme_bytes
+        if nvme_bytes > host.nvme_bytes:
+            has = f"the {format_bytes(host.nvme_bytes)} of NVMe" if host.nvme_bytes else "the NVMe, which is none,"
+            raise ValueError(f"prefix_cache_nvme={format_bytes(nvme_bytes)} exceeds {has} of host {host.name!r}")
+        if self.prefix_cache_remote_bytes and not host.nic_Bps:
+            raise ValueError(
+                f"prefix_cache_remote needs a network, and host {host.name!r} has none (nic_Bps is 0); choose another "
+                "--host or leave it out"
+            )
+
+    @property
+    def prefix_cache_bytes(self) -> dict[str, int]:
+        """Sizes of the tiers for cached prefixes, of a host, and of the remote pool."""
+        return {
+            "hbm": self.prefix_cache_hbm_bytes,
+            "ddr": self.prefix_cache_ddr_bytes,
+            "nvme": self.prefix_cache_nvme_bytes,
+            "remote": self.prefix_cache_remote_bytes,
+        }
 
     @property
     def replicas(self) -> int:

@@ -32,6 +32,12 @@ ENGINES = st.fixed_dictionaries(
         "max_num_batched_tokens": st.sampled_from([16, 100, 512, 8192]),
     }
 )
+CACHING = st.fixed_dictionaries(
+    {
+        "prefix_cache_eviction": st.sampled_from(["lru", "lfu", "fifo", "belady", "scheduler-aware"]),
+        "prefix_cache_write": st.sampled_from(["through", "back"]),
+    }
+)
 
 
 def with_room(s, hbm_bytes, ddr_bytes):
@@ -71,8 +77,10 @@ def scenarios(draw, caches=True, most=8):
     s = setup(draw(st.sampled_from(POLICIES)), model=SMALL, tp=tp, gpus=draw(st.sampled_from([2, 4])), **draw(ENGINES))
     columns = chains(draw, prompts) if caches else {}
     if caches:
-        hbm, ddr = (draw(st.sampled_from([0, 3, 10, 1000])) * BLOCK * TOKEN_BYTES for _ in range(2))
-        s = replace(s, prefix_cache_hbm_bytes=hbm, prefix_cache_ddr_bytes=ddr)
+        rooms = draw(st.tuples(*[st.sampled_from([0, 8, 20, 1000])] * 4))
+        sizes = [f"prefix_cache_{name}_bytes" for name in ("hbm", "ddr", "nvme", "remote")]
+        s = replace(s, **{name: room * BLOCK * TOKEN_BYTES for name, room in zip(sizes, rooms, strict=True)})
+        s = replace(s, **draw(CACHING))
     largest = (max(prompts) + max(outputs)) * TOKEN_BYTES // tp
     hbm, ddr = (int(largest * draw(st.sampled_from([0.5, 1.1, 2, 100]))) for _ in range(2))
     return trace(np.cumsum(gaps), prompts, outputs, **columns), with_room(s, hbm, ddr)

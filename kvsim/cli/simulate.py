@@ -73,7 +73,21 @@ def replay(
     prefix_cache_ddr: Annotated[
         str | None, typer.Option(metavar="SIZE", help="DDR of each host for cached prefixes. Default: none.")
     ] = None,
-    prefix_cache_nvme: Annotated[str | None, typer.Option(metavar="SIZE", help="Not available yet.")] = None,
+    prefix_cache_nvme: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="NVMe of each host for cached prefixes. Default: none.")
+    ] = None,
+    prefix_cache_remote: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="A pool of all hosts over RDMA for them. Default: none.")
+    ] = None,
+    prefix_cache_eviction: Annotated[
+        str | None, typer.Option(metavar="NAME", help="lru, lfu, fifo, belady (knows the future), scheduler-aware.")
+    ] = None,
+    prefix_cache_write: Annotated[
+        str | None, typer.Option(metavar="through|back", help="To every tier, or to the next one when evicted.")
+    ] = None,
+    prefix_cache_sharing: Annotated[
+        str | None, typer.Option(metavar="tenant|all", help="Whose prompts hit a cached block. Default: its tenant's.")
+    ] = None,
     kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
     weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of all weights.")] = None,
     counts: Annotated[
@@ -202,7 +216,7 @@ def _warn_of_unused_caches(setups: Sequence["Setup"]) -> None:
     from policies import Reuse, describe, reuse_of
 
     for setup in setups:
-        cached_bytes = setup.prefix_cache_hbm_bytes + setup.prefix_cache_ddr_bytes
+        cached_bytes = sum(setup.prefix_cache_bytes.values())
         if cached_bytes and reuse_of(setup.policy) is Reuse.NOTHING:
             name = describe(setup.policy)
             also = f"; router={setup.router} goes by load alone" if setup.router in CACHE_ROUTERS else ""

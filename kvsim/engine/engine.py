@@ -42,7 +42,9 @@ from kvsim.engine.state import (
 from kvsim.engine.tables import model_arrays, plan_arrays, price_arrays
 from kvsim.machine import HEAD_KERNELS
 from kvsim.makespan import Clock, Load
-from kvsim.prefix_cache import Hit, PrefixCache
+from kvsim.prefix_cache import PrefixCache
+from kvsim.prefix_service import PrefixService
+from kvsim.prefix_tiers import PrefixTiers
 from kvsim.routing import Router
 from kvsim.setup import CACHE_ROUTERS, ROUTERS, Setup
 from traces import Trace
@@ -53,15 +55,12 @@ DETOURS_AT_ONCE = 100  # each starts the count of turns anew
 
 
 class Engine:
-    """All replicas of a cluster; `caches` are theirs, where they have any."""
+    """All replicas of a cluster; `prefixes` holds their prefix caches, where they have any."""
 
-    def __init__(
-        self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, caches: Sequence[PrefixCache | None]
-    ) -> None:
-        self.table, self.clock, self.caches = table, clock, caches
-        self._trace = trace
-        self._hits: dict[int, Hit] = {}
-        self._router = Router(trace, setup, table, clock, caches) if setup.router in CACHE_ROUTERS else None
+    def __init__(self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, prefixes: PrefixTiers) -> None:
+        self.table, self.clock = table, clock
+        routes = setup.router in CACHE_ROUTERS
+        self._router = Router(trace, setup, table, clock, prefixes.caches) if routes else None
         self._derived: tuple[int, ...] = ()  # what plan was asked for last
         self._structures: list[Structure] = []
         self._structure_index: dict[int, int] = {}
@@ -69,7 +68,9 @@ class Engine:
         self._combinations: list[tuple[int, ...]] = []
         self._written: list[tuple[Records, Records]] = []
         self._model, self._model_s = model_arrays(clock, max(setup.max_num_batched_tokens, setup.max_num_seqs))
-        self.cluster = _cluster(trace, setup, clock, caches)
+        self.cluster = _cluster(trace, setup, clock, prefixes.caches)
+        self._wanted = self.cluster.world["wanted"]
+        self._prefixes = PrefixService(trace, setup, prefixes, self.cluster, clock.machine)
         self._lay_out_plans()
         self._lay_out_prices()
         for number in range(setup.replicas):
@@ -134,7 +135,7 @@ class Engine:
 
     def _serve(self) -> None:
         cluster, world = self.cluster, self.cluster.world
-        wanted, *arguments = world["wanted"].tolist()
+        wanted, *arguments = self._wanted.tolist()
         if wanted == WANT_PLAN:
             kind, *inputs = arguments
             if self._derived == (wanted_plan := (kind, *inputs)):
@@ -160,38 +161,18 @@ class Engine:
             self.cluster = cluster._replace(notes=np.zeros_like(cluster.notes), gaps=np.zeros_like(cluster.gaps))
         elif wanted == WANT_ROUTE:
             self._route(arguments[0])
-        else:
-            self._serve_cache(wanted, arguments[0])
+        elif wanted == WANT_MATCH:
+            self._prefixes.match(arguments[0])
+        elif wanted == WANT_ACCEPT:
+            self._prefixes.accept()
+        elif wanted == WANT_STORE:
+            self._prefixes.store(arguments[0])
 
     def _route(self, index: int) -> None:
         if self._router is None:
             raise RuntimeError("a router that sees no prefix caches asked for a look into them")
         self.cluster.requests[index]["replica"] = self._router.choose(self.cluster, index)
         self.cluster.world["routed"] = index + 1
-
-    def _serve_cache(self, wanted: int, index: int) -> None:
-        request = self.cluster.requests[index]
-        number = int(request["replica"])
-        cache, replica = self.caches[number], self.cluster.replicas[number]
-        if cache is None:
-            raise RuntimeError("a replica without a prefix cache asked for it")
-        blocks = self._trace.blocks(index).tolist()
-        if wanted == WANT_MATCH:
-            hit = self._hits[index] = cache.match(blocks, int(request["prompt_tokens"]))
-            request["matched"], request["hit_tokens"] = replica["cache_version"], hit.tokens
-            request["hit_load_bytes"] = hit.load_bytes
-        elif wanted == WANT_ACCEPT:
-            cache.accept(blocks, self._hits.pop(index))
-        elif wanted == WANT_STORE:
-            written = cache.store(blocks, int(request["prompt_tokens"]))
-            replica["prefix_down_bytes"] += written
-            replica["background_s"][1] += self.clock.machine.transfer_s(written, to_hbm=False)
-            first = int(replica["first_neighbour"])
-            for other in range(first, first + int(replica["n_neighbours"])):
-                beside = self.caches[other]
-                if beside is not None:
-                    self.cluster.replicas[other]["cache_bytes"] = beside.held_bytes
-                    self.cluster.replicas[other]["cache_version"] += 1
 
     # -- arrays --------------------------------------------------------------------------------------------------
 

@@ -105,6 +105,7 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
         leave(replica, request)
     if first and replica["cached"]:
         cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_STORE, index
+        cluster.world["now_s"] = now_s
         raise Detour
 
 

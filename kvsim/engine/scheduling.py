@@ -131,6 +131,7 @@ def _begin(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
     if looks_up:
         if request["matched"] != replica["cache_version"]:
             cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_MATCH, index
+            cluster.world["now_s"] = now_s
             raise Detour
         past, load_bytes = request["hit_tokens"], request["hit_load_bytes"]
     chunk = min(replica["batch_tokens"], target - past)
@@ -149,19 +150,22 @@ def _begin(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
         request["admitted_s"], request["cached_tokens"] = now_s, past
     else:
         returned(request, now_s)
+    fetches = looks_up and (request["hit_slow"] != 0 or request["hit_landed_s"] > now_s)  # blocks that are below DDR
+    if load_bytes or fetches:
+        request["loading"], request["since_s"] = 1, now_s
     if load_bytes:  # loads of a replica queue
         replica["prefix_up_bytes"] += load_bytes
         began_s = max(now_s, replica["loader_free_s"])
         replica["loader_free_s"] = began_s + transfer_s(cluster.world, replica, load_bytes, UP)
         request["ready_s"] = replica["loader_free_s"]
-        request["loading"], request["since_s"] = 1, now_s
-    else:
+    elif not fetches:
         enter_batch(replica, request)
         request["chunk_tokens"] = chunk
         replica["chunks"] += 1
         replica["batch_tokens"] -= chunk
-    if looks_up:
+    if fetches:
         cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_ACCEPT, index
+        cluster.world["now_s"] = now_s
         raise Detour
     return True
 

@@ -67,6 +67,7 @@ REQUEST = np.dtype(
         "ready_s",  # when its cached prefix has come up
         "since_s",  # when it began to wait for that, or was preempted
         "prefix_s",  # for how long it waited for that
+        "hit_landed_s",  # when what is on its way to DDR will be there
     )
     + _ints(
         "prompt_tokens",
@@ -89,6 +90,7 @@ REQUEST = np.dtype(
         "matched",  # the version of the cache in which these were its hits
         "hit_tokens",
         "hit_load_bytes",
+        "hit_slow",  # whether blocks are in tiers below DDR alone
     )
     + [("held", np.int64, (TIERS,))]  # bytes reserved for its prefill, or taken while it is swapped out
     + [(name, np.float64, (len(BOUNDS),)) for name in ("bound_s", "ttft_bound_s")]  # all of it, up to its first token
@@ -176,6 +178,7 @@ WORLD = np.dtype(
     )
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
     + _floats("ddr_Bps", "switch_Bps")
+    + _floats("now_s")  # of a detour to the prefix caches
     + _floats("head_s", "logit_s")  # of the output head: once, and for each position
     + _floats("head_launch_s")  # the part of the former that is no transfer
     + [

@@ -7,7 +7,9 @@ import pytest
 from simulated import setup, trace
 
 import traces
-from kvsim.prefix_cache import LruTier, PrefixCache
+from kvsim.eviction import Lru
+from kvsim.prefix_cache import PrefixCache, Tier
+from kvsim.prefix_links import ways
 from kvsim.results import summarize
 from kvsim.simulate import simulate
 from policies import Reuse
@@ -31,37 +33,44 @@ def hits(result, tier):
     return result.cache[tier]["hit_blocks"], result.cache[tier]["lookup_blocks"]
 
 
+def cached(hbm=0, ddr=0, nvme=0, remote=0, reuse=Reuse.BLOCKS, **options):
+    """A cache of tiers of so many blocks, each token of one byte."""
+    tiers = [Tier(blocks * BLOCK, Lru()) for blocks in (hbm, ddr, nvme, remote)]
+    return PrefixCache(reuse, BLOCK, 1, 1, tiers, ways(setup().host), **options)
+
+
 def test_lru_keeps_what_was_used_last():
-    tier = LruTier(3 * 10)
-    assert [tier.put(k, 10) for k in (1, 2, 3)] == [True] * 3
-    tier.touch(1)
-    assert tier.put(4, 10)
-    assert (1 in tier, 2 in tier, 3 in tier, 4 in tier) == (True, False, True, True)
-    assert not tier.put(1, 10)
-    assert not tier.put(9, 31)
+    tier = Tier(3 * 10)
+    for key in (1, 2, 3):
+        assert tier.put_chain([key], 10) == ([key], {})
+    tier.use([1])
+    assert tier.put_chain([4], 10) == ([4], {2: 10})
+    assert sorted(tier.entries) == [1, 3, 4]
+    assert tier.put_chain([1], 10) == ([], {})
+    assert tier.put_chain([9], 31) == ([], {})
     assert tier.used_bytes == 30
 
 
 def test_a_chain_is_evicted_from_its_tail():
     """Two blocks of room and a chain of three: the head stays, since a tail without its head is of no use."""
-    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, LruTier(2 * BLOCK), LruTier(0))
+    cache = cached(hbm=2)
     cache.store([7, 8, 9], 3 * BLOCK)
-    assert cache.match([7, 8, 9], 3 * BLOCK).hbm_blocks == 2
-    assert cache.match([8, 9], 2 * BLOCK).hbm_blocks == 1  # an id is a hit wherever it stands first
+    assert cache.match([7, 8, 9], 3 * BLOCK).blocks == (2, 0, 0, 0)
+    assert cache.match([8, 9], 2 * BLOCK).blocks == (1, 0, 0, 0)  # an id is a hit wherever it stands first
     assert cache.match([9], BLOCK).tokens == 0
 
 
 def test_a_chain_longer_than_the_tier_is_written_once():
     """What stands in DDR already is not written again, though the chain's tail finds no room."""
-    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, LruTier(0), LruTier(3 * BLOCK))
+    cache = cached(ddr=3)
     assert cache.store([1, 2, 3, 4, 5], 5 * BLOCK) == 3 * BLOCK
     assert cache.store([1, 2, 3, 4, 5], 5 * BLOCK) == 0
-    assert cache.match([1, 2, 3, 4, 5], 5 * BLOCK).ddr_blocks == 3
+    assert cache.match([1, 2, 3, 4, 5], 5 * BLOCK).blocks == (0, 3, 0, 0)
 
 
 def test_a_tail_without_an_id_may_be_another_prompt():
     """Equal ids of the full blocks say nothing about the rest: state that spans a prompt is not reused then."""
-    cache = PrefixCache(Reuse.PREFIX, BLOCK, 1, 1, LruTier(100 * BLOCK), LruTier(0))
+    cache = cached(hbm=100, reuse=Reuse.PREFIX)
     cache.store([1, 2], 2 * BLOCK + 5)
     assert cache.match([1, 2], 2 * BLOCK + 9).tokens == 0
     cache.store([1, 2, 3], 2 * BLOCK + 5)  # as Mooncake does: the tail has an id of its own

@@ -127,7 +127,7 @@ def test_every_gpu_has_a_host_that_exists() -> None:
         ({"gpu_memory_utilization": float("inf")}, "command line: gpu_memory_utilization=inf: Input should be a fin"),
         ({"prefix_cache_ddr": "10 apples"}, "command line: prefix_cache_ddr='10 apples': size '10 apples' has the"),
         ({"prefix_cache_ddr": "3TiB"}, "prefix_cache_ddr=3 TiB exceeds the usable 1.8 TiB of host 'ddr5-dual-xeon'"),
-        ({"prefix_cache_nvme": "1TB"}, "command line: prefix_cache_nvme='1TB': prefixes are not cached on NVMe yet"),
+        ({"prefix_cache_nvme": "99TB"}, "prefix_cache_nvme=90.04 TiB exceeds the 27.94 TiB of NVMe of host"),
         ({"counts": {"miss": 1.5}}, "command line: counts.miss=1.5: Input should be less than or equal to 1"),
         ({"counts": {"miss": "x"}}, "command line: counts.miss='x': 'x' is not a number such as 0.4"),
         ({"slo": {"tfft": "1s"}}, "command line: slo={'tfft': '1s'}: unknown latency 'tfft'; did you mean 'ttft'?"),

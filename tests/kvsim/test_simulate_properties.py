@@ -10,7 +10,7 @@ from scenarios import BLOCK, POLICIES, SMALL, TOKEN_BYTES, faster, scenarios, sq
 from simulated import GPU, setup, trace
 
 from kvsim.attribution import spent_s
-from kvsim.prefix_cache import LruTier, PrefixCache
+from kvsim.prefix_cache import PrefixCache, Tier
 from kvsim.simulate import simulate
 from policies import Reuse
 
@@ -186,13 +186,13 @@ def test_lru_hits_what_a_stack_of_all_blocks_says(requests, room):
     So a larger tier hits all that a smaller one does. A block's id names its whole path, as in any trace.
     """
     ids: dict[tuple[int, ...], int] = {}
-    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, LruTier(room * BLOCK), LruTier(0))
+    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, [Tier(room * BLOCK), Tier(0), Tier(0), Tier(0)])
     stack: list[int] = []
     for path in requests:
         blocks = [ids.setdefault(tuple(path[: i + 1]), len(ids)) for i in range(len(path))]
         expected = next((i for i, block in enumerate(blocks) if block not in stack[:room]), len(blocks))
         hit = cache.match(blocks, BLOCK * len(blocks))
-        assert hit.hbm_blocks == expected
+        assert hit.blocks[0] == expected
         cache.accept(blocks, hit)
         cache.store(blocks, BLOCK * len(blocks))
         stack = blocks + [block for block in stack if block not in blocks]
