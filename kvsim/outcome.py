@@ -1,7 +1,7 @@
 """What a cluster recorded while it replayed a trace, gathered into a `Result`."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from kvsim.attribution import columns
 from kvsim.curves import peak_and_mean
 from kvsim.derive import LINKS, TIERS
 from kvsim.engine.engine import Engine
+from kvsim.fairness import Tenancy
 from kvsim.machine import CPU, D2H, H2D, NVLINK
 from kvsim.makespan import HBM, WORK
 from kvsim.prefix_cache import DDR, TIER_NAMES
@@ -17,6 +18,7 @@ from kvsim.prefix_links import Link
 from kvsim.prefix_tiers import PrefixTiers
 from kvsim.results import Array, Result
 from kvsim.setup import Setup
+from kvsim.tenants import terms_of
 from kvsim.version import __version__
 from policies import describe
 from traces import Trace
@@ -71,6 +73,18 @@ class Outcome:
             wall_s=wall_s,
             cpu_s=cpu_s,
             setup_cpu_s=setup_cpu_s,
+            tenancy=self._tenancy(),
+        )
+
+    def _tenancy(self) -> Tenancy:
+        setup, names, records = self.setup, self.trace.tenants, self.engine.cluster.tenants
+        peaks = (setup.tp * records["peak_bytes"].max(axis=0)).tolist()
+        return Tenancy(
+            terms=dict(zip(names, terms_of(setup.tenants, names), strict=True)),
+            slo_classes=setup.slo_classes,
+            prompt_token_weight=setup.prompt_token_weight,
+            output_token_weight=setup.output_token_weight,
+            kv_peak_bytes=dict(zip(names, peaks, strict=True)) if len(peaks) == len(names) else {},
         )
 
     def _columns(self) -> dict[str, Array]:
@@ -206,6 +220,7 @@ def _token_gaps(gaps: Array) -> tuple[Array, Array]:
 
 def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:
     options = {name: getattr(setup, name) for name in setup.__slots__ if name not in ("model", "policy", "gpu", "host")}
+    options["tenants"] = {name: asdict(terms) for name, terms in setup.tenants.items()}
     return {
         "trace": trace.name,
         "trace_notes": list(trace.notes),

@@ -36,7 +36,7 @@ def report_html(results: Sequence[Result], *, slo: Mapping[str, float] | None = 
     page.section("Where the bytes live", _places(runs, page), tables.places(runs), tables.cache(runs))
     page.section("What moves over each link", _links(runs, page), tables.links(runs))
     if any(len(run.summary["tenants"]) > 1 for run in runs):
-        page.section("Tenants", tables.tenants(runs))
+        page.section("Tenants", tables.tenants(runs), tables.fairness(runs))
     page.section("Inputs", tables.inputs(runs))
     page.section("Notes", _notes(runs, slo or {}, warmup_s))
     return page.html()

@@ -23,6 +23,10 @@ class Column(NamedTuple):
     best: Callable[[Sequence[float]], float] | None = None
 
 
+def _index(value: float) -> str:
+    return f"{value:.3f}"
+
+
 def _share(value: float) -> str:
     return f"{value:.1%}"
 
@@ -158,9 +162,11 @@ def tenants(runs: Sequence[Run]) -> str:
                 [
                     run.name_cell,
                     text_cell(name),
+                    text_cell(own["slo_class"] or MISSING),
                     *(number_cell(count, format_count) for count in own["requests"].values()),
                     number_cell(own["output_tokens_per_s"], format_rate),
                     number_cell(own["goodput_rps"], format_rate),
+                    number_cell(round(own["weighted_service"]), format_count),
                     *(number_cell(latency_s, format_s) for latency_s in latencies),
                 ]
             )
@@ -168,9 +174,20 @@ def tenants(runs: Sequence[Run]) -> str:
     caption = (
         f"The {_TENANTS_SHOWN} tenants with most requests of {most:,}." if most > _TENANTS_SHOWN else "All tenants."
     )
-    headings = ["policy", "tenant", "submitted", "finished", "rejected", "output tokens/s", "goodput req/s"]
+    caption += " Service is prompt tokens computed and output tokens, each at its weight."
+    headings = ["policy", "tenant", "SLO class", "submitted", "finished", "rejected", "output tokens/s"]
+    headings += ["goodput req/s", "service / weight"]
     headings += [f"{figure} {rank}" for figure in ("TTFT", "TPOT", "queue") for rank in ("p50", "p99")]
-    return table(caption, headings, rows, ["tenant"])
+    return table(caption, headings, rows, ["tenant", "SLO class"])
+
+
+def fairness(runs: Sequence[Run]) -> str:
+    """How evenly the tenants of each run were served."""
+    rows = [
+        [run.name_cell, *(number_cell(index, _index) for index in run.summary["fairness"].values())] for run in runs
+    ]
+    caption = "Jain's index of service / weight: 1 is even, 1 / tenants is all to one."
+    return table(caption, ["policy", "whole run", "while tenants contend"], rows)
 
 
 def inputs(runs: Sequence[Run]) -> str:

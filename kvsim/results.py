@@ -1,14 +1,15 @@
 """What a simulation gives, and the summary of it that `summary.json` holds."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.attribution import attribution, bottleneck
+from kvsim.fairness import Tenancy, fairness
 from kvsim.names import unknown_name
 from kvsim.uncertainty import over_blocks, over_seeds
 
@@ -50,6 +51,7 @@ class Result:
     wall_s: float
     cpu_s: float
     setup_cpu_s: float
+    tenancy: Tenancy = field(default_factory=Tenancy)
     # The same run on traces of other seeds; () where the trace is recorded, None where nobody asked.
     repeats: "tuple[Result, ...] | None" = None
 
@@ -103,24 +105,34 @@ def statistics(values: Array, weights: Array | None = None) -> Statistics:
 def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: float = 0.0) -> dict[str, Any]:
     """The content of `summary.json`, in plain Python values without NaN.
 
-    `tokens` and rates count finished requests. `slo` bounds latencies of each request, as {"ttft_s": 10, "tpot_s":
-    0.1}; `goodput_rps` counts the finished requests within all bounds, and a request without the latency (a TPOT, for
-    one output token) is within. `warmup_s` leaves requests that arrived earlier out of the latencies (`itl_s`, which
-    knows no requests, keeps all tokens). Raises ValueError for an unknown bound and for negative numbers.
+    `tokens` and rates count finished requests. `slo` bounds latencies of each request whose tenant has no SLO class, as
+    {"ttft_s": 10, "tpot_s": 0.1}; `goodput_rps` counts the finished requests within all bounds, and a request without
+    the latency (a TPOT, for one output token) is within. `warmup_s` leaves requests that arrived earlier out of the
+    latencies (`itl_s`, which knows no requests, keeps all tokens). Raises ValueError for an unknown bound and for
+    negative numbers.
     """
-    outcome = _outcome(result, _checked(slo or {}, warmup_s), warmup_s)
+    slo = _checked(slo or {}, warmup_s)
+    tenants, members = np.unique(result.requests["tenant"].astype(str), return_inverse=True)
+    names = [str(name) for name in tenants]
+    bounds = [result.tenancy.bounds(name, slo) for name in names]
+    outcome = _outcome(result, bounds, members, warmup_s)
     everything = _group(result, outcome, np.arange(len(outcome.finished)), statistics(*result.token_gaps))
     # Sorted by tenant, so that each one's requests are a run of rows, however many tenants there are.
-    tenants, members = np.unique(result.requests["tenant"].astype(str), return_inverse=True)
     rows = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1]) if len(members) else []
     # The gaps are not recorded per tenant: theirs are known only where one tenant has all of them.
-    itl_s = everything["itl_s"] if len(tenants) == 1 else dict.fromkeys(everything["itl_s"])
+    itl_s = everything["itl_s"] if len(names) == 1 else dict.fromkeys(everything["itl_s"])
+    fair = fairness(result.requests, names, members, result.tenancy)
+    served = fair.pop("tenants")
     return {
         "schema_version": SCHEMA_VERSION,
         "inputs": plain(result.inputs),
         **everything,
         "makespan_s": float(result.makespan_s),
-        "tenants": {str(name): _group(result, outcome, own, itl_s) for name, own in zip(tenants, rows, strict=True)},
+        "fairness": fair,
+        "tenants": {
+            name: {**_group(result, outcome, own, itl_s), **_terms(result.tenancy, name, within), **served[name]}
+            for name, own, within in zip(names, rows, bounds, strict=True)
+        },
         "memory": plain(result.memory),
         "links": plain(result.links),
         "traffic": plain(result.traffic),
@@ -176,11 +188,13 @@ class _Outcome(NamedTuple):
     latencies: dict[str, Floats]
 
 
-def _outcome(result: Result, bounds: Mapping[str, float], warmup_s: float) -> _Outcome:
+def _outcome(result: Result, bounds: Sequence[Mapping[str, float]], members: Array, warmup_s: float) -> _Outcome:
+    """`bounds` are those of each tenant, and `members` say which one's a row is."""
     done, times = finished(result), latencies(result)
     good = done.copy()
-    for name, bound_s in bounds.items():
-        good &= ~(times[name] > bound_s)  # NaN, no such latency, exceeds nothing
+    for name, values in times.items():
+        limits = np.array([own.get(name, math.inf) for own in bounds])
+        good &= ~(values > limits[members])  # NaN, no such latency, exceeds nothing
     return _Outcome(done, done & (result.requests["arrival_s"] >= warmup_s), good, times)
 
 
@@ -211,6 +225,19 @@ def _group(result: Result, outcome: _Outcome, rows: NDArray[np.intp], itl_s: Sta
         "e2e_s": spread["e2e_s"],
         "queue_s": spread["queue_s"],
         "attribution": attribution(columns, measured),
+    }
+
+
+def _terms(tenancy: Tenancy, name: str, bounds: Mapping[str, float]) -> dict[str, Any]:
+    """What was agreed with a tenant, and the most HBM that its sequences held at a replica where that is counted."""
+    terms = tenancy.of(name)
+    return {
+        "weight": float(terms.weight),
+        "priority": terms.priority,
+        "quota": float(terms.quota),
+        "slo_class": terms.slo_class,
+        "slo": dict(bounds),
+        "kv_peak_bytes": tenancy.kv_peak_bytes.get(name),
     }
 
 

@@ -70,9 +70,10 @@ class Router:
         self._estimate = prefill_s
 
     def choose(self, cluster: Cluster, index: int) -> int:
-        """The replica of a request that arrives."""
-        candidates = self.candidates(cluster, index)
-        chosen = self._choose(candidates)
+        """The replica of a request that arrives, of those that its tenant may go to."""
+        candidates, pin = self.candidates(cluster, index), cluster.pins[cluster.requests[index]["pin"]]
+        first = int(pin["first"])
+        chosen = first + self._choose(candidates[first : first + int(pin["n_replicas"])])
         prompt_tokens = int(self._trace.prompt_tokens[index])
         self._prefill_s[index] = self._estimate(prompt_tokens, candidates[chosen].cached_tokens)
         return chosen

@@ -15,6 +15,7 @@ from kvsim.names import unknown_name
 from kvsim.results import LATENCIES, Result
 from kvsim.shares import measured_shares
 from kvsim.simulate import Setup
+from kvsim.tenants import Tenant, parse_tenant
 from kvsim.units import parse_bytes, parse_duration_s, parse_tokens
 from policies import ModelShape, parse_policy
 
@@ -64,10 +65,16 @@ def _known_latencies(slo: dict[str, float]) -> dict[str, float]:
     return slo
 
 
+def _in_results(bounds: dict[str, float]) -> dict[str, float]:
+    return {_BOUNDS[name]: bound_s for name, bound_s in _known_latencies(bounds).items()}
+
+
 Number = Annotated[int, _written(parse_tokens)]
 Size = Annotated[int, _written(parse_bytes), Field(ge=0)]
 Seconds = Annotated[float, _written(parse_duration_s), Field(ge=0)]
 Bound = Annotated[float, _written(parse_duration_s), Field(gt=0)]
+Terms = Annotated[Tenant, BeforeValidator(lambda value: parse_tenant(value) if isinstance(value, dict) else value)]
+Class = Annotated[dict[str, Bound], Field(min_length=1), AfterValidator(_in_results)]
 Share = Annotated[float, _written(_number), Field(ge=0, le=1)]
 
 
@@ -111,6 +118,10 @@ class Scenario(BaseModel):
     kv_dtype: str | None = None
     weight_dtype: str | None = None
     counts: Annotated[dict[str, Share], _written(lambda text: measured_shares(Path(text)))] = _default("counts")
+    tenants: dict[str, Terms] = _default("tenants")
+    slo_classes: dict[str, Class] = _default("slo_classes")
+    prompt_token_weight: float = _default("prompt_token_weight")
+    output_token_weight: float = _default("output_token_weight")
     slo: Annotated[dict[str, Bound], AfterValidator(_known_latencies)] = Field(default_factory=dict)
     warmup: Seconds = 0.0
 

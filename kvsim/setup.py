@@ -1,5 +1,6 @@
 """What a simulation of one policy depends on besides the trace: model, hardware, cluster and engine options."""
 
+import math
 from dataclasses import dataclass, field
 
 from kvsim.eviction import EVICTIONS
@@ -7,12 +8,13 @@ from kvsim.hardware import Gpu, Host
 from kvsim.machine import Machine
 from kvsim.names import unknown_name
 from kvsim.prefix_cache import SHARINGS, WRITES
+from kvsim.tenants import Tenant, check_classes, check_pins
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
 
 ROUTERS = ("round-robin", "least-loaded", "prefix-affinity", "kv-aware")
 CACHE_ROUTERS = ROUTERS[2:]  # these look into prefix caches
-SCHEDULERS = ("fcfs",)
+SCHEDULERS = ("fcfs", "priority", "fair")
 FIDELITIES = ("step", "op")
 PREEMPTIONS = ("swap", "recompute")
 
@@ -23,7 +25,8 @@ class Setup:
 
     There are `gpus` / `tp` engine replicas. Sizes of prefix caches are per host, that of HBM over all its GPUs, and
     that of the remote pool for all hosts; 0 is off. `counts` replaces the default mean of a data-dependent count, as a
-    share of its maximum.
+    share of its maximum. `tenants` are by name or pattern, `slo_classes` bound latencies as {"chat": {"ttft_s": 10}},
+    and the weights of tokens make up the service that `fair` shares out and results report.
 
     Raises ValueError for a figure out of its range, an unknown name, and replicas that no host holds.
     """
@@ -50,6 +53,10 @@ class Setup:
     prefix_cache_write: str = "through"
     prefix_cache_sharing: str = "tenant"
     counts: dict[str, float] = field(default_factory=dict)
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    slo_classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    prompt_token_weight: float = 1.0  # those of arXiv:2401.00588
+    output_token_weight: float = 2.0
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tp", "max_num_seqs", "max_num_batched_tokens"):
@@ -82,6 +89,11 @@ class Setup:
         if self.tp > self.host.gpus_max:
             raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {self.host.name!r}")
         self._check_prefix_cache()
+        for name in ("prompt_token_weight", "output_token_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
+        check_classes(self.tenants, self.slo_classes)
+        check_pins(self.tenants, self.replicas)
         for name, share in self.counts.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"counts: {name}={share} must be a share from 0 to 1 of the count's maximum")

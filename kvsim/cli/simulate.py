@@ -11,6 +11,7 @@ import typer
 
 from kvsim.cli.output import JsonFlag
 from kvsim.shares import parse_shares
+from kvsim.tenants import parse_named
 
 if TYPE_CHECKING:
     from kvsim.scenario import Scenario
@@ -51,7 +52,9 @@ def replay(
         str | None, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file. Default: by the GPU.")
     ] = None,
     fidelity: Annotated[str | None, typer.Option(metavar="step|op", help="op: every operation, links shared.")] = None,
-    scheduler: Annotated[str | None, typer.Option(metavar="NAME", help="In which order requests are admitted.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="fcfs|priority|fair", help="Whose request is admitted next.")
+    ] = None,
     router: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="round-robin, least-loaded, prefix-affinity or kv-aware (Mooncake)."),
@@ -96,6 +99,23 @@ def replay(
     ] = None,
     slo: Annotated[
         list[str] | None, typer.Option(metavar="NAME=TIME,...", help="Bounds that goodput counts: ttft=10s,tpot=100ms.")
+    ] = None,
+    tenant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:KEY=VALUE,...",
+            help="A tenant's weight, priority (larger is more urgent), slo_class, quota, replicas; NAME may hold *.",
+        ),
+    ] = None,
+    slo_class: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:LATENCY=TIME,...", help="Bounds of the tenants of a class, in place of --slo."),
+    ] = None,
+    prompt_token_weight: Annotated[
+        float | None, typer.Option(metavar="X", help="Service of a prompt's token, for scheduler fair. Default: 1.")
+    ] = None,
+    output_token_weight: Annotated[
+        float | None, typer.Option(metavar="X", help="Service of an output's token. Default: 2.")
     ] = None,
     warmup: Annotated[
         str | None, typer.Option(metavar="TIME", help="Leave requests that arrive earlier out of the latencies.")
@@ -149,6 +169,9 @@ def _scenario(ctx: typer.Context, file: Path | None, several: bool) -> "Scenario
         given["counts"] = parse_shares(given["counts"])
     if "slo" in given:
         given["slo"] = _bounds(given["slo"])
+    for flag, key in (("tenant", "tenants"), ("slo_class", "slo_classes")):
+        if flag in given:
+            given[key] = parse_named(f"--{flag.replace('_', '-')}", given.pop(flag))
     asked = scenario(given, file)
     if several and "policy" not in asked.model_fields_set:
         raise ValueError(

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvsim.results import Result
 
 MISSING = "-"
+TENANTS_SHOWN = 20
 STATISTICS = ("mean", "p50", "p90", "p99", "max")
 COMPARED = (
     "finished",
@@ -51,6 +52,8 @@ def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, 
     print_table(columns, rows)
     if run.summary["uncertainty"]:
         _print_uncertainty(run)
+    if len(run.summary["tenants"]) > 1:
+        _print_tenants(run.summary)
     for note in inputs["trace_notes"]:
         typer.echo(f"note: {note}")
 
@@ -62,6 +65,32 @@ def _print_uncertainty(run: "Run") -> None:
     if rows:
         print_table(columns, ([name, *map(show, interval)] for name, show, interval in rows))
     typer.echo(run.summary["uncertainty"]["method"])
+
+
+def _print_tenants(summary: Mapping[str, Any]) -> None:
+    tenants = sorted(summary["tenants"].items(), key=lambda item: -item[1]["requests"]["submitted"])
+    latencies = [(key, rank) for key in ("ttft_s", "tpot_s") for rank in ("p50", "p99")]
+    headings = ["SLO class", "finished", "rejected", "goodput/s", "service/weight"]
+    headings += [f"{key.removesuffix('_s').upper()} {rank}" for key, rank in latencies]
+    columns: Columns = {"tenant": "left", **dict.fromkeys(headings, "right")}
+    rows = (
+        [
+            name,
+            own["slo_class"] or MISSING,
+            f"{own['requests']['finished']:,}",
+            f"{own['requests']['rejected']:,}",
+            _rate(own["goodput_rps"]),
+            format_count(round(own["weighted_service"])),
+            *(_time(own[key][rank]) for key, rank in latencies),
+        ]
+        for name, own in tenants[:TENANTS_SHOWN]
+    )
+    typer.echo()
+    print_table(columns, rows)
+    if len(tenants) > TENANTS_SHOWN:
+        typer.echo(f"and {len(tenants) - TENANTS_SHOWN:,} tenants with fewer requests")
+    whole, contended = (MISSING if index is None else f"{index:.3f}" for index in summary["fairness"].values())
+    typer.echo(f"Jain's index of service / weight: {whole}, while tenants contend {contended}")
 
 
 def print_comparison(results: Sequence["Result"], slo_s: Mapping[str, float], warmup_s: float, *, json: bool) -> None:

@@ -19,10 +19,12 @@ from kvsim.engine import (
     memory,
     neighbours,
     plans,
+    preemption,
     pricing,
     queues,
     runs,
     scheduling,
+    tenants,
 )
 
 _KERNELS = (
@@ -34,10 +36,12 @@ _KERNELS = (
     memory,
     neighbours,
     plans,
+    preemption,
     pricing,
     queues,
     runs,
     scheduling,
+    tenants,
 )
 
 

@@ -3,7 +3,8 @@
 from kvsim.engine.attribution import finish
 from kvsim.engine.plans import DECODE, NEVER, amounts, evaluate, find, slopes, steps_until_change
 from kvsim.engine.queues import push_last, take_out
-from kvsim.engine.state import COUNT, DECODING, NOBODY, SLOPE, STORED, TIERS, VECTOR, Cluster, Record
+from kvsim.engine.state import COUNT, DECODING, HBM, NOBODY, SLOPE, STORED, TIERS, VECTOR, Cluster, Record
+from kvsim.engine.tenants import advance_tenants
 
 
 def target_tokens(request: Record) -> int:
@@ -52,6 +53,7 @@ def set_amounts(cluster: Cluster, index: int) -> None:
 def advance(cluster: Cluster, replica_index: int, steps: int) -> None:
     """All decoding sequences have done `steps` iterations, at most those until the next is due."""
     replica = cluster.replicas[replica_index]
+    advance_tenants(cluster, replica_index, steps)
     if replica["length"][DECODING] == 0:
         return
     replica["iteration"] += steps
@@ -113,6 +115,10 @@ def _count(cluster: Cluster, index: int, sign: int) -> None:
     for tier in range(TIERS):
         replica["stored_bytes"][tier] += sign * rows[VECTOR, STORED + tier]
         replica["growth_bytes"][tier] += sign * rows[SLOPE, STORED + tier]
+    tenant = cluster.tenants[number, request["tenant"]]
+    tenant["decoding"] += sign
+    tenant["stored_bytes"] += sign * rows[VECTOR, STORED + HBM]
+    tenant["growth_bytes"] += sign * rows[SLOPE, STORED + HBM]
 
 
 def settle(cluster: Cluster, replica_index: int, leave_s: float) -> None:

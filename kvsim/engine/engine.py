@@ -15,15 +15,18 @@ from kvsim.engine.state import (
     GAP,
     IDLE,
     MOST_PARTS,
+    NO_QUOTA,
     NOBODY,
     NOTE,
     NOWHERE,
     OPEN_SPANS,
     PART,
+    PIN,
     PROMPTS,
     REPLICA,
     REQUEST,
     STORED,
+    TENANT,
     TIERS,
     WANT_ACCEPT,
     WANT_MATCH,
@@ -46,7 +49,8 @@ from kvsim.prefix_cache import PrefixCache
 from kvsim.prefix_service import PrefixService
 from kvsim.prefix_tiers import PrefixTiers
 from kvsim.routing import Router
-from kvsim.setup import CACHE_ROUTERS, ROUTERS, Setup
+from kvsim.setup import CACHE_ROUTERS, ROUTERS, SCHEDULERS, Setup
+from kvsim.tenants import Tenant, terms_of
 from traces import Trace
 
 WATERMARK = 0.01  # of HBM kept free at admission (as vLLM)
@@ -201,11 +205,13 @@ class Engine:
 
 def _cluster(trace: Trace, setup: Setup, clock: Clock, caches: Sequence[PrefixCache | None]) -> Cluster:
     """The state before anything has happened, without plans."""
-    world = _world(setup, clock)
+    world, requests = _world(setup, clock), _requests(trace)
     return Cluster(
         world=world,
-        requests=_requests(trace),
+        requests=requests,
         replicas=_replicas(setup, caches),
+        tenants=_tenants(trace, setup, requests),
+        pins=_pins(trace, setup, requests),
         sums=np.zeros((setup.replicas, 0, 2, 0), np.int64),
         rows=np.zeros((0, 0), np.int64),
         parts=np.zeros((setup.replicas, MOST_PARTS + OPEN_SPANS), dtype=PART),
@@ -225,12 +231,39 @@ def _requests(trace: Trace) -> Records:
     return requests
 
 
+def _tenants(trace: Trace, setup: Setup, requests: Records) -> Records:
+    """The tenants of each replica; where nothing depends on whose a request is, all are one."""
+    terms = terms_of(setup.tenants, trace.tenants)
+    if setup.scheduler == "fcfs" and all(one.quota == 1 for one in terms):
+        terms = [Tenant()]
+    else:
+        requests["tenant"] = trace.tenant
+    tenants = np.zeros((setup.replicas, len(terms)), dtype=TENANT)
+    hbm_bytes, *_ = setup.capacity()
+    tenants["weight"], tenants["priority"] = [one.weight for one in terms], [one.priority for one in terms]
+    tenants["quota_bytes"] = [int(one.quota * hbm_bytes) if one.quota < 1 else NO_QUOTA for one in terms]
+    tenants["watermark_bytes"] = [int(WATERMARK * one.quota * hbm_bytes) for one in terms]
+    tenants["first"] = tenants["last"] = NOBODY
+    return tenants
+
+
+def _pins(trace: Trace, setup: Setup, requests: Records) -> Records:
+    """The ranges of replicas that requests may go to."""
+    ranges = [one.replicas or (0, setup.replicas - 1) for one in terms_of(setup.tenants, trace.tenants)]
+    known = list(dict.fromkeys(ranges))
+    requests["pin"] = np.array([known.index(one) for one in ranges])[trace.tenant]
+    pins = np.zeros(len(known), dtype=PIN)
+    pins["first"] = [first for first, _ in known]
+    pins["n_replicas"] = [last - first + 1 for first, last in known]
+    return pins
+
+
 def _replicas(setup: Setup, caches: Sequence[PrefixCache | None]) -> Records:
     replicas = np.zeros(setup.replicas, dtype=REPLICA)
     per_host, sharing = setup.replicas_per_host, setup.machine().sharing
     numbers = np.arange(setup.replicas)
     replicas["phase"], replicas["wake_s"], replicas["next_due"] = IDLE, math.inf, np.iinfo(np.int64).max
-    replicas["first"] = replicas["last"] = NOBODY
+    replicas["first"] = replicas["last"] = replicas["left_queue"] = NOBODY
     replicas["first_neighbour"] = numbers // per_host * per_host
     replicas["n_neighbours"] = np.minimum(per_host, setup.replicas - replicas["first_neighbour"])
     replicas["on_host"], replicas["on_switch"] = sharing
@@ -244,7 +277,8 @@ def _world(setup: Setup, clock: Clock) -> Record:
     world["max_num_seqs"], world["max_num_batched_tokens"] = setup.max_num_seqs, setup.max_num_batched_tokens
     world["capacity_bytes"], world["watermark_bytes"] = capacity, int(WATERMARK * capacity[0])
     world["swaps"], world["step_by_step"] = setup.preemption == "swap", setup.fidelity == "op"
-    world["router"] = ROUTERS.index(setup.router)
+    world["router"], world["scheduler"] = ROUTERS.index(setup.router), SCHEDULERS.index(setup.scheduler)
+    world["prompt_weight"], world["output_weight"] = setup.prompt_token_weight, setup.output_token_weight
     world["tp"], world["gpus_per_switch"] = setup.tp, host.gpus_per_switch
     world["head_bytes"] = clock.model.head_bytes
     world["head_s"], world["logit_s"] = clock.head_parts_s

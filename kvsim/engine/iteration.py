@@ -25,6 +25,7 @@ from kvsim.engine.state import (
     Detour,
     Prices,
 )
+from kvsim.engine.tenants import charge_output
 
 
 def stall(cluster: Cluster, number: int, now_s: float) -> bool:
@@ -91,8 +92,9 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     if decodes:
         find(cluster.plans, DECODE, target_tokens(request), 1, 0)
     take_out(cluster.requests, replica, index)
-    release(replica, request)
+    release(cluster, index)
     request["chunk_tokens"] = 0
+    charge_output(cluster, number, index)
     first = math.isnan(request["first_token_s"])
     if first:
         first_token(replica, request, now_s)

@@ -10,12 +10,13 @@ from kvsim.engine.books import note_now
 from kvsim.engine.decoding import settle
 from kvsim.engine.iteration import end_iteration, join_completed, launch, stall
 from kvsim.engine.neighbours import share
-from kvsim.engine.queues import push_last
-from kvsim.engine.runs import begin_run, cut_run, end_run
-from kvsim.engine.scheduling import admit, continue_prompts, make_room, next_ready_s
+from kvsim.engine.preemption import make_room
+from kvsim.engine.runs import begin_run, cut_run, end_run, steps_by
+from kvsim.engine.scheduling import admit, continue_prompts, next_ready_s
 from kvsim.engine.state import (
     ADMITTING,
     DECODING,
+    FAIR,
     IDLE,
     ITERATING,
     JOINING,
@@ -26,14 +27,13 @@ from kvsim.engine.state import (
     SCHEDULING,
     SETTLING,
     STALLED,
-    SWAPPED,
-    WAITING,
     WANT_ROUTE,
     WANT_ROWS,
     Cluster,
     Detour,
     Prices,
 )
+from kvsim.engine.tenants import begin_turn, queue_newcomer
 
 ROUND_ROBIN, LEAST_LOADED = range(2)
 MOST_NOTES = 8  # of one turn
@@ -87,11 +87,12 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
             join_completed(cluster, number, now_s)
             replica["phase"] = SCHEDULING
         if replica["phase"] == SCHEDULING:
-            make_room(cluster, replica, now_s)
+            begin_turn(cluster, number)
+            make_room(cluster, number, now_s)
             continue_prompts(cluster, replica, now_s)
             replica["phase"] = ADMITTING
         if replica["phase"] == ADMITTING:
-            admit(cluster, replica, now_s)
+            admit(cluster, number, now_s)
             replica["phase"] = READY
         # Begin it.
         if replica["chunks"] or (replica["length"][DECODING] and world["step_by_step"]):
@@ -115,30 +116,34 @@ def arrive(cluster: Cluster, index: int, now_s: float) -> int:
     cluster.world["arrived"] = index + 1
     replica = cluster.replicas[number]
     request["replica"] = number
-    blocked = replica["length"][WAITING] or replica["length"][SWAPPED]
-    push_last(cluster.requests, replica, WAITING, index)
     replica["outstanding_tokens"] += request["prompt_tokens"] + request["output_tokens"]
-    if replica["phase"] == IDLE and not blocked:
+    iterations = 0  # that have ended by now
+    if replica["phase"] == RUNNING and cluster.world["scheduler"] == FAIR:
+        iterations = steps_by(cluster.parts[number], replica, now_s - replica["began_s"]) - 1
+    is_next = queue_newcomer(cluster, number, index, iterations)
+    if replica["phase"] == IDLE and is_next:
         replica["wake_s"] = now_s
-    elif replica["phase"] == RUNNING and not blocked and not replica["cut"]:
+    elif replica["phase"] == RUNNING and is_next and not replica["cut"]:
         cut_run(cluster, number, now_s)
     return number
 
 
 def _route(cluster: Cluster, index: int) -> int:
     replicas, world = cluster.replicas, cluster.world
+    pin = cluster.pins[cluster.requests[index]["pin"]]
+    chosen = pin["first"]
     if world["router"] == ROUND_ROBIN:
-        return index % len(replicas)
+        pin["arrived"] += 1
+        return int(chosen + (pin["arrived"] - 1) % pin["n_replicas"])
     if world["router"] > LEAST_LOADED:  # it looks into prefix caches
         if world["routed"] <= index:
             world["wanted"][0], world["wanted"][1] = WANT_ROUTE, index
             raise Detour
         return int(cluster.requests[index]["replica"])
-    chosen = 0
-    for i in range(1, len(replicas)):
+    for i in range(chosen + 1, chosen + pin["n_replicas"]):
         if replicas[i]["outstanding_tokens"] < replicas[chosen]["outstanding_tokens"]:
             chosen = i
-    return chosen
+    return int(chosen)
 
 
 def _check_rows(cluster: Cluster) -> None:

@@ -23,10 +23,15 @@ def fits(world: Record, replica: Record, margin_bytes: int) -> bool:
     return True
 
 
-def fits_alone(world: Record, times: int) -> bool:
-    """Whether so many times the need fits an empty memory."""
+def fits_alone(cluster: Cluster, index: int, times: int) -> bool:
+    """Whether so many times the need of a request fits an empty memory, and its tenant's quota."""
+    world, request = cluster.world, cluster.requests[index]
+    quota_bytes = cluster.tenants[request["replica"], request["tenant"]]["quota_bytes"]
     for tier in range(TIERS):
-        if times * world["need_bytes"][tier] > world["capacity_bytes"][tier]:
+        capacity_bytes = world["capacity_bytes"][tier]
+        if tier == HBM:
+            capacity_bytes = min(capacity_bytes, quota_bytes)
+        if times * world["need_bytes"][tier] > capacity_bytes:
             return False
     return True
 
@@ -51,22 +56,26 @@ def set_prefill_need(cluster: Cluster, target: int, past: int, new: int) -> None
     set_need(cluster)
 
 
-def never_fits(cluster: Cluster, request: Record) -> bool:
-    """Whether a request with this need alone exceeds the capacity, in prefill or at its last token.
+def never_fits(cluster: Cluster, index: int) -> bool:
+    """Whether a request with this need alone exceeds the capacity or its quota, in prefill or at its last token.
 
     (One that outgrows the memory although its last token was not examined is rejected then.) May make a detour.
     """
+    request = cluster.requests[index]
     target = target_tokens(request)
-    if request["output_tokens"] <= target and fits_alone(cluster.world, AMPLE):
+    if request["output_tokens"] <= target and fits_alone(cluster, index, AMPLE):
         return False
     piece = find(cluster.plans, DECODE, target, max(1, last_generated(request)), 0)
-    if not fits_alone(cluster.world, 1):
+    if not fits_alone(cluster, index, 1):
         return True
-    amounts(cluster.plans, piece, cluster.rows, VECTOR)
     for tier in range(TIERS):
-        if cluster.rows[VECTOR, STORED + tier] > cluster.world["capacity_bytes"][tier]:
-            return True
-    return False
+        cluster.world["asked_bytes"][tier] = cluster.world["need_bytes"][tier]
+    amounts(cluster.plans, piece, cluster.rows, VECTOR)
+    set_need(cluster)
+    outgrows = not fits_alone(cluster, index, 1)
+    for tier in range(TIERS):
+        cluster.world["need_bytes"][tier] = cluster.world["asked_bytes"][tier]
+    return outgrows
 
 
 def transfer_s(world: Record, replica: Record, nbytes: int, direction: int) -> float:
@@ -95,15 +104,21 @@ def used(replica: Record, tier: int) -> int:
     return int(replica["held_bytes"][tier] + replica["stored_bytes"][tier])
 
 
-def hold(world: Record, replica: Record, request: Record) -> None:
+def hold(cluster: Cluster, index: int) -> None:
     """Reserve the need for a request."""
+    world, request = cluster.world, cluster.requests[index]
+    replica = cluster.replicas[request["replica"]]
     for tier in range(TIERS):
         request["held"][tier] = world["need_bytes"][tier]
         replica["held_bytes"][tier] += world["need_bytes"][tier]
+    cluster.tenants[request["replica"], request["tenant"]]["held_bytes"] += world["need_bytes"][HBM]
 
 
-def release(replica: Record, request: Record) -> None:
+def release(cluster: Cluster, index: int) -> None:
     """Give back what is reserved for a request."""
+    request = cluster.requests[index]
+    replica = cluster.replicas[request["replica"]]
+    cluster.tenants[request["replica"], request["tenant"]]["held_bytes"] -= request["held"][HBM]
     for tier in range(TIERS):
         replica["held_bytes"][tier] -= request["held"][tier]
         request["held"][tier] = 0

@@ -11,6 +11,7 @@ from kvsim.engine.books import charge_model, charge_plans, emit, gap, note, note
 from kvsim.engine.decoding import advance
 from kvsim.engine.iteration import first_load, set_decoding_batch
 from kvsim.engine.memory import used
+from kvsim.engine.preemption import has_slot
 from kvsim.engine.pricing import price
 from kvsim.engine.scheduling import next_ready_s
 from kvsim.engine.state import (
@@ -28,6 +29,7 @@ from kvsim.engine.state import (
     Record,
     Records,
 )
+from kvsim.engine.tenants import steps_to_turn, steps_within_quotas
 
 MOST_STEPS = 4096  # iterations charged at once
 ON_CHORD = 1e-7  # relative distance from the chord that counts as none: settled layers are extrapolated to 1e-9
@@ -41,6 +43,9 @@ def begin_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> No
         growth = replica["growth_bytes"][tier]
         if growth > 0:
             steps = min(steps, (cluster.world["capacity_bytes"][tier] - used(replica, tier)) // growth + 1)
+    steps = steps_within_quotas(cluster, number, steps)
+    if replica["batch_tokens"] > 0 and has_slot(cluster, replica):
+        steps = steps_to_turn(cluster, number, steps)
     replica["n_parts"] = split(cluster, prices, number, steps)
     note_now(cluster, number, now_s)
     replica["run_stall_s"], replica["stall_s"] = replica["stall_s"], 0.0

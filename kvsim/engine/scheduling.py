@@ -1,17 +1,12 @@
-"""Who runs in a replica's next iteration: running prompts first, then swapped and new requests as room allows.
-
-`next_waiting` is the one place that says whose turn it is.
-"""
+"""Who runs in a replica's next iteration: running prompts first, then swapped and new requests as room allows."""
 
 import math
 
-from kvsim.engine.attribution import enter_batch, preempted, prefix_ready, returned
-from kvsim.engine.decoding import generated_tokens, join, leave, target_tokens, withdraw
+from kvsim.engine.attribution import enter_batch, prefix_ready, returned
+from kvsim.engine.decoding import join, target_tokens
 from kvsim.engine.memory import (
-    DOWN,
     UP,
     fits,
-    fits_alone,
     hold,
     margin_bytes,
     never_fits,
@@ -22,70 +17,24 @@ from kvsim.engine.memory import (
     transfer_s,
 )
 from kvsim.engine.plans import DECODE, amounts, find
-from kvsim.engine.queues import push_first, push_last, take_out
+from kvsim.engine.preemption import has_slot, make_way, outranks, reject, take_chunks_below
+from kvsim.engine.queues import push_before
 from kvsim.engine.state import (
-    DDR,
     DECODING,
     HBM,
     NOBODY,
     PREFILLING,
-    STORED,
+    PRIORITY,
     SWAPPED,
     TIERS,
     VECTOR,
-    WAITING,
     WANT_ACCEPT,
     WANT_MATCH,
     Cluster,
     Detour,
     Record,
 )
-
-
-def next_waiting(replica: Record) -> int:
-    """The waiting request whose turn it is: first come, first served."""
-    return int(replica["first"][WAITING])
-
-
-def next_victim(replica: Record) -> int:
-    """The decoding sequence that makes room: the one that joined last."""
-    return int(replica["last"][DECODING])
-
-
-def make_room(cluster: Cluster, replica: Record, now_s: float) -> None:
-    """Preempt sequences until the next decode iteration fits."""
-    need_bytes = cluster.world["need_bytes"]
-    while replica["length"][DECODING]:
-        for tier in range(TIERS):
-            need_bytes[tier] = 0
-        if fits(cluster.world, replica, 0):
-            break
-        _preempt(cluster, replica, next_victim(replica), now_s)
-
-
-def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> None:
-    request, world = cluster.requests[index], cluster.world
-    generated = generated_tokens(request, replica["iteration"])
-    withdraw(cluster, index)  # leaves its amounts in VECTOR
-    set_need(cluster)
-    if not fits_alone(world, 1):
-        _reject(replica, request)
-        return
-    request["preemptions"] += 1
-    request["last_token_s"] = now_s
-    preempted(replica, request, now_s)
-    hbm_bytes = world["need_bytes"][HBM]
-    world["need_bytes"][HBM] = 0
-    world["need_bytes"][DDR] += hbm_bytes
-    if world["swaps"] and fits(world, replica, 0):
-        request["generated_at_join"] = generated
-        hold(world, replica, request)
-        push_first(cluster.requests, replica, SWAPPED, index)
-        swap(world, replica, hbm_bytes, DOWN)
-    else:
-        request["recomputed_tokens"] += generated
-        request["past_tokens"] = 0
-        push_first(cluster.requests, replica, WAITING, index)
+from kvsim.engine.tenants import charge_prompt, next_request, pick, within_quota
 
 
 def continue_prompts(cluster: Cluster, replica: Record, now_s: float) -> None:
@@ -107,27 +56,48 @@ def continue_prompts(cluster: Cluster, replica: Record, now_s: float) -> None:
     replica["batch_tokens"] = left
 
 
-def admit(cluster: Cluster, replica: Record, now_s: float) -> None:
-    """Let swapped sequences return, the one that joined first first, then new ones begin. May make detours."""
-    while replica["length"][SWAPPED] and _may_run(cluster, replica):
-        if not _swap_in(cluster, replica, replica["first"][SWAPPED], now_s):
+def admit(cluster: Cluster, number: int, now_s: float) -> None:
+    """Let swapped sequences return and new requests begin, in their order, until one has to wait. May make detours."""
+    replica, ranked = cluster.replicas[number], cluster.world["scheduler"] == PRIORITY
+    while True:
+        index = next_request(cluster, number, 0)
+        if index == NOBODY:
             break
-        replica["batch_tokens"] -= 1
-    while replica["length"][WAITING] and not replica["length"][SWAPPED] and _may_run(cluster, replica):
-        if not _begin(cluster, replica, next_waiting(replica), now_s):
+        request = cluster.requests[index]
+        swapped = request["queue"] == SWAPPED
+        if ranked:
+            priority = cluster.tenants[number, request["tenant"]]["priority"]
+            take_chunks_below(cluster, number, priority, 1 if swapped else target_tokens(request))
+        if replica["batch_tokens"] <= 0 or not (has_slot(cluster, replica) or outranks(cluster, number, index)):
             break
+        if not (_swap_in(cluster, number, index, now_s) if swapped else _begin(cluster, number, index, now_s)):
+            break
+    if ranked:
+        _continue_further(cluster, replica, now_s)
 
 
-def _may_run(cluster: Cluster, replica: Record) -> bool:
-    running = replica["length"][DECODING] + replica["length"][PREFILLING]
-    return bool(replica["batch_tokens"] > 0 and running < cluster.world["max_num_seqs"])
+def _continue_further(cluster: Cluster, replica: Record, now_s: float) -> None:
+    """Give prompts under way what newcomers have left of an iteration.
+
+    Of a prompt that was to begin with a part at least a token is left for later: no more has been reserved for it.
+    """
+    index = replica["first"][PREFILLING]
+    while index != NOBODY and replica["batch_tokens"] > 0:
+        request = cluster.requests[index]
+        left = target_tokens(request) - request["past_tokens"] - request["chunk_tokens"]
+        if left and request["ready_s"] <= now_s:
+            further = min(left if request["past_tokens"] else left - 1, replica["batch_tokens"])
+            replica["chunks"] += further > 0 and request["chunk_tokens"] == 0
+            request["chunk_tokens"] += further
+            replica["batch_tokens"] -= further
+        index = request["after"]
 
 
-def _begin(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
-    """Reserve what a prompt's prefill needs and give it its first chunk; False when it has to wait."""
-    request = cluster.requests[index]
+def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
+    """Reserve what a prompt's prefill needs and give it its first chunk; False when it and all others have to wait."""
+    request, replica = cluster.requests[index], cluster.replicas[number]
     target, past, load_bytes = target_tokens(request), 0, 0
-    looks_up = replica["cached"] != 0 and request["recomputed_tokens"] == 0
+    looks_up = replica["cached"] != 0 and math.isnan(request["admitted_s"])  # what was preempted begins anew
     if looks_up:
         if request["matched"] != replica["cache_version"]:
             cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_MATCH, index
@@ -136,18 +106,19 @@ def _begin(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
         past, load_bytes = request["hit_tokens"], request["hit_load_bytes"]
     chunk = min(replica["batch_tokens"], target - past)
     set_prefill_need(cluster, target, past, chunk)
-    if never_fits(cluster, request):
-        take_out(cluster.requests, replica, index)
-        _reject(replica, request)
+    if never_fits(cluster, index):
+        pick(cluster, number, index)
+        reject(replica, request)
         return True
-    if not fits(cluster.world, replica, margin_bytes(cluster.world, replica)):
-        return False
-    take_out(cluster.requests, replica, index)
-    hold(cluster.world, replica, request)
-    push_last(cluster.requests, replica, PREFILLING, index)
+    if not _find_room(cluster, number, index, now_s):
+        return bool(cluster.tenants[number, request["tenant"]]["over_quota"])
+    pick(cluster, number, index)
+    hold(cluster, index)
+    _enlist(cluster, number, index)
     request["past_tokens"], request["chunk_tokens"], request["ready_s"] = past, 0, now_s
     if math.isnan(request["admitted_s"]):
         request["admitted_s"], request["cached_tokens"] = now_s, past
+        charge_prompt(cluster, number, index, request["prompt_tokens"] - past)
     else:
         returned(request, now_s)
     fetches = looks_up and (request["hit_slow"] != 0 or request["hit_landed_s"] > now_s)  # blocks that are below DDR
@@ -170,29 +141,51 @@ def _begin(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
     return True
 
 
-def _swap_in(cluster: Cluster, replica: Record, index: int, now_s: float) -> bool:
-    request, plans, world = cluster.requests[index], cluster.plans, cluster.world
+def _swap_in(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
+    """Let a swapped sequence decode again; False when it and all others have to wait. May make a detour."""
+    request, replica, plans, world = cluster.requests[index], cluster.replicas[number], cluster.plans, cluster.world
     generated = request["generated_at_join"]
     amounts(plans, find(plans, DECODE, target_tokens(request), generated, 0), cluster.rows, VECTOR)
     set_need(cluster)
+    hbm_bytes = world["need_bytes"][HBM]
     for tier in range(TIERS):
         world["need_bytes"][tier] -= request["held"][tier]
-    if not fits(world, replica, margin_bytes(world, replica)):
-        return False
-    hbm_bytes = cluster.rows[VECTOR, STORED + HBM]
-    take_out(cluster.requests, replica, index)
-    release(replica, request)
+    if not _find_room(cluster, number, index, now_s):
+        return bool(cluster.tenants[number, request["tenant"]]["over_quota"])
+    pick(cluster, number, index)
+    release(cluster, index)
     swap(world, replica, hbm_bytes, UP)
     join(cluster, index, generated)
     replica["late"] += 1
+    replica["batch_tokens"] -= 1
     returned(request, now_s)
     enter_batch(replica, request)
     return True
 
 
-def _reject(replica: Record, request: Record) -> None:
-    request["rejected"] = 1
-    leave(replica, request)
+def _find_room(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
+    """Whether the need fits, if others make way where they must; otherwise its tenant may have become over quota."""
+    replica = cluster.replicas[number]
+    if not within_quota(cluster, number, index):
+        cluster.tenants[number, cluster.requests[index]["tenant"]]["over_quota"] = 1
+        return False
+    if has_slot(cluster, replica) and fits(cluster.world, replica, margin_bytes(cluster.world, replica)):
+        return True
+    return make_way(cluster, number, index, now_s)
+
+
+def _enlist(cluster: Cluster, number: int, index: int) -> None:
+    """Let a request's prefill take its turn after the others', with `priority` before those that are less urgent."""
+    requests, replica = cluster.requests, cluster.replicas[number]
+    other = replica["first"][PREFILLING]
+    if cluster.world["scheduler"] == PRIORITY:
+        tenants = cluster.tenants[number]
+        priority = tenants[requests[index]["tenant"]]["priority"]
+        while other != NOBODY and tenants[requests[other]["tenant"]]["priority"] >= priority:
+            other = requests[other]["after"]
+    else:
+        other = NOBODY
+    push_before(requests, replica, PREFILLING, index, other)
 
 
 def next_ready_s(cluster: Cluster, replica: Record, now_s: float) -> float:

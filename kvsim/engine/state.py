@@ -31,8 +31,11 @@ COUNT, STORED, OPS, AMOUNTS = 0, 1, 1 + TIERS, 3
 VECTOR, SLOPE, PROMPTS = range(3)  # rows of `rows`: scratch, then prompts by structure, then the loads of a batch
 
 NOBODY = -1  # no request
-WAITING, SWAPPED, PREFILLING, DECODING, NOWHERE = range(5)  # lists of a replica that a request can be in
-QUEUES = 4
+# Lists that a request can be in: the first two are a tenant's at a replica, the others a replica's.
+WAITING, SWAPPED, PREFILLING, DECODING, NOWHERE = range(5)
+TENANT_QUEUES, QUEUES = 2, 4
+FCFS, PRIORITY, FAIR = range(3)
+NO_QUOTA = 1 << 62  # bytes: more than any memory has
 
 # What a replica is about. RUNNING, STALLED and ITERATING last until `wake_s`; the others are left at once, but for a
 # detour: they are the places at which a replica goes on after one.
@@ -79,6 +82,9 @@ REQUEST = np.dtype(
         "preemptions",
         "rejected",
         "replica",
+        "tenant",  # its number among those that the scheduler tells apart
+        "pin",  # to which replicas it may go
+        "ticket",  # its place in the order of its replica's queue
         "queue",  # the list that it is in, and its neighbours there
         "before",
         "after",
@@ -121,6 +127,9 @@ REPLICA = np.dtype(
         "busy_now",
         "on_host",  # GPUs that are busy on its host and on its most crowded switch
         "on_switch",
+        "first_ticket",  # the smallest and the largest of its queue so far
+        "last_ticket",
+        "left_queue",  # the tenant whose request left the queue last
         "cached",  # whether it has a prefix cache, and how often that has changed
         "cache_version",
         "weight_bytes",
@@ -146,6 +155,27 @@ REPLICA = np.dtype(
         *_seconds("busy_s"),
     ]
 )
+TENANT = np.dtype(  # one tenant at one replica
+    _floats(
+        "weight",
+        "lift",  # what its counter has been raised by, beyond its service
+    )
+    + _ints(
+        "priority",
+        "quota_bytes",  # of HBM
+        "watermark_bytes",
+        "over_quota",  # its next request has to wait for its own ones; of this turn
+        "decoding",  # sequences
+        "prompt_tokens",  # served: computed by prefill, and generated
+        "output_tokens",
+        "held_bytes",  # of HBM: as those of a replica
+        "stored_bytes",
+        "growth_bytes",
+        "peak_bytes",
+    )
+    + [(name, np.int64, (TENANT_QUEUES,)) for name in ("first", "last", "length")]
+)
+PIN = np.dtype(_ints("first", "n_replicas", "arrived"))  # neighbours that requests may go to, and how many have arrived
 PART = np.dtype(  # iterations whose durations lie on a line, and while a run is split, a span that may not yet
     _ints("low", "steps") + _floats("first_s", "last_s", "slope_s") + _seconds("busy_s", "last_busy_s", "busy_slope_s")
 )
@@ -165,6 +195,7 @@ WORLD = np.dtype(
         "swaps",  # what was preempted, rather than recomputing it
         "step_by_step",  # whoever runs the replicas takes every iteration by itself and shares the host by itself
         "router",
+        "scheduler",
         "tp",
         "gpus_per_switch",
         "head_bytes",
@@ -179,11 +210,13 @@ WORLD = np.dtype(
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
     + _floats("ddr_Bps", "switch_Bps")
     + _floats("now_s")  # of a detour to the prefix caches
+    + _floats("prompt_weight", "output_weight")  # service of a token
     + _floats("head_s", "logit_s")  # of the output head: once, and for each position
     + _floats("head_launch_s")  # the part of the former that is no transfer
     + [
         ("capacity_bytes", np.int64, (TIERS,)),
         ("need_bytes", np.int64, (TIERS,)),  # scratch
+        ("asked_bytes", np.int64, (TIERS,)),  # scratch: a need for which others are preempted
         ("wanted", np.int64, (5,)),  # by a detour: what, and its arguments
         ("first_piece", np.int64, (2,)),  # the one found last, for decode steps and chunks of prompts
         *_seconds("busy_s"),  # of the batch priced last
@@ -233,6 +266,8 @@ class Cluster(NamedTuple):
     world: Record
     requests: Records  # in order of arrival
     replicas: Records
+    tenants: Records  # (replicas, tenants)
+    pins: Records
     sums: Ints  # (replicas, structures, 2, columns): vectors of decoding sequences in the next iteration, their growth
     rows: Ints  # (rows, columns)
     parts: Records  # (replicas, MOST_PARTS + OPEN_SPANS): of the run under way

@@ -11,10 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvsim.fairness import Tenancy
 from kvsim.results import Result, latencies, plain, statistics, summarize
+from kvsim.tenants import Tenant
 
 Make = Callable[..., Result]
 NAN = math.nan
+OF_TENANTS = {
+    *("weight", "priority", "quota", "slo_class", "slo", "kv_peak_bytes"),
+    *("service", "weighted_service", "contended_s", "contended_service"),
+}
 
 # Four requests of two tenants; the third was rejected. Times are chosen so that every latency can be read off.
 BY_HAND: dict[str, Any] = {
@@ -99,7 +105,27 @@ def test_tenants_are_summarized_alike_and_in_order(make_result: Make) -> None:
     assert tenants["a"]["goodput_rps"] == 2 / 50
     assert set(tenants["a"]["itl_s"].values()) == {None}  # gaps are recorded for all tenants together
     alone = summarize(make_result(tenants=("only",)))
-    assert alone["tenants"]["only"] == {key: alone[key] for key in alone["tenants"]["only"]}
+    shared = set(alone["tenants"]["only"]) - OF_TENANTS
+    assert {key: alone["tenants"]["only"][key] for key in shared} == {key: alone[key] for key in shared}
+    service = alone["tokens"]["prompt"] - alone["tokens"]["prompt_cached"] + 2 * alone["tokens"]["output"]
+    assert alone["tenants"]["only"]["service"] == service
+    assert alone["fairness"] == {"jain_index": 1.0, "contended_jain_index": None}
+
+
+def test_a_tenants_goodput_counts_the_bounds_of_its_class(make_result: Make) -> None:
+    terms = {"a": Tenant(slo_class="slow", weight=2), "b": Tenant(slo_class="fast")}
+    tenancy = Tenancy(terms=terms, slo_classes={"slow": {"ttft_s": 6}, "fast": {"ttft_s": 3.9, "tpot_s": 9}})
+    summary = summarize(make_result(**BY_HAND, tenancy=tenancy), {"ttft_s": 0.5})
+    # TTFTs are 4 for `b`, 1 and 6 for `a`; the bound that holds without a class would let nobody pass.
+    assert summary["tenants"]["a"]["goodput_rps"] == summary["goodput_rps"] == 2 / 50
+    assert summary["tenants"]["b"]["goodput_rps"] == 0
+    assert [summary["tenants"][x]["slo_class"] for x in "ab"] == ["slow", "fast"]
+    assert summary["tenants"]["b"]["slo"] == {"ttft_s": 3.9, "tpot_s": 9}
+    service = {"a": (200 - 50) + (300 - 100) + 2 * (1 + 3), "b": 100 + 2 * 5}
+    assert {x: summary["tenants"][x]["service"] for x in "ab"} == service
+    assert summary["tenants"]["a"]["weighted_service"] == service["a"] / 2
+    terms["a"] = Tenant()
+    assert summarize(make_result(**BY_HAND, tenancy=tenancy), {"ttft_s": 5})["tenants"]["a"]["goodput_rps"] == 1 / 50
 
 
 @pytest.mark.parametrize(
@@ -151,6 +177,7 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
     ]
     rest = [
         "makespan_s",
+        "fairness",
         "tenants",
         "memory",
         "links",
@@ -164,7 +191,7 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
     clocks = ["wall_s", "cpu_s", "setup_cpu_s"]
     summary = summarize(make_result(tenants=("x", "y")))
     assert sorted(summary) == sorted(["schema_version", "inputs", *group, *rest, *clocks])
-    assert sorted(summary["tenants"]["x"]) == sorted(group)
+    assert set(summary["tenants"]["x"]) == {*group, *OF_TENANTS}
     assert sorted(summary["attribution"]) == ["decode", "e2e", "ttft"]
     assert json.loads(json.dumps(summary)) == summary  # plain values all through
 

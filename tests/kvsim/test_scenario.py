@@ -13,6 +13,7 @@ from kvsim.hardware import gpu_names, load_host
 from kvsim.models import load_model
 from kvsim.scenario import Scenario, default_host, scenario
 from kvsim.simulate import Setup
+from kvsim.tenants import Tenant
 
 NEEDED = {"trace": "mooncake-conversation", "model": "llama-3.1-8b", "gpu": "h100-sxm"}
 
@@ -87,6 +88,33 @@ def test_a_file_says_all_and_takes_units(tmp_path: Path) -> None:
     assert asked.resolved()["limit"] == 1000
 
 
+def test_a_file_says_what_tenants_have(tmp_path: Path) -> None:
+    path = file_with(
+        tmp_path,
+        """
+        trace: servegen-deepseek-r1
+        model: llama-3.1-8b
+        gpu: h100-sxm
+        gpus: 4
+        scheduler: fair
+        output_token_weight: 4
+        tenants:
+          client-35: {weight: 2, priority: -1, slo_class: batch, quota: 0.5, replicas: 0-1}
+          "client-*": {slo_class: chat, replicas: 3}
+        slo_classes:
+          chat: {ttft: 500ms, tpot: 50ms}
+          batch: {e2e: 1m}
+        """,
+    )
+    (setup,) = scenario({}, path).setups()
+    assert setup.tenants == {
+        "client-35": Tenant(weight=2, priority=-1, slo_class="batch", quota=0.5, replicas=(0, 1)),
+        "client-*": Tenant(slo_class="chat", replicas=(3, 3)),
+    }
+    assert setup.slo_classes == {"chat": {"ttft_s": 0.5, "tpot_s": 0.05}, "batch": {"e2e_s": 60.0}}
+    assert (setup.scheduler, setup.output_token_weight, setup.prompt_token_weight) == ("fair", 4.0, 1.0)
+
+
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     path = file_with(tmp_path, "trace: azure-2023-code\nmodel: llama-2-7b\ngpu: h100-sxm\ngpus: 4\npolicy: quest\n")
     asked = scenario({"gpus": 2, "model": "llama-3.1-8b"}, path)
@@ -135,6 +163,55 @@ def test_every_gpu_has_a_host_that_exists() -> None:
         ({"policy": []}, "command line: policy=[]: Value should have at least 1 item"),
         ({"policy": "shadowvk"}, "unknown policy 'shadowvk'; did you mean 'shadowkv'?"),
         ({"policy": "shadowkv:rank=0"}, "shadowkv: rank=0 must be at least 1"),
+        (
+            {"tenants": {"a": {"weigth": 2}}},
+            "command line: tenants.a={'weigth': 2}: unknown key 'weigth'; did you mean 'w",
+        ),
+        (
+            {"tenants": {"a": {"weight": 0}}},
+            "command line: tenants.a={'weight': 0}: weight=0 must be a finite number above",
+        ),
+        ({"tenants": {"a": {"weight": "x"}}}, "command line: tenants.a={'weight': 'x'}: weight='x' is not a number"),
+        (
+            {"tenants": {"a": {"priority": 1.5}}},
+            "command line: tenants.a={'priority': 1.5}: priority=1.5 is not a whole",
+        ),
+        (
+            {"tenants": {"a": {"quota": 1.2}}},
+            "command line: tenants.a={'quota': 1.2}: quota=1.2 must be above 0 and at most",
+        ),
+        (
+            {"tenants": {"a": {"quota": 0}}},
+            "command line: tenants.a={'quota': 0}: quota=0 must be above 0 and at most 1",
+        ),
+        (
+            {"tenants": {"a": {"replicas": "3-1"}}},
+            "command line: tenants.a={'replicas': '3-1'}: replicas=3-1 must be a rep",
+        ),
+        (
+            {"tenants": {"a": {"replicas": "x"}}},
+            "command line: tenants.a={'replicas': 'x'}: replicas='x' must be a replica",
+        ),
+        (
+            {"tenants": {"a": {"replicas": "0-1"}}},
+            "tenant 'a': replicas=0-1 exceeds the 1 replicas of the cluster, 0 to 0",
+        ),
+        (
+            {"tenants": {"a": {"slo_class": 3}}},
+            "command line: tenants.a={'slo_class': 3}: slo_class=3 is not the name of",
+        ),
+        ({"tenants": {"a": 3}}, "command line: tenants.a=3: "),
+        (
+            {"tenants": {"a": {"slo_class": "chta"}}, "slo_classes": {"chat": {"ttft": 1}}},
+            "unknown SLO class 'chta'; did you mean 'chat'? known: chat",
+        ),
+        ({"slo_classes": {"chat": {"ttft": 1}}}, "no tenant has the SLO class 'chat'; give it to one, or leave it out"),
+        (
+            {"slo_classes": {"chat": {"tfft": 1}}},
+            "command line: slo_classes.chat={'tfft': 1}: unknown latency 'tfft'; did",
+        ),
+        ({"slo_classes": {"chat": {}}}, "command line: slo_classes.chat={}: Dictionary should have at least 1 item"),
+        ({"output_token_weight": 0.0}, "output_token_weight=0.0 must be a finite number above 0"),
         ({"scheduler": "fcsf"}, "unknown scheduler 'fcsf'; did you mean 'fcfs'?"),
         ({"host": "grcae"}, "unknown host 'grcae'; did you mean 'grace'?"),
         ({"gpu": "h100-smx"}, "unknown GPU 'h100-smx'; did you mean 'h100-sxm'?"),
