@@ -4,6 +4,9 @@ A fast part of `benchmarks/quality.py`: contexts of 2K, the question not seen wh
 `docs/quality.md` finds at 8K to 32K must show here too: squeezed and retrieved keys answer, SnapKV's choice does not.
 """
 
+import json
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -49,3 +52,11 @@ def test_what_a_cache_built_before_the_question_answers(model, example, policy, 
             input_ids=ids, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False
         )
     assert example.correct(out[0, ids.shape[1] :].numpy()) is answers
+
+
+def test_the_page_is_what_was_measured(monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import quality
+
+    assert quality.PAGE.read_text(encoding="utf-8") == quality.page(json.loads(quality.OUT.read_text()))
