@@ -208,8 +208,9 @@ honest case for a cache that is reused.
   cells at 2K. A needle is a few tokens in a chunk of eight whose mean says little of it, which its paper's larger
   models seem to forgive.
 - Policies that drop keys when the prompt ends (SnapKV) answer what they have seen asked, and little else.
-- A window forgets. InfLLM gives all distant keys one position, for which this model was not trained, and finds blocks by
-  what local attention looks at, which a needle is not: it answers no more than a window does, one by one or in a batch.
+- A window forgets. InfLLM gives all distant keys one position, for which this model was not trained, and finds blocks
+  by what local attention looks at, which a needle is not: it answers no more than a window does, one by one or in a
+  batch.
 """
 
 
