@@ -104,6 +104,17 @@ def test_a_policy_of_ones_own_moves_what_its_plan_says() -> None:
     assert row["moved_bytes"]["ddr->hbm"] == dict.fromkeys(("runtime", "kvsim", "audit"), token * (50 + 51 + 52))
 
 
+def test_schedulers_differ_only_where_requests_wait() -> None:
+    head, _, *rest = run("examples/compare_schedulers.py", "40").splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in rest[:3]}
+    assert list(rows) == ["fcfs", "priority", "fair"]
+    assert rows["fcfs"] == rows["priority"] == rows["fair"]  # four GPUs have time for forty requests
+    assert all(len(cells) == head.count("|") - 2 for cells in rows.values())
+    clients = [line.split(" | ") for line in rest[6:]]
+    assert clients[0][0] == "| client-54"
+    assert [len(client) for client in clients] == [5] * len(clients)
+
+
 def test_the_scenario_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--scenario", str(EXAMPLES / "scenario.yaml"), "--limit", "20", "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]

@@ -117,6 +117,47 @@ def test_a_tenant_that_comes_back_has_saved_up_nothing() -> None:
     assert np.all(halves[1][1:] <= [*halves[0][2:], np.inf])
 
 
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_the_turn_passes_in_the_midst_of_a_run_of_decode_steps(fidelity: str) -> None:
+    """`a` decodes, and its next prompt is too large to run beside that; `b` has a small one, but more service so far.
+
+    At the first token of `a` its counter is 1000 + 20, that of `b` 1500 + 20; each step adds 20 to the first: it is
+    above the second after 26.
+    """
+    options = {"scheduler": "fair", "gpu_memory_utilization": 0.22, "output_token_weight": 20.0}
+    large = setup("full", **options).capacity()[0] // 131072 - 600
+    requests = trace(np.zeros(4), [1000, 1500, large, 100], [60, 1, 2, 2], tenant=[0, 1, 0, 1], tenants=("a", "b"))
+    times = simulate(requests, setup("full", fidelity=fidelity, **options)).requests
+    alone = simulate(trace([0.0], 1000, 1 + 26), setup("full", **options)).requests
+    steps_s = alone["finish_s"][0] - alone["first_token_s"][0]
+    assert times["admitted_s"][3] - times["first_token_s"][0] == pytest.approx(steps_s, rel=1e-9)
+    assert times["admitted_s"][2] == times["finish_s"][0]
+
+
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+@pytest.mark.parametrize(("steps", "third"), [(9, "b"), (10, "a")])
+def test_who_arrives_in_the_midst_of_a_run_is_lifted_to_the_counters_of_then(
+    fidelity: str, steps: int, third: str
+) -> None:
+    """One sequence at a time. `b` arrives when `a` has 1000 + 20 (1 + steps); each of its requests adds 90 + 20 x 10.
+
+    At the end of its first request `a` has 1000 + 20 x 40. After two requests `b` has as much, and came later, if it
+    arrived after 10 steps; it is 20 short of that if it arrived after 9.
+    """
+    options = {"scheduler": "fair", "max_num_seqs": 1, "output_token_weight": 20.0}
+    ends_s = [
+        simulate(trace([0.0], 1000, 1 + n), setup("full", **options)).requests["finish_s"][0]
+        for n in (steps, steps + 1)
+    ]
+    arrival_s = [0.0, 0.0, *[sum(ends_s) / 2] * 3]
+    requests = trace(
+        arrival_s, [1000, 1000, 90, 90, 90], [40, 40, 10, 10, 10], tenant=[0, 0, 1, 1, 1], tenants=("a", "b")
+    )
+    admitted_s = simulate(requests, setup("full", fidelity=fidelity, **options)).requests["admitted_s"]
+    order = np.argsort(admitted_s, kind="stable").tolist()
+    assert order == [0, 2, 3, *([4, 1] if third == "b" else [1, 4])]
+
+
 # -- priority --------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +218,22 @@ def test_with_one_sequence_at_a_time_an_urgent_request_waits_for_an_iteration_on
     assert np.all((waited_s >= 0) & (waited_s < longest_s))
     took_s = (times["finish_s"] - times["admitted_s"])[mine]
     assert took_s == pytest.approx(base["finish_s"] - base["admitted_s"], rel=1e-9)
+
+
+def test_a_long_prompt_under_way_lends_its_tokens_to_an_urgent_one() -> None:
+    """Of 20 iterations of 2,048 tokens, an urgent prompt of 2,000 takes nearly all of the next one."""
+    requests = trace([0.0, 0.3], [40_960, 2000], [1, 1], tenant=[0, 1], tenants=("low", "urgent"))
+    options = {"max_num_batched_tokens": 2048}
+    base = [simulate(alone(requests, code), setup("full", **options)).requests for code in (0, 1)]
+    result = simulate(requests, setup("full", scheduler="priority", tenants={"low": Tenant(priority=-1)}, **options))
+    times = result.requests
+    longest_s = (base[0]["first_token_s"][0] - base[0]["arrival_s"][0]) / 20 * 1.5  # the last chunk attends to more
+    assert times["preemptions"].sum() == 0
+    assert 0 <= times["admitted_s"][1] - 0.3 <= longest_s
+    assert times["first_token_s"][1] - times["admitted_s"][1] <= longest_s
+    # No work is lost: the long prompt ends later by about the time of the urgent one alone.
+    later_s = times["finish_s"][0] - base[0]["finish_s"][0]
+    assert later_s == pytest.approx(base[1]["first_token_s"][0] - 0.3, rel=0.3)
 
 
 def test_among_equals_the_first_comes_first_and_the_urgent_before_them() -> None:
