@@ -120,10 +120,10 @@ class Clock:
             times = np.concatenate([model_times, seconds])
         return makespan_s(program, times) + head_s, busy
 
-    def work(self, loads: Sequence[Load], tokens: int) -> Iteration:
-        """The operations of an iteration as if alone on the host, for whoever schedules and shares by itself."""
+    def work(self, loads: Sequence[Load], tokens: int, sharing: Sharing = ALONE) -> Iteration:
+        """The operations of an iteration, by default as if alone on the host: whoever schedules shares by himself."""
         model_times, _, _ = self.own_layers(tokens)
-        program, prices = self._compiled([load.structure for load in loads], ALONE)
+        program, prices = self._compiled([load.structure for load in loads], sharing)
         amounts = _amounts(loads)
         before, nothing = [0.0] * len(model_times), [0] * len(model_times)
         return Iteration(

@@ -18,10 +18,12 @@ from kvsim.engine.state import ITERATING, STALLED
 from kvsim.fairshare import FairShare
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import CPU, D2H, H2D, LANES, SM
-from kvsim.makespan import Clock, Load
+from kvsim.makespan import Iteration, Load
 from kvsim.program import Slot
 from kvsim.setup import Setup
+from kvsim.timeline import STALL, operation_names
 
+_What = tuple[str, int]  # an operation's name and its layer
 Process = Generator[simpy.Event, Any, None]
 EVENTS_AT_ONCE = 5000
 
@@ -45,7 +47,7 @@ def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
         position = number % setup.replicas_per_host
         if position == 0:
             node = Node(env, setup.gpu, setup.host)
-        replicas.append(_Replica(env, engine, number, _Rank(node, engine.clock, position)))
+        replicas.append(_Replica(env, engine, number, _Rank(node, engine, number, position)))
     env.process(_arrivals(env, engine, replicas))
     while env.peek() != math.inf:
         for _ in range(EVENTS_AT_ONCE):
@@ -82,6 +84,7 @@ class _Replica:
             if record["phase"] == ITERATING:
                 yield from self.rank.execute(*self.engine.batch())
             elif record["phase"] == STALLED:
+                self.rank.note(STALL, ("waits for swaps", 0), self.env.now, float(record["wake_s"]))
                 yield self.env.timeout(record["wake_s"] - self.env.now)
             else:
                 self._wake = self.env.event()
@@ -98,9 +101,10 @@ class _Replica:
 class _Rank:
     """A replica's ranks do the same at the same time, so one stands for all and takes `tp` shares of the host."""
 
-    def __init__(self, node: Node, clock: Clock, position: int) -> None:
-        self.env, self.network, self.clock = node.env, node.network, clock
-        tp, per_switch = clock.machine.tp, node.host.gpus_per_switch
+    def __init__(self, node: Node, engine: Engine, number: int, position: int) -> None:
+        self.env, self.network, self.clock = node.env, node.network, engine.clock
+        self._timeline, self._number = engine.timeline, number
+        tp, per_switch = self.clock.machine.tp, node.host.gpus_per_switch
         first = position * tp
         switches = [gpu // per_switch for gpu in range(first, first + tp)]
         self._uses = {
@@ -109,59 +113,68 @@ class _Rank:
             D2H: {"ddr": float(tp), **{f"switch{s}.up": float(switches.count(s)) for s in set(switches)}},
         }
 
+    def note(self, lane: int, what: _What, begin_s: float, end_s: float) -> None:
+        """Show an operation to whoever looks."""
+        if self._timeline is not None:
+            self._timeline.add(self._number, lane, *what, begin_s, end_s)
+
     def execute(self, loads: list[Load], tokens: int, logits: int) -> Process:
         """Run one iteration from its first operation to its last."""
-        work = self.clock.work(loads, tokens)
+        work, layer = self.clock.work(loads, tokens), -1
+        names = operation_names(self.clock, [load.structure for load in loads])
         tails: list[simpy.Event | None] = [None] * len(LANES)
         done: list[list[simpy.Event | None]] = [[None] * work.program.slots for _ in range(work.program.depth + 1)]
         for repeat, slots in work.program.runs:
             for _ in range(repeat):
+                layer += 1
                 done.insert(0, done.pop())
                 done[0][:] = [None] * work.program.slots
                 for slot in slots:
                     waits = [tails[slot.lane], *(done[back][other] for back, other in slot.waits)]
-                    finished = self._start(slot, waits, work.seconds, work.fixed_s, work.nbytes)
+                    what = names[slot.time], layer
+                    finished = self._start(slot, what, waits, work)
                     if work.seconds[slot.time]:
                         tails[slot.lane] = finished
                         if slot.sm_share:  # the SMs lose this much time to the kernel that copies
                             tails[SM] = self.env.process(
-                                self._after([tails[SM]], slot.sm_share * work.seconds[slot.time])
+                                self._after(SM, what, [tails[SM]], slot.sm_share * work.seconds[slot.time])
                             )
                     done[0][slot.slot] = finished
         for slot in work.program.end:
-            tails[slot.lane] = self._start(slot, list(tails), work.seconds, work.fixed_s, work.nbytes)
+            tails[slot.lane] = self._start(slot, (names[slot.time], layer), list(tails), work)
         yield self.env.all_of([tail for tail in tails if tail is not None])
         if logits:
+            began_s = self.env.now
             yield self.env.timeout(self.clock.head_s(logits))
+            self.note(SM, ("head", 0), began_s, self.env.now)
 
-    def _start(
-        self,
-        slot: Slot,
-        waits: Sequence[simpy.Event | None],
-        seconds: Sequence[float],
-        fixed_s: Sequence[float],
-        nbytes: Sequence[int],
-    ) -> simpy.Event:
-        alone_s, moved = seconds[slot.time], nbytes[slot.time]
+    def _start(self, slot: Slot, what: _What, waits: Sequence[simpy.Event | None], work: Iteration) -> simpy.Event:
+        alone_s, fixed_s, moved = (row[slot.time] for row in (work.seconds, work.fixed_s, work.nbytes))
         shares = self._uses.get(slot.lane)
-        if shares is None or alone_s <= fixed_s[slot.time]:
-            return self.env.process(self._after(waits, alone_s))
-        flowing_s = alone_s - fixed_s[slot.time]
-        if slot.lane == CPU:
-            amount, cap = flowing_s, 1.0
-        else:
-            amount, cap = float(moved), moved / flowing_s
-        return self.env.process(self._flow(waits, fixed_s[slot.time], amount, cap, shares))
+        if shares is None or alone_s <= fixed_s:
+            return self.env.process(self._after(slot.lane, what, waits, alone_s))
+        flowing_s = alone_s - fixed_s
+        amount, cap = (flowing_s, 1.0) if slot.lane == CPU else (float(moved), moved / flowing_s)
+        return self.env.process(self._flow(slot.lane, what, waits, fixed_s, (amount, cap, shares)))
 
-    def _after(self, waits: Sequence[simpy.Event | None], seconds: float) -> Process:
+    def _after(self, lane: int, what: _What, waits: Sequence[simpy.Event | None], seconds: float) -> Process:
         yield self.env.all_of([w for w in waits if w is not None])
         if seconds:
+            began_s = self.env.now
             yield self.env.timeout(seconds)
+            self.note(lane, what, began_s, self.env.now)
 
     def _flow(
-        self, waits: Sequence[simpy.Event | None], fixed_s: float, amount: float, cap: float, uses: dict[str, float]
+        self,
+        lane: int,
+        what: _What,
+        waits: Sequence[simpy.Event | None],
+        fixed_s: float,
+        flow: tuple[float, float, dict[str, float]],
     ) -> Process:
         yield self.env.all_of([w for w in waits if w is not None])
+        began_s = self.env.now
         if fixed_s:
             yield self.env.timeout(fixed_s)
-        yield self.network.flow(amount, cap, uses)
+        yield self.network.flow(*flow)
+        self.note(lane, what, began_s, self.env.now)

@@ -58,6 +58,8 @@ class Outcome:
         return Result(
             inputs=_inputs(self.trace, self.setup),
             requests=requests,
+            preempted=_away(self.engine.aways()),
+            operations=None if self.engine.timeline is None else self.engine.timeline.columns(),
             token_gaps=_token_gaps(self.engine.gaps()),
             series=self._series(notes),
             memory=self._memory(notes, start_s, start_s + makespan_s),
@@ -207,6 +209,10 @@ class Outcome:
                 "mean_bytes": mean * tp,
             }
         return memory
+
+
+def _away(rows: Array) -> dict[str, Array]:
+    return {name: rows[name].copy() for name in ("request", "from_s", "to_s")}
 
 
 def _token_gaps(gaps: Array) -> tuple[Array, Array]:

@@ -41,6 +41,7 @@ class Result:
     requests: dict[str, Array]
     token_gaps: tuple[Array, Array]  # inter-token latencies: seconds, and how many tokens waited as long
     series: dict[str, Array]
+    preempted: dict[str, Array]  # request, from_s, to_s: while it was swapped out or to be recomputed
     memory: dict[str, dict[str, float]]  # node -> capacity_bytes, peak_bytes, mean_bytes
     links: dict[str, dict[str, float]]  # "src->dst" -> bytes, busy_s, utilization
     traffic: dict[str, dict[str, int]]  # link -> bytes by cause, which add up to the link's bytes
@@ -52,6 +53,8 @@ class Result:
     cpu_s: float
     setup_cpu_s: float
     tenancy: Tenancy = field(default_factory=Tenancy)
+    # Of a window, in order of replica, lane and time: replica, lane, operation, layer, begin_s, end_s.
+    operations: dict[str, Array] | None = None
     # The same run on traces of other seeds; () where the trace is recorded, None where nobody asked.
     repeats: "tuple[Result, ...] | None" = None
 

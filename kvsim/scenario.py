@@ -69,6 +69,14 @@ def _in_results(bounds: dict[str, float]) -> dict[str, float]:
     return {_BOUNDS[name]: bound_s for name, bound_s in _known_latencies(bounds).items()}
 
 
+def _window(value: object) -> object:
+    """Two times, as a list or as text with a dash between them."""
+    parts = value.split("-") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or len(parts) != 2:
+        raise ValueError(f"{value!r} is not a window of two times such as 10s-12s")
+    return tuple(parse_duration_s(part) if isinstance(part, str) else part for part in parts)
+
+
 Number = Annotated[int, _written(parse_tokens)]
 Size = Annotated[int, _written(parse_bytes), Field(ge=0)]
 Seconds = Annotated[float, _written(parse_duration_s), Field(ge=0)]
@@ -115,6 +123,7 @@ class Scenario(BaseModel):
     prefix_cache_eviction: str = _default("prefix_cache_eviction")
     prefix_cache_write: str = _default("prefix_cache_write")
     prefix_cache_sharing: str = _default("prefix_cache_sharing")
+    perfetto: Annotated[tuple[float, float], BeforeValidator(_window)] | None = _default("perfetto")
     kv_dtype: str | None = None
     weight_dtype: str | None = None
     counts: Annotated[dict[str, Share], _written(lambda text: measured_shares(Path(text)))] = _default("counts")

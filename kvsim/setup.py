@@ -57,6 +57,7 @@ class Setup:
     slo_classes: dict[str, dict[str, float]] = field(default_factory=dict)
     prompt_token_weight: float = 1.0  # those of arXiv:2401.00588
     output_token_weight: float = 2.0
+    perfetto: tuple[float, float] | None = None  # seconds from and to which every operation is recorded
 
     def __post_init__(self) -> None:
         for name in ("gpus", "tp", "max_num_seqs", "max_num_batched_tokens"):
@@ -94,6 +95,8 @@ class Setup:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
         check_classes(self.tenants, self.slo_classes)
         check_pins(self.tenants, self.replicas)
+        if self.perfetto is not None and not 0 <= self.perfetto[0] < self.perfetto[1] < math.inf:
+            raise ValueError(f"perfetto={self.perfetto}: a window goes from one second to a later one, such as 10s-12s")
         for name, share in self.counts.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"counts: {name}={share} must be a share from 0 to 1 of the count's maximum")

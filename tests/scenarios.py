@@ -117,3 +117,9 @@ def faster(figures, factor, name=""):
 
     names = [name] if name else [field.name for field in fields(figures) if field.name not in ("sources", "name")]
     return replace(figures, **{field: scaled(field, getattr(figures, field)) for field in names})
+
+
+def squeezed(fidelity, preemption, **options):
+    """Two requests that outgrow 1,000 tokens of memory together: the later one makes room, and comes back."""
+    s = setup("full", model=SMALL, fidelity=fidelity, preemption=preemption, **options)
+    return trace([0.0, 0.0], 300, 400), with_room(s, 1000 * TOKEN_BYTES, 1 << 40)

@@ -91,6 +91,9 @@ def replay(
     prefix_cache_sharing: Annotated[
         str | None, typer.Option(metavar="tenant|all", help="Whose prompts hit a cached block. Default: its tenant's.")
     ] = None,
+    perfetto: Annotated[
+        str | None, typer.Option(metavar="FROM-TO", help="Record every operation in this window, as 10s-10.5s.")
+    ] = None,
     kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
     weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of all weights.")] = None,
     counts: Annotated[
@@ -134,6 +137,9 @@ def replay(
     several = ctx.info_name == "compare"
     asked = _scenario(ctx, scenario, several)
     setups = asked.setups()
+    if asked.perfetto and out is None:
+        window = "-".join(f"{end_s:g}" for end_s in asked.perfetto)
+        raise ValueError(f"perfetto={window} is written to trace.perfetto.json in the folder of --out; add --out DIR")
     drawn = asked.load_traces()
     requests = drawn[0]
     _check_counts(asked, setups, requests)

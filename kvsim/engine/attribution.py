@@ -4,7 +4,8 @@ A replica's books say how much of its time until now each cause had. What a requ
 between two of its events, all of which fall between iterations; so it costs nothing while iterations run.
 """
 
-from kvsim.engine.state import BOUND, BOUNDS, BY_CPU, BY_NVLINK, BY_PCIE, BY_SWAP, Floats, Record
+from kvsim.engine.books import away
+from kvsim.engine.state import BOUND, BOUNDS, BY_CPU, BY_NVLINK, BY_PCIE, BY_SWAP, Cluster, Floats, Record
 from kvsim.machine import CPU, D2H, H2D, HOST, NVLINK, SM
 
 
@@ -50,8 +51,10 @@ def preempted(replica: Record, request: Record, now_s: float) -> None:
     request["since_s"] = now_s
 
 
-def returned(request: Record, now_s: float) -> None:
+def returned(cluster: Cluster, index: int, now_s: float) -> None:
     """A preempted request is taken on again: all the while it waited for memory."""
+    request = cluster.requests[index]
+    away(cluster, index, now_s)
     request["bound_s"][BY_SWAP - BOUND] += now_s - request["since_s"]
 
 

@@ -1,4 +1,4 @@
-"""What one replica did: bytes by link and cause, busy time, memory over time, gaps between tokens."""
+"""What one replica did, and what is shown of it: bytes, busy time, memory over time, gaps between tokens."""
 
 from kvsim.engine.state import (
     AMOUNTS,
@@ -10,7 +10,9 @@ from kvsim.engine.state import (
     SWAPPED,
     TIERS,
     WAITING,
+    WANT_LOOK,
     Cluster,
+    Detour,
     Ints,
     Prices,
     Record,
@@ -72,3 +74,22 @@ def gap(cluster: Cluster, first_s: float, slope_s: float, steps: int, tokens: in
     row = cluster.gaps[cluster.world["gaps"]]
     cluster.world["gaps"] += 1
     row["first_s"], row["slope_s"], row["steps"], row["tokens"] = first_s, slope_s, steps, tokens
+
+
+def away(cluster: Cluster, index: int, now_s: float) -> None:
+    """Record how long a preempted request that is taken on again was away."""
+    row = cluster.aways[cluster.world["aways"]]
+    cluster.world["aways"] += 1
+    row["request"], row["from_s"], row["to_s"] = index, cluster.requests[index]["since_s"], now_s
+
+
+def look(cluster: Cluster, number: int, now_s: float) -> None:
+    """Show the iteration or run that a replica has begun if it lies in the window that is looked at.
+
+    Makes a detour then, so it comes last. (Whoever takes every step by himself sees them all.)
+    """
+    world, replica = cluster.world, cluster.replicas[number]
+    end_s = max(replica["wake_s"], replica["end_s"])
+    if now_s < world["window_to_s"] and end_s > world["window_from_s"] and not world["step_by_step"]:
+        world["wanted"][0], world["wanted"][1], world["look_s"] = WANT_LOOK, number, now_s
+        raise Detour

@@ -11,7 +11,9 @@ from kvsim.engine.iteration import first_load
 from kvsim.engine.loop import arrive, play
 from kvsim.engine.plans import INPUTS
 from kvsim.engine.state import (
+    AWAY,
     BOUNDS,
+    COUNT,
     GAP,
     IDLE,
     MOST_PARTS,
@@ -25,10 +27,12 @@ from kvsim.engine.state import (
     PROMPTS,
     REPLICA,
     REQUEST,
+    RUNNING,
     STORED,
     TENANT,
     TIERS,
     WANT_ACCEPT,
+    WANT_LOOK,
     WANT_MATCH,
     WANT_PLAN,
     WANT_PROGRAM,
@@ -39,11 +43,12 @@ from kvsim.engine.state import (
     WORLD,
     Cluster,
     Detour,
+    Ints,
     Record,
     Records,
 )
 from kvsim.engine.tables import model_arrays, plan_arrays, price_arrays
-from kvsim.machine import HEAD_KERNELS
+from kvsim.machine import HEAD_KERNELS, Sharing
 from kvsim.makespan import Clock, Load
 from kvsim.prefix_cache import PrefixCache
 from kvsim.prefix_service import PrefixService
@@ -51,6 +56,7 @@ from kvsim.prefix_tiers import PrefixTiers
 from kvsim.routing import Router
 from kvsim.setup import CACHE_ROUTERS, ROUTERS, SCHEDULERS, Setup
 from kvsim.tenants import Tenant, terms_of
+from kvsim.timeline import Span, Timeline
 from traces import Trace
 
 WATERMARK = 0.01  # of HBM kept free at admission (as vLLM)
@@ -70,7 +76,8 @@ class Engine:
         self._structure_index: dict[int, int] = {}
         self._pieces = [*table.pieces]
         self._combinations: list[tuple[int, ...]] = []
-        self._written: list[tuple[Records, Records]] = []
+        self._written: list[tuple[Records, Records, Records]] = []
+        self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
         self._model, self._model_s = model_arrays(clock, max(setup.max_num_batched_tokens, setup.max_num_seqs))
         self.cluster = _cluster(trace, setup, clock, prefixes.caches)
         self._wanted = self.cluster.world["wanted"]
@@ -113,11 +120,12 @@ class Engine:
     def batch(self) -> tuple[list[Load], int, int]:
         """The iteration begun last: its loads, tokens and rows of the head."""
         world, first = self.cluster.world, first_load(self.cluster)
-        loads = []
-        for row in self.cluster.rows[first : first + world["loads"]]:
-            structure = self._structures[row[0]]
-            loads.append(Load(structure, np.roll(row[STORED : STORED + structure.columns], -TIERS)))
+        loads = [self._load(int(row[0]), row) for row in self.cluster.rows[first : first + world["loads"]]]
         return loads, int(world["tokens"]), int(world["logits"])
+
+    def _load(self, structure: int, row: Ints) -> Load:
+        shape = self._structures[structure]
+        return Load(shape, np.roll(row[STORED : STORED + shape.columns], -TIERS))
 
     @property
     def left(self) -> int:
@@ -126,14 +134,23 @@ class Engine:
 
     def notes(self) -> Records:
         """Memory and queue lengths at the boundaries of iterations, in order for each replica."""
-        parts = [notes for notes, _ in self._written]
-        rows = np.concatenate([*parts, self.cluster.notes[: self.cluster.world["notes"]]])
+        rows = self._rows(0)
         return rows[np.argsort(rows["replica"], kind="stable")]
 
     def gaps(self) -> Records:
         """Gaps between tokens."""
-        parts = [gaps for _, gaps in self._written]
-        return np.concatenate([*parts, self.cluster.gaps[: self.cluster.world["gaps"]]])
+        return self._rows(1)
+
+    def aways(self) -> Records:
+        """From when to when which requests were preempted, in order of their return."""
+        return self._rows(2)
+
+    def _rows(self, kind: int) -> Records:
+        return np.concatenate([parts[kind] for parts in (*self._written, self._filled())])
+
+    def _filled(self) -> tuple[Records, Records, Records]:
+        cluster, world = self.cluster, self.cluster.world
+        return cluster.notes[: world["notes"]], cluster.gaps[: world["gaps"]], cluster.aways[: world["aways"]]
 
     # -- what the loop asks for ----------------------------------------------------------------------------------
 
@@ -160,9 +177,12 @@ class Engine:
             busy_s = np.concatenate([busy_s, self.clock.own_bounds_s(tokens), np.zeros(len(BOUNDS) - 2)])
             self._model[tokens] = (1, weight_bytes, self.clock.collective_bytes(tokens), busy_s)
         elif wanted == WANT_ROWS:
-            self._written.append((cluster.notes[: world["notes"]], cluster.gaps[: world["gaps"]]))
-            world["notes"] = world["gaps"] = 0
-            self.cluster = cluster._replace(notes=np.zeros_like(cluster.notes), gaps=np.zeros_like(cluster.gaps))
+            self._written.append(self._filled())
+            world["notes"] = world["gaps"] = world["aways"] = 0
+            fresh = {name: np.zeros_like(getattr(cluster, name)) for name in ("notes", "gaps", "aways")}
+            self.cluster = cluster._replace(**fresh)
+        elif wanted == WANT_LOOK:
+            self._look(arguments[0])
         elif wanted == WANT_ROUTE:
             self._route(arguments[0])
         elif wanted == WANT_MATCH:
@@ -177,6 +197,26 @@ class Engine:
             raise RuntimeError("a router that sees no prefix caches asked for a look into them")
         self.cluster.requests[index]["replica"] = self._router.choose(self.cluster, index)
         self.cluster.world["routed"] = index + 1
+
+    def _look(self, number: int) -> None:
+        """Show what a replica has begun."""
+        if self.timeline is None:
+            raise RuntimeError("a replica is looked at, and nobody looks")
+        cluster, replica, began_s = self.cluster, self.cluster.replicas[number], float(self.cluster.world["look_s"])
+        sharing = Sharing(int(replica["on_host"]), int(replica["on_switch"]))
+        if replica["phase"] == RUNNING:
+            sums, tokens = cluster.sums[number], int(replica["decoding_now"])
+            used = np.flatnonzero(sums[:, 0, COUNT])
+            loads, growth = ([self._load(s, sums[s, i]) for s in used.tolist()] for i in (0, 1))
+            parts = cluster.parts[number][: replica["n_parts"]]
+            steps = [(int(part["steps"]), float(part["first_s"]), float(part["slope_s"])) for part in parts]
+            span = Span(began_s, float(replica["run_stall_s"]), steps, loads, growth, tokens, tokens, sharing)
+        else:
+            loads, tokens, logits = self.batch()
+            steps = [(1, float(replica["wake_s"]) - began_s, 0.0)]
+            stall_s = began_s - float(replica["began_s"])
+            span = Span(began_s - stall_s, stall_s, steps, loads, [], tokens, logits, sharing)
+        self.timeline.begin(number, span)
 
     # -- arrays --------------------------------------------------------------------------------------------------
 
@@ -217,6 +257,7 @@ def _cluster(trace: Trace, setup: Setup, clock: Clock, caches: Sequence[PrefixCa
         parts=np.zeros((setup.replicas, MOST_PARTS + OPEN_SPANS), dtype=PART),
         notes=np.zeros(ROWS_AT_ONCE, dtype=NOTE),
         gaps=np.zeros(ROWS_AT_ONCE + 4 * setup.max_num_seqs, dtype=GAP),
+        aways=np.zeros(4 * setup.max_num_seqs, dtype=AWAY),
         plans=plan_arrays([], {}, world),
     )
 
@@ -282,6 +323,7 @@ def _world(setup: Setup, clock: Clock) -> Record:
     world["tp"], world["gpus_per_switch"] = setup.tp, host.gpus_per_switch
     world["head_bytes"] = clock.model.head_bytes
     world["head_s"], world["logit_s"] = clock.head_parts_s
+    world["window_from_s"], world["window_to_s"] = setup.perfetto or (math.inf, -math.inf)
     world["head_launch_s"] = HEAD_KERNELS * rates.launch_s
     world["pcie_latency_s"] = rates.pcie_latency_s
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps

@@ -3,7 +3,7 @@
 import math
 
 from kvsim.engine.attribution import contend, finish, first_token, note_shared
-from kvsim.engine.books import charge_model, charge_plans, emit, gap, note, note_now
+from kvsim.engine.books import charge_model, charge_plans, emit, gap, look, note, note_now
 from kvsim.engine.decoding import advance, join, last_generated, leave, target_tokens
 from kvsim.engine.memory import release
 from kvsim.engine.plans import DECODE, PREFILL, amounts, find
@@ -58,6 +58,7 @@ def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
     note_shared(replica, world["busy_s"])
     replica["decoding_now"] = decoding
     replica["phase"], replica["wake_s"] = ITERATING, now_s + seconds
+    look(cluster, number, now_s)
 
 
 def end_iteration(cluster: Cluster, number: int, now_s: float) -> None:

@@ -149,7 +149,9 @@ def _route(cluster: Cluster, index: int) -> int:
 def _check_rows(cluster: Cluster) -> None:
     """A turn must find room for all that it may note: each sequence that joins or returns may leave a gap."""
     world = cluster.world
-    gaps = 2 * world["max_num_seqs"] + MOST_PARTS + 2
-    if world["notes"] + MOST_NOTES > len(cluster.notes) or world["gaps"] + gaps > len(cluster.gaps):
+    returns = 2 * world["max_num_seqs"]
+    gaps = returns + MOST_PARTS + 2
+    full = world["notes"] + MOST_NOTES > len(cluster.notes) or world["gaps"] + gaps > len(cluster.gaps)
+    if full or world["aways"] + returns > len(cluster.aways):
         world["wanted"][0] = WANT_ROWS
         raise Detour

@@ -7,7 +7,7 @@ inner point lies on the chord, and the run is split exactly where that fails.
 
 import math
 
-from kvsim.engine.books import charge_model, charge_plans, emit, gap, note, note_now
+from kvsim.engine.books import charge_model, charge_plans, emit, gap, look, note, note_now
 from kvsim.engine.decoding import advance
 from kvsim.engine.iteration import first_load, set_decoding_batch
 from kvsim.engine.memory import used
@@ -54,6 +54,7 @@ def begin_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> No
     replica["phase"], replica["began_s"] = RUNNING, now_s
     replica["end_s"] = now_s + run_s(cluster.parts[number], replica)
     replica["wake_s"] = min(replica["end_s"], next_ready_s(cluster, replica, now_s))
+    look(cluster, number, now_s)
 
 
 def end_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:

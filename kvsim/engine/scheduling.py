@@ -120,7 +120,7 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
         request["admitted_s"], request["cached_tokens"] = now_s, past
         charge_prompt(cluster, number, index, request["prompt_tokens"] - past)
     else:
-        returned(request, now_s)
+        returned(cluster, index, now_s)
     fetches = looks_up and (request["hit_slow"] != 0 or request["hit_landed_s"] > now_s)  # blocks that are below DDR
     if load_bytes or fetches:
         request["loading"], request["since_s"] = 1, now_s
@@ -158,7 +158,7 @@ def _swap_in(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     join(cluster, index, generated)
     replica["late"] += 1
     replica["batch_tokens"] -= 1
-    returned(request, now_s)
+    returned(cluster, index, now_s)
     enter_batch(replica, request)
     return True
 

@@ -41,7 +41,7 @@ NO_QUOTA = 1 << 62  # bytes: more than any memory has
 # detour: they are the places at which a replica goes on after one.
 IDLE, RUNNING, STALLED, ITERATING, SETTLING, JOINING, SCHEDULING, ADMITTING, READY = range(9)
 
-WANT_PLAN, WANT_PROGRAM, WANT_TIMES, WANT_ROWS, WANT_MATCH, WANT_ACCEPT, WANT_STORE, WANT_ROUTE = range(8)
+WANT_PLAN, WANT_PROGRAM, WANT_TIMES, WANT_ROWS, WANT_MATCH, WANT_ACCEPT, WANT_STORE, WANT_ROUTE, WANT_LOOK = range(9)
 
 
 class Detour(Exception):
@@ -182,6 +182,7 @@ PART = np.dtype(  # iterations whose durations lie on a line, and while a run is
 NOTE = np.dtype(
     _floats("time_s") + _ints("hbm_bytes", "ddr_bytes") + [(n, np.int32) for n in ("replica", "running", "waiting")]
 )
+AWAY = np.dtype(_ints("request") + _floats("from_s", "to_s"))  # while it was preempted
 GAP = np.dtype(_floats("first_s", "slope_s") + _ints("steps", "tokens"))
 
 # Compiled code is kept for the types of its arguments as long as the file of the compiled function is unchanged. A type
@@ -203,6 +204,7 @@ WORLD = np.dtype(
         "routed",  # by a look into prefix caches
         "notes",  # rows written
         "gaps",
+        "aways",
         "loads",  # of the batch, which was priced last, its tokens and its rows of the head
         "tokens",
         "logits",
@@ -211,6 +213,8 @@ WORLD = np.dtype(
     + _floats("ddr_Bps", "switch_Bps")
     + _floats("now_s")  # of a detour to the prefix caches
     + _floats("prompt_weight", "output_weight")  # service of a token
+    + _floats("window_from_s", "window_to_s")  # what begins within is shown
+    + _floats("look_s")  # when that began, swaps aside
     + _floats("head_s", "logit_s")  # of the output head: once, and for each position
     + _floats("head_launch_s")  # the part of the former that is no transfer
     + [
@@ -273,4 +277,5 @@ class Cluster(NamedTuple):
     parts: Records  # (replicas, MOST_PARTS + OPEN_SPANS): of the run under way
     notes: Records
     gaps: Records
+    aways: Records
     plans: Plans

@@ -82,6 +82,9 @@ def build_result(
             "running": rng.integers(0, 64, 2 * rows),
             "waiting": rng.integers(0, 9, 2 * rows),
         },
+        "preempted": {
+            name: np.empty(0, kind) for name, kind in (("request", np.int64), ("from_s", float), ("to_s", float))
+        },
         "memory": {
             node: {"capacity_bytes": size, "peak_bytes": 0.9 * size - seed * GIB, "mean_bytes": 0.5 * size}
             for node, size in memory.items()

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scenarios import squeezed
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.attribution import CAUSES, spent_s
-from kvsim.models import load_model
 from kvsim.simulate import simulate
 
 INSIDE = CAUSES[2:]
@@ -82,15 +82,6 @@ def test_what_is_blamed_beside_the_sms_is_what_its_absence_saves(policy, blamed,
     decode = spent(before, "decode")
     assert {cause for cause in beside if decode[cause] == max(decode[other] for other in beside) > 0} == blamed
     assert (saved_s > 0) == bool(blamed)
-
-
-def squeezed(fidelity, preemption):
-    """Two requests that outgrow the memory together: the later one makes room, and comes back."""
-    small = replace(load_model("llama-3.1-8b"), layers=MODEL.layers[:3])
-    s = setup("full", model=small, fidelity=fidelity, preemption=preemption)
-    room = 1000 * 2 * 2 * 8 * 128 * 3
-    gpu = replace(GPU, memory_bytes=small.weight_bytes + s.activation_bytes + room)
-    return trace([0.0, 0.0], 300, 400), replace(s, gpu=gpu, gpu_memory_utilization=1.0)
 
 
 def test_preemption_by_hand():

@@ -84,6 +84,16 @@ def test_seeds_give_the_mean_and_interval_of_their_runs(capsys: pytest.CaptureFi
     assert "Means and 95% confidence intervals" in (tmp_path / "report.html").read_text()
 
 
+def test_a_window_is_written_in_full(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out_of(capsys, "simulate", *SMALL, "--perfetto", "500ms-0.52s", "--out", str(tmp_path))
+    document = json.loads((tmp_path / "trace.perfetto.json").read_text())
+    assert document["otherData"]["window_s"] == [0.5, 0.52]
+    assert any(event["ph"] == "X" for event in document["traceEvents"])
+    assert json.loads((tmp_path / "summary.json").read_text())["inputs"]["perfetto"] == [0.5, 0.52]
+    message = error_of(capsys, "simulate", *SMALL, "--perfetto", "0s-1s")
+    assert message == "error: perfetto=0-1 is written to trace.perfetto.json in the folder of --out; add --out DIR"
+
+
 def test_seeds_resample_a_recorded_trace(capsys: pytest.CaptureFixture[str]) -> None:
     once, again = (json.loads(out_of(capsys, "simulate", *SMALL, "--seeds", "2", "--json")) for _ in range(2))
     found = once["uncertainty"]
@@ -302,6 +312,9 @@ def test_a_count_that_no_prompt_reaches(tmp_path: Path, capsys: pytest.CaptureFi
         (["--limit", "0"], "error: limit=0: must be at least 1 request"),
         (["--limit", "-5"], "error: command line: limit='-5': token count '-5' is not a finite number"),
         (["--seed", "-1"], "error: command line: seed=-1: "),
+        (["--seeds", "0"], "error: command line: seeds=0: Input should be greater than or equal to 1"),
+        (["--perfetto", "10s"], "error: command line: perfetto='10s': '10s' is not a window of two times such as"),
+        (["--perfetto", "2s-1s"], "error: perfetto=(2.0, 1.0): a window goes from one second to a later one"),
         (["--max-num-seqs", "0"], "error: max_num_seqs=0 must be at least 1"),
         (["--max-num-batched-tokens", "1e17"], "error: llama-3.1-8b does not fit: "),
         (["--gpu-memory-utilization", "0.1"], "error: llama-3.1-8b does not fit: one of 1 x h100-sxm has 8 GiB"),

@@ -1,46 +1,177 @@
-"""The Chrome trace against the table of requests."""
+"""The Chrome trace against the tables of requests and links, and one fidelity's operations against the other's."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from simulated import random_trace, setup, trace
+from scenarios import squeezed
+from simulated import MODEL, random_trace, setup, trace
 
-from kvsim.perfetto import WINDOW_REQUESTS, perfetto_trace
+from kvsim import timeline
+from kvsim.perfetto import LANES, MOST_REQUESTS, perfetto_trace
 from kvsim.simulate import simulate
+
+LONG = (0.0, 1e6)
+
+
+def checked(result):
+    """The events of a trace that is well formed: in order, balanced, named, without overlaps, and plain JSON."""
+    document = json.loads(json.dumps(perfetto_trace(result), allow_nan=False))
+    events = document["traceEvents"]
+    timed = [event for event in events if event["ph"] != "M"]
+    assert {event["ph"] for event in timed} <= set("beXC")
+    times = [event["ts"] for event in timed]
+    assert times == sorted(times)
+    assert not times or times[0] >= 0
+    processes = {event["pid"] for event in events if event.get("name") == "process_name"}
+    threads = {(event["pid"], event["tid"]) for event in events if event.get("name") == "thread_name"}
+    assert {event["pid"] for event in timed} == processes
+    open_slices, homes, busy_until = {}, {}, {}
+    for event in timed:
+        if event["ph"] in "be":
+            key = event["cat"], event["id"]
+            assert homes.setdefault(key, event["pid"]) == event["pid"]
+            stack = open_slices.setdefault(key, [])
+            if event["ph"] == "b":
+                stack.append(event["name"])
+            else:
+                assert stack.pop() == event["name"]
+        elif event["ph"] == "X":
+            lane = event["pid"], event["tid"]
+            assert lane in threads
+            assert event["dur"] >= 0
+            assert event["ts"] >= busy_until.get(lane, 0)
+            busy_until[lane] = (event["ts"] + event["dur"]) * (1 - 1e-12)
+        else:
+            assert all(isinstance(value, int) for value in event["args"].values())
+    assert not any(open_slices.values())
+    return document
 
 
 def slices(document):
-    """{(request, phase): (start, end) in seconds}."""
-    found = {}
+    """{(request, phase): [(start, end), ...] in seconds}."""
+    found, begun = {}, {}
     for event in document["traceEvents"]:
-        if event["ph"] in "be":
-            found.setdefault((event["id"], event["name"]), []).append(event["ts"] / 1e6)
-    return {key: tuple(ends) for key, ends in found.items()}
+        key = event.get("id"), event["name"]
+        if event["ph"] == "b":
+            begun[key] = event["ts"] / 1e6
+        elif event["ph"] == "e":
+            found.setdefault(key, []).append((begun.pop(key), event["ts"] / 1e6))
+    return found
+
+
+def operations(result, lane=None):
+    """(lane, operation, layer, begin, end) of what was recorded, in order."""
+    columns = result.operations
+    rows = zip(*(columns[name].tolist() for name in ("lane", "operation", "layer", "begin_s", "end_s")), strict=True)
+    return sorted((row for row in rows if lane in (None, row[0])), key=lambda row: (row[0], row[3]))
 
 
 def test_slices_are_the_phases_of_each_request():
     result = simulate(random_trace(1, 8), setup("full", gpus=2, max_num_batched_tokens=4096))
-    columns, found = result.requests, slices(json.loads(json.dumps(perfetto_trace(result))))
-    assert len(found) == 3 * 8
+    columns, found = result.requests, slices(checked(result))
+    assert len(found) == 4 * 8
     for i in range(8):
         times = [columns[name][i] for name in ("arrival_s", "admitted_s", "first_token_s", "finish_s")]
-        for phase, begin, end in zip(("queued", "prefill", "decode"), times, times[1:], strict=False):
-            assert found[i, phase] == pytest.approx((begin, end))
+        for phase, ends in zip(("queued", "prefill", "decode"), pairwise(times), strict=True):
+            assert found[i, phase] == [pytest.approx(ends)]
+        assert found[i, f"request {i}"] == [pytest.approx((times[0], times[-1]))]
 
 
 def test_a_rejected_request_has_no_slice_and_counters_are_the_series():
     result = simulate(trace([0.0, 0.0], [1000, 900_000], 3), setup("full"))
-    document = perfetto_trace(result)
+    document = checked(result)
     assert {request for request, _ in slices(document)} == {0}
     counted = [e["args"]["hbm_bytes"] for e in document["traceEvents"] if e["ph"] == "C" and e["name"] == "hbm_bytes"]
     inside = result.series["time_s"] <= result.requests["finish_s"][0]
     assert counted == result.series["hbm_bytes"][inside].tolist()
 
 
-def test_only_a_window_of_a_long_trace_is_shown():
-    n = WINDOW_REQUESTS + 50
-    result = simulate(trace(np.arange(n) * 0.5, 64, 1), setup("full"))
-    document = perfetto_trace(result)
-    assert document["otherData"] == {"requests_shown": WINDOW_REQUESTS, "requests": n}
-    assert len({request for request, _ in slices(document)}) == WINDOW_REQUESTS
+def test_without_a_window_the_first_requests_are_shown():
+    n = MOST_REQUESTS + 50
+    document = checked(simulate(trace(np.arange(n) * 0.5, 64, 1), setup("full")))
+    assert document["otherData"] == {"requests_shown": MOST_REQUESTS, "requests": n, "window_s": [None, None]}
+    assert {request for request, _ in slices(document)} == set(range(MOST_REQUESTS))
+
+
+@pytest.mark.parametrize("preemption", ["swap", "recompute"])
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_a_preempted_request_is_seen_to_go_and_to_return(fidelity, preemption):
+    requests, s = squeezed(fidelity, preemption, perfetto=LONG)
+    result = simulate(requests, s)
+    columns, found = result.requests, slices(checked(result))
+    (away,) = found[1, "preempted"]
+    before, after = found[1, "decode"]
+    assert (0, "preempted") not in found
+    assert before == pytest.approx((columns["first_token_s"][1], away[0]))
+    assert after == pytest.approx((away[1], columns["finish_s"][1]))
+    stalls_s = [end_s - begin_s for *_, begin_s, end_s in operations(result, "stall")]
+    assert len(stalls_s) == (2 if preemption == "swap" else 0)  # out and back
+    returning_s = stalls_s[1] if stalls_s else 0
+    assert away[1] - away[0] + returning_s == pytest.approx(columns["swap_s"][1])
+
+
+@pytest.mark.parametrize("policy", ["full", "offload-all", "shadowkv", "infllm", "retrieval-attention"])
+def test_both_fidelities_show_the_same_operations(policy):
+    """Op by op on SimPy's clock, or laid out from the plan of a run in closed form that the window cuts into."""
+    requests = trace([0.0, 0.05], [9000, 3000], [60, 30])
+    options = {"max_num_batched_tokens": 8192}
+    alone = simulate(requests, setup(policy, **options)).requests["finish_s"][0]
+    window_s = (0.9 * alone, 0.93 * alone)
+    step, op = (simulate(requests, setup(policy, fidelity=f, perfetto=window_s, **options)) for f in ("step", "op"))
+    checked(step)
+    checked(op)
+    ours, theirs = operations(step), operations(op)
+    assert len(ours) > 100
+    assert [row[:3] for row in ours] == [row[:3] for row in theirs]
+    assert [row[3:] for row in ours] == [pytest.approx(row[3:], rel=1e-6) for row in theirs]
+
+
+@pytest.mark.parametrize("policy", ["offload-all", "retrieval-attention"])
+def test_lanes_are_busy_for_as_long_as_the_links_say(policy):
+    result = simulate(trace([0.0, 0.3], [4000, 9000], 9), setup(policy, perfetto=LONG, max_num_batched_tokens=4096))
+    for lane, link in (("h2d", "ddr->hbm"), ("d2h", "hbm->ddr"), ("cpu", "ddr->cpu")):
+        shown_s = sum(end_s - begin_s for *_, begin_s, end_s in operations(result, lane))
+        assert shown_s == pytest.approx(result.links[link]["busy_s"], rel=1e-6)
+
+
+def test_a_dense_cache_keeps_the_sms_busy_from_admission_to_the_end():
+    """One lane without a gap: per iteration and layer QKV, append, attend, output projection and MLP, then the head."""
+    result = simulate(trace([1.0], 3000, 8), setup("full", perfetto=LONG))
+    rows = operations(result)
+    assert len(rows) == 8 * (5 * MODEL.n_layers + 1)
+    assert [name for _, name, *_ in rows[:6]] == ["qkv", "append", "attend", "out", "mlp", "qkv"]
+    assert [rows[0][3], rows[-1][4]] == pytest.approx([1.0, result.requests["finish_s"][0]])
+    assert all(after[3] == pytest.approx(before[4], rel=1e-9) for before, after in pairwise(rows))
+    threads = {e["tid"] for e in checked(result)["traceEvents"] if e["ph"] == "X"}
+    assert threads == {[*LANES].index("sm") + 1}
+
+
+def test_a_window_shows_what_overlaps_it_and_no_more():
+    requests = trace([0.0, 0.2, 50.0], 4000, 20)
+    result = simulate(requests, setup("full", perfetto=(0.25, 0.3)))
+    document = checked(result)
+    assert document["otherData"] == {"requests_shown": 2, "requests": 2, "window_s": [0.25, 0.3]}
+    assert {request for request, _ in slices(document)} == {0, 1}
+    times = [e["ts"] / 1e6 for e in document["traceEvents"] if e["ph"] in "beC"]
+    assert 0.25 <= min(times) <= max(times) <= 0.3
+    assert all(end_s > 0.25 and begin_s < 0.3 for *_, begin_s, end_s in operations(result))
+    whole = next(e for e in document["traceEvents"] if e["name"] == "request 0" and e["ph"] == "b")
+    assert whole["args"]["to_s"] == result.requests["finish_s"][0]
+    unseen = simulate(requests, setup("full"))
+    for name in ("first_token_s", "finish_s"):  # looking changes nothing
+        assert result.requests[name].tolist() == unseen.requests[name].tolist()
+
+
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_a_window_with_too_many_operations_is_refused(fidelity, monkeypatch):
+    monkeypatch.setattr(timeline, "MOST_OPERATIONS", 500)
+    with pytest.raises(ValueError, match=r"perfetto=0-1e\+06: 500 operations, the most that are recorded, end at .* s"):
+        simulate(trace([0.0], 1000, 9), setup("full", fidelity=fidelity, perfetto=LONG))
+
+
+@pytest.mark.parametrize("window_s", [(2.0, 2.0), (3.0, 1.0), (-1.0, 1.0), (0.0, float("inf"))])
+def test_a_window_goes_forward(window_s):
+    with pytest.raises(ValueError, match="a window goes from one second to a later one"):
+        setup("full", perfetto=window_s)
