@@ -178,8 +178,14 @@ class Outcome:
                 "lookup_blocks": sum(tier.lookup_blocks for tier in self.prefixes.tiers[name]),
                 "hit_blocks": sum(tier.hit_blocks for tier in self.prefixes.tiers[name]),
             }
+            | self._prefetched(name)
             for name in (*TIER_NAMES[: DDR + 1], *self._slow)
         }
+
+    def _prefetched(self, name: str) -> dict[str, int]:
+        if not (self.setup.prefix_cache_prefetch and name in self._slow):
+            return {}
+        return {"prefetched_blocks": sum(tier.prefetched_blocks for tier in self.prefixes.tiers[name])}
 
     def _series(self, notes: Array) -> dict[str, Array]:
         series = {name: notes[name].copy() for name in ("time_s", "replica", *MEMORY, "running", "waiting")}

@@ -23,6 +23,7 @@ class Tier:
         self.used_bytes = 0
         self.lookup_blocks = 0
         self.hit_blocks = 0
+        self.prefetched_blocks = 0
         self.changes = 0
         self.entries: dict[int, int] = {}
 
@@ -127,9 +128,9 @@ class PrefixCache:
         hbm, ddr = self.tiers[HBM].used_bytes, self.tiers[DDR].used_bytes
         return [hbm // self._ranks, ddr // (self._ranks * self._replicas), 0]
 
-    def match(self, blocks: Sequence[int], prompt_tokens: int, now_s: float = 0.0) -> Hit:
-        """The longest cached head of a prompt, at most all of it but one token; changes nothing."""
-        keys = self.keys(blocks, prompt_tokens)
+    def match(self, blocks: Sequence[int], prompt_tokens: int, now_s: float = 0.0, most: int | None = None) -> Hit:
+        """The longest cached head of a prompt, or its first `most` entries; at most all of it but one token."""
+        keys = self.keys(blocks, prompt_tokens)[:most]
         places = [self.tiers[i].entries for i in self._on]
         counts = [0] * len(places)
         found = 0
@@ -154,6 +155,10 @@ class PrefixCache:
             slow=any(by_tier[i] for i in self._slow),
         )
 
+    def place(self, key: int) -> int | None:
+        """The first tier that has an entry."""
+        return next((i for i in self._on if key in self.tiers[i].entries), None)
+
     def accept(self, blocks: Sequence[int], hit: Hit, now_s: float = 0.0) -> tuple[float, float]:
         """A prompt reuses its cached head: count it, and bring slow blocks up to DDR.
 
@@ -168,10 +173,22 @@ class PrefixCache:
             tier.use(hit.keys)
         if not hit.slow:
             return hit.landed_s, 0.0
-        landed_s = self.fetch(hit.keys, self._blocks_per_key(blocks), now_s)
+        landed_s = self._fetch(hit.keys, self._blocks_per_key(blocks), now_s)
         return max(hit.landed_s, landed_s), max(self._ways[i].up.latency_s for i in self._slow if hit.blocks[i])
 
-    def fetch(self, keys: Sequence[int], blocks: int, now_s: float) -> float:
+    def prefetch(self, blocks: Sequence[int], prompt_tokens: int, now_s: float, room_bytes: int) -> int:
+        """Bring a waiting prompt's slow blocks up to DDR if they take at most so much of it; the bytes on the way."""
+        hit, n = self.match(blocks, prompt_tokens, now_s), self._blocks_per_key(blocks)
+        coming = {i: hit.blocks[i] for i in self._slow if hit.blocks[i]}
+        nbytes = sum(coming.values()) * self.block_bytes
+        if not nbytes or nbytes > room_bytes:
+            return 0
+        self._fetch(hit.keys, n, now_s)
+        for i, count in coming.items():
+            self.tiers[i].prefetched_blocks += count
+        return nbytes
+
+    def _fetch(self, keys: Sequence[int], blocks: int, now_s: float) -> float:
         """Bring those of a chain's entries that are in slow tiers alone up to DDR; when the last will be there."""
         ddr = self.tiers[DDR]
         above = [self.tiers[i].entries for i in self._on if i <= DDR]

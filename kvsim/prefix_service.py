@@ -1,11 +1,17 @@
 """What the inner loop asks about cached prefixes: what a prompt hits, what an admission loads, what a prompt leaves."""
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
-from kvsim.engine.state import WAITING, Cluster
-from kvsim.machine import Machine
+from kvsim.derive import PlanTable
+from kvsim.engine.state import Cluster
+from kvsim.machine import Sharing
+from kvsim.makespan import Clock
 from kvsim.prefix_cache import DDR, HBM, Hit, PrefixCache
+from kvsim.prefix_reuse import cheapest
 from kvsim.prefix_tiers import PrefixTiers
+from kvsim.routing import estimated_prefill_s
 from kvsim.setup import Setup
 from traces import Trace
 
@@ -17,28 +23,38 @@ class PrefixService:
     happens between (arrivals, other admissions) is seen at the next question: the caches do not change meanwhile.
     """
 
-    def __init__(self, trace: Trace, setup: Setup, prefixes: PrefixTiers, cluster: Cluster, machine: Machine) -> None:
-        self._trace, self._prefixes, self._machine, self._world = trace, prefixes, machine, cluster.world
-        requests, replicas = cluster.requests, cluster.replicas
-        self._caches = prefixes.caches
-        self._replica_of, self._queue, self._rejected = requests["replica"], requests["queue"], requests["rejected"]
+    def __init__(
+        self, trace: Trace, setup: Setup, prefixes: PrefixTiers, cluster: Cluster, table: PlanTable, clock: Clock
+    ) -> None:
+        self._trace, self._setup, self._prefixes, self._machine = trace, setup, prefixes, clock.machine
+        self._world, requests, self._replicas = cluster.world, cluster.requests, cluster.replicas
+        self._replica_of, self._admitted_s = requests["replica"], requests["admitted_s"]
+        self._rejected = requests["rejected"]
         self._ready_s, self._answer = requests["ready_s"], requests[["matched", "hit_tokens", "hit_load_bytes"]]
         self._slow, self._landed_s = requests["hit_slow"], requests["hit_landed_s"]
-        self._versions, self._cache_bytes = replicas["cache_version"], replicas["cache_bytes"]
-        self._down_bytes, self._background_s = replicas["prefix_down_bytes"], replicas["background_s"]
+        self._versions, self._cache_bytes = self._replicas["cache_version"], self._replicas["cache_bytes"]
         # Who sees a change: the replicas of the host, or all of them where a tier is everybody's.
         self._on_host = [_group(n, setup.replicas_per_host, setup.replicas) for n in range(setup.replicas)]
         self._beside = [slice(None)] * setup.replicas if setup.prefix_cache_remote_bytes else self._on_host
         self._matched: dict[int, tuple[list[int], Hit]] = {}  # requests whose turn it was last
-        self._waits = setup.prefix_cache_eviction == "scheduler-aware"
+        self._aware = setup.prefix_cache_eviction == "scheduler-aware"
         self._seen = 0  # arrivals
+        self._coming: dict[int, tuple[PrefixCache, int]] = {}  # bytes fetched for waiting requests, and for which cache
+
+        @lru_cache(maxsize=1 << 16)
+        def prefill_s(prompt_tokens: int, cached_tokens: int) -> float:
+            return estimated_prefill_s(table, clock, setup.max_num_batched_tokens, prompt_tokens, cached_tokens)
+
+        self._prefill_s = prefill_s
 
     def match(self, index: int) -> None:
         """Look up what a request would hit."""
         now_s = self._catch_up()
-        number = int(self._replica_of[index])
-        blocks = self._blocks(index)
-        hit = self._cache(number).match(blocks, int(self._trace.prompt_tokens[index]), now_s)
+        number, blocks, prompt_tokens = self._asked(index)
+        cache = self._prefixes.of(number, index)
+        hit = cache.match(blocks, prompt_tokens, now_s)
+        if hit.load_bytes or hit.slow:
+            hit = self._cheapest(number, cache, blocks, prompt_tokens, hit, now_s)
         self._matched[index] = (blocks, hit)
         self._answer[index] = (self._versions[number], hit.tokens, hit.load_bytes)
         self._slow[index], self._landed_s[index] = hit.slow, hit.landed_s
@@ -50,33 +66,67 @@ class PrefixService:
     def store(self, index: int) -> None:
         """Keep the state of a prompt that is done."""
         now_s = self._catch_up()
-        number = int(self._replica_of[index])
-        cache = self._cache(number)
+        number, blocks, prompt_tokens = self._asked(index)
+        cache = self._prefixes.of(number, index)
         before = cache.changes
-        down_bytes = cache.store(self._blocks(index), int(self._trace.prompt_tokens[index]), now_s)
+        down_bytes = cache.store(blocks, prompt_tokens, now_s)
         if down_bytes:
-            self._down_bytes[number] += down_bytes
-            self._background_s[number, 1] += self._machine.transfer_s(down_bytes, to_hbm=False)
-        self._publish(number, before)
+            self._replicas["prefix_down_bytes"][number] += down_bytes
+            self._replicas["background_s"][number, 1] += self._machine.transfer_s(down_bytes, to_hbm=False)
+        self._publish(number, cache, before)
+
+    def _cheapest(
+        self, number: int, cache: PrefixCache, blocks: Sequence[int], prompt_tokens: int, hit: Hit, now_s: float
+    ) -> Hit:
+        if self._setup.prefix_cache_reuse == "always":
+            return hit
+        replica = self._replicas[number]
+        sharing = Sharing(int(replica["on_host"]), int(replica["on_switch"]))
+        queue_s = max(0.0, float(replica["loader_free_s"]) - now_s)
+
+        def load_s(nbytes: int) -> float:
+            return queue_s + self._machine.transfer_s(nbytes, to_hbm=True, sharing=sharing) if nbytes else 0.0
+
+        chunk_tokens = self._setup.max_num_batched_tokens
+        return cheapest(
+            cache, blocks, prompt_tokens, hit, now_s, chunk_tokens, load_s=load_s, prefill_s=self._prefill_s
+        )
 
     def _catch_up(self) -> float:
         """See who has been admitted and who has arrived since the last question; the time now."""
         now_s = float(self._world["now_s"])
-        for index in [index for index in self._matched if self._queue[index] != WAITING]:
-            self._leave(index, *self._matched.pop(index), now_s)
-        if self._waits:
+        for index in list(self._matched):
+            if self._rejected[index] or not math.isnan(self._admitted_s[index]):
+                self._leave(index, *self._matched.pop(index), now_s)
+        if self._aware or self._setup.prefix_cache_prefetch:
             arrived = int(self._world["arrived"])
             for index in range(self._seen, arrived):
-                cache = self._cache(int(self._replica_of[index]))
-                cache.wait(index, self._blocks(index), int(self._trace.prompt_tokens[index]))
+                self._wait(index)
             self._seen = arrived
         return now_s
 
+    def _wait(self, index: int) -> None:
+        """A request has joined a queue."""
+        number, blocks, prompt_tokens = self._asked(index)
+        cache = self._prefixes.of(number, index)
+        if self._aware:
+            cache.wait(index, blocks, prompt_tokens)
+        if self._setup.prefix_cache_prefetch:
+            before, capacity_bytes = cache.changes, cache.tiers[DDR].capacity_bytes
+            taken_bytes = sum(nbytes for other, nbytes in self._coming.values() if other.tiers[DDR] is cache.tiers[DDR])
+            arrival_s = float(self._trace.arrival_s[index])
+            nbytes = cache.prefetch(blocks, prompt_tokens, arrival_s, capacity_bytes - taken_bytes)
+            if nbytes:
+                self._coming[index] = cache, nbytes
+            self._publish(number, cache, before)
+
     def _leave(self, index: int, blocks: Sequence[int], hit: Hit, now_s: float) -> None:
+        """A request has left its queue: admitted, or rejected."""
         number = int(self._replica_of[index])
-        cache = self._cache(number)
-        if self._waits:
+        cache = self._prefixes.of(number, index)
+        if self._aware:
             cache.leave(index)
+        self._coming.pop(index, None)
         if self._rejected[index]:
             return
         if self._prefixes.knowledge is not None:
@@ -86,15 +136,14 @@ class PrefixService:
         if landed_s > now_s:  # a pipeline: latencies add up, and the slowest link sets the pace
             own_s = self._machine.gpu.rates.pcie_latency_s if hit.load_bytes else 0.0
             self._ready_s[index] = max(self._ready_s[index] + latency_s, landed_s + own_s)
-        self._publish(number, before)
+        self._publish(number, cache, before)
 
-    def _publish(self, number: int, before: tuple[int, int]) -> None:
+    def _publish(self, number: int, cache: PrefixCache, before: tuple[int, int]) -> None:
         """Let the replicas know of a change, and what their caches hold."""
-        cache = self._cache(number)
         now = cache.changes
         if now == before:
             return
-        hbm_bytes, ddr_bytes, _ = cache.held_bytes
+        hbm_bytes, ddr_bytes, _ = self._prefixes.held_bytes(number)
         self._cache_bytes[number, HBM] = hbm_bytes
         if now[1] == before[1]:
             self._versions[number] += 1
@@ -102,15 +151,9 @@ class PrefixService:
         self._versions[self._beside[number]] += 1
         self._cache_bytes[self._on_host[number], DDR] = ddr_bytes
 
-    def _blocks(self, index: int) -> list[int]:
-        blocks: list[int] = self._trace.blocks(index).tolist()
-        return blocks
-
-    def _cache(self, number: int) -> PrefixCache:
-        cache = self._caches[number]
-        if cache is None:
-            raise RuntimeError("a replica without a prefix cache asked for it")
-        return cache
+    def _asked(self, index: int) -> tuple[int, list[int], int]:
+        """A request's replica, its prompt's blocks and tokens."""
+        return int(self._replica_of[index]), self._trace.blocks(index).tolist(), int(self._trace.prompt_tokens[index])
 
 
 def _group(number: int, size: int, replicas: int) -> slice:

@@ -9,7 +9,8 @@ from kvsim.derive import TIERS
 from kvsim.eviction import Belady, Fifo, Lfu, Lru, Order, SchedulerAware
 from kvsim.foresight import Chains, NextUse, Uses
 from kvsim.prefix_cache import TIER_NAMES, PrefixCache, Tier
-from kvsim.prefix_links import Way, ways
+from kvsim.prefix_links import ways
+from kvsim.prefix_quota import divided
 from kvsim.setup import Setup
 from kvsim.units import format_bytes
 from policies import Reuse, Step, plan_layer, reuse_of
@@ -18,55 +19,74 @@ from traces import Trace
 
 
 class PrefixTiers:
-    """All tiers by name, the links of each host, and each replica's cache, None where nothing is to be cached.
+    """All tiers by name, the links of each host, and each replica's caches, one for each part of a quota.
 
-    Raises ValueError for a trace without block ids and for a tier that is smaller than one block.
+    There are none where nothing is to be cached. Raises ValueError for a trace without block ids, for a tier or a part
+    of it that is smaller than one block, and for a quota that does not fit the trace's tenants.
     """
 
     def __init__(self, trace: Trace, setup: Setup) -> None:
         self.tiers: dict[str, list[Tier]] = {name: [] for name in TIER_NAMES}
-        self.ways: list[dict[str, Way]] = []
-        self.caches: list[PrefixCache | None] = [None] * setup.replicas
+        self.ways = [ways(setup.host) for _ in range(0, setup.replicas, setup.replicas_per_host)]
+        self.caches: list[list[PrefixCache]] = [[] for _ in range(setup.replicas)]
         self.knowledge: Uses | NextUse | None = None
-        sizes, reuse = setup.prefix_cache_bytes, reuse_of(setup.policy)
-        per_token = [n * setup.tp for n in _token_bytes(setup)]
-        if not any(sizes.values()) or reuse is Reuse.NOTHING or not sum(per_token):
+        self._trace, self._setup = trace, setup
+        self._reuse, self._token_bytes = reuse_of(setup.policy), [n * setup.tp for n in _token_bytes(setup)]
+        caches = any(setup.prefix_cache_bytes.values()) and self._reuse is not Reuse.NOTHING
+        if not caches or not sum(self._token_bytes):
             return
         if not trace.block_tokens:
             raise ValueError(
                 f"trace {trace.name!r} has no block ids, so no prefix can be cached; leave --prefix-cache-* out"
             )
-        self._block_bytes = trace.block_tokens * sum(per_token)
-        self._eviction, chains = setup.prefix_cache_eviction, Chains(trace, reuse)
-        if self._eviction == "lfu":
-            self.knowledge = Uses(chains)
-        elif self._eviction == "belady":
-            self.knowledge = NextUse(chains)
-        remote = self._tier("remote", sizes["remote"])
-        landing_s: dict[int, float] = {}
+        self._block_bytes = trace.block_tokens * sum(self._token_bytes)
+        if setup.prefix_cache_eviction == "lfu":
+            self.knowledge = Uses(Chains(trace, self._reuse))
+        elif setup.prefix_cache_eviction == "belady":
+            self.knowledge = NextUse(Chains(trace, self._reuse))
+        shares, of_tenant = divided(setup.prefix_cache_quota, trace.tenants)
+        self._part_of: list[int] = np.array(of_tenant)[trace.tenant].tolist()
+        for share in shares:
+            self._divide(share)
+
+    def of(self, number: int, request: int) -> PrefixCache:
+        """What a replica has for a request: the cache of its tenant's part."""
+        return self.caches[number][self._part_of[request]]
+
+    def held_bytes(self, number: int) -> list[int]:
+        """Bytes in HBM and DDR that a replica's entries take, as `PrefixCache.held_bytes`."""
+        return [sum(tier) for tier in zip(*(cache.held_bytes for cache in self.caches[number]), strict=True)]
+
+    def _divide(self, share: float) -> None:
+        """Add a cache to each replica, of a share of all tiers."""
+        setup, sizes = self._setup, self._setup.prefix_cache_bytes
+        remote = self._tier("remote", sizes["remote"], share)
         for number in range(setup.replicas):
             if number % setup.replicas_per_host == 0:
-                ddr, nvme = self._tier("ddr", sizes["ddr"]), self._tier("nvme", sizes["nvme"])
-                self.ways.append(ways(setup.host))
-                landing_s = {}
-            hbm = self._tier("hbm", sizes["hbm"] // setup.replicas_per_host)
-            self.caches[number] = PrefixCache(
-                reuse,
-                trace.block_tokens,
-                sum(per_token),
-                per_token[0],
-                (hbm, ddr, nvme, remote),
-                self.ways[-1],
-                landing_s,
-                setup.prefix_cache_write,
-                ranks=setup.tp,
-                replicas=setup.replicas_per_host,
+                ddr, nvme = self._tier("ddr", sizes["ddr"], share), self._tier("nvme", sizes["nvme"], share)
+                landing_s: dict[int, float] = {}
+            hbm = self._tier("hbm", sizes["hbm"] // setup.replicas_per_host, share)
+            self.caches[number].append(
+                PrefixCache(
+                    self._reuse,
+                    self._trace.block_tokens,
+                    sum(self._token_bytes),
+                    self._token_bytes[0],
+                    (hbm, ddr, nvme, remote),
+                    self.ways[number // setup.replicas_per_host],
+                    landing_s,
+                    setup.prefix_cache_write,
+                    ranks=setup.tp,
+                    replicas=setup.replicas_per_host,
+                )
             )
 
-    def _tier(self, name: str, capacity_bytes: int) -> Tier:
-        if 0 < capacity_bytes < self._block_bytes:
+    def _tier(self, name: str, whole_bytes: int, share: float) -> Tier:
+        capacity_bytes = int(whole_bytes * share) if share < 1 else whole_bytes
+        if whole_bytes and capacity_bytes < self._block_bytes:
+            what = "a tier" if share == 1 else f"{share:.4g} of {format_bytes(whole_bytes)}, a tenant's part"
             raise ValueError(
-                f"prefix_cache_{name}: a tier of {format_bytes(capacity_bytes)} is smaller than one block of "
+                f"prefix_cache_{name}: {what} of {format_bytes(capacity_bytes)} is smaller than one block of "
                 f"{format_bytes(self._block_bytes)}; make it larger or leave it out"
             )
         tier = Tier(capacity_bytes, self._order(capacity_bytes))
@@ -78,9 +98,9 @@ class PrefixTiers:
             return Lfu(self.knowledge)
         if isinstance(self.knowledge, NextUse):
             return Belady(self.knowledge)
-        if self._eviction == "scheduler-aware":
+        if self._setup.prefix_cache_eviction == "scheduler-aware":
             return SchedulerAware(capacity_bytes // self._block_bytes)
-        return Fifo() if self._eviction == "fifo" else Lru()
+        return Fifo() if self._setup.prefix_cache_eviction == "fifo" else Lru()
 
 
 def apart(trace: Trace) -> Trace:

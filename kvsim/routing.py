@@ -12,7 +12,7 @@ import numpy as np
 from kvsim.derive import PlanTable
 from kvsim.engine.state import ITERATING, PREFILLING, STALLED, WAITING, Cluster
 from kvsim.makespan import Clock, Load
-from kvsim.prefix_cache import PrefixCache
+from kvsim.prefix_tiers import PrefixTiers
 from kvsim.setup import CACHE_ROUTERS, Setup
 from traces import Trace
 
@@ -55,10 +55,8 @@ _CHOOSE = dict(zip(CACHE_ROUTERS, (prefix_affinity, kv_aware), strict=True))
 class Router:
     """Chooses by a look into the prefix caches of all replicas."""
 
-    def __init__(
-        self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, caches: Sequence[PrefixCache | None]
-    ) -> None:
-        self._trace, self._caches, self._machine = trace, caches, clock.machine
+    def __init__(self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, prefixes: PrefixTiers) -> None:
+        self._trace, self._prefixes, self._machine = trace, prefixes, clock.machine
         self._choose = _CHOOSE[setup.router]
         self._prefill_s = np.zeros(len(trace))  # of each request where it went
         self._oldest = 0  # all requests before it have left
@@ -83,9 +81,10 @@ class Router:
         blocks, prompt_tokens = self._trace.blocks(index).tolist(), int(self._trace.prompt_tokens[index])
         now_s, queue_s = float(self._trace.arrival_s[index]), self._queue_s(cluster, index)
         candidates = []
-        for number, (replica, cache) in enumerate(zip(cluster.replicas, self._caches, strict=True)):
+        for number, replica in enumerate(cluster.replicas):
             ttft_s, cached_tokens = queue_s[number], 0
-            if cache is not None:
+            if replica["cached"]:
+                cache = self._prefixes.of(number, index)
                 hit = cache.match(blocks, prompt_tokens, now_s)
                 cached_tokens, load_s = hit.tokens, 0.0
                 if hit.load_bytes:

@@ -5,13 +5,14 @@ from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter
 
 import traces
 from kvsim.documents import parse_yaml, validated
 from kvsim.hardware import load_gpu, load_host
 from kvsim.models import load_model
 from kvsim.names import unknown_name
+from kvsim.prefix_quota import Quota, read_quota
 from kvsim.results import LATENCIES, Result
 from kvsim.shares import measured_shares
 from kvsim.simulate import Setup
@@ -123,6 +124,9 @@ class Scenario(BaseModel):
     prefix_cache_eviction: str = _default("prefix_cache_eviction")
     prefix_cache_write: str = _default("prefix_cache_write")
     prefix_cache_sharing: str = _default("prefix_cache_sharing")
+    prefix_cache_reuse: str = _default("prefix_cache_reuse")
+    prefix_cache_prefetch: bool = _default("prefix_cache_prefetch")
+    prefix_cache_quota: Annotated[Quota, PlainValidator(read_quota)] = _default("prefix_cache_quota")
     perfetto: Annotated[tuple[float, float], BeforeValidator(_window)] | None = _default("perfetto")
     kv_dtype: str | None = None
     weight_dtype: str | None = None

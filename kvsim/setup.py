@@ -1,13 +1,15 @@
 """What a simulation of one policy depends on besides the trace: model, hardware, cluster and engine options."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from kvsim.eviction import EVICTIONS
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import Machine
 from kvsim.names import unknown_name
 from kvsim.prefix_cache import SHARINGS, WRITES
+from kvsim.prefix_quota import Quota, read_quota
+from kvsim.prefix_reuse import REUSES
 from kvsim.tenants import Tenant, check_classes, check_pins
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
@@ -52,6 +54,9 @@ class Setup:
     prefix_cache_eviction: str = "lru"
     prefix_cache_write: str = "through"
     prefix_cache_sharing: str = "tenant"
+    prefix_cache_reuse: str = "always"
+    prefix_cache_prefetch: bool = False
+    prefix_cache_quota: Quota = None  # shares of all tiers
     counts: dict[str, float] = field(default_factory=dict)
     tenants: dict[str, Tenant] = field(default_factory=dict)
     slo_classes: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -77,6 +82,7 @@ class Setup:
             ("prefix_cache_eviction", EVICTIONS),
             ("prefix_cache_write", WRITES),
             ("prefix_cache_sharing", SHARINGS),
+            ("prefix_cache_reuse", REUSES),
         ):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
@@ -103,6 +109,11 @@ class Setup:
 
     def _check_prefix_cache(self) -> None:
         host, nvme_bytes = self.host, self.prefix_cache_nvme_bytes
+        for option in fields(self):
+            name = option.name
+            given = name.startswith("prefix_cache_") and getattr(self, name) != option.default
+            if given and not any(self.prefix_cache_bytes.values()):
+                raise ValueError(f"{name} needs a prefix cache: give prefix_cache_hbm, _ddr, _nvme or _remote a size")
         if nvme_bytes > host.nvme_bytes:
             has = f"the {format_bytes(host.nvme_bytes)} of NVMe" if host.nvme_bytes else "the NVMe, which is none,"
             raise ValueError(f"prefix_cache_nvme={format_bytes(nvme_bytes)} exceeds {has} of host {host.name!r}")
@@ -110,6 +121,16 @@ class Setup:
             raise ValueError(
                 f"prefix_cache_remote needs a network, and host {host.name!r} has none (nic_Bps is 0); choose another "
                 "--host or leave it out"
+            )
+        below = self.prefix_cache_nvme_bytes or self.prefix_cache_remote_bytes
+        if self.prefix_cache_prefetch and not (below and self.prefix_cache_ddr_bytes):
+            raise ValueError(
+                "prefix_cache_prefetch brings blocks from prefix_cache_nvme or prefix_cache_remote up to "
+                "prefix_cache_ddr; give both ends a size, or leave it out"
+            )
+        if read_quota(self.prefix_cache_quota) is not None and self.prefix_cache_sharing == "all":
+            raise ValueError(
+                "prefix_cache_quota gives tenants parts of their own, which prefix_cache_sharing=all denies; use one"
             )
 
     @property

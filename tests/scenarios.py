@@ -36,6 +36,7 @@ CACHING = st.fixed_dictionaries(
     {
         "prefix_cache_eviction": st.sampled_from(["lru", "lfu", "fifo", "belady", "scheduler-aware"]),
         "prefix_cache_write": st.sampled_from(["through", "back"]),
+        "prefix_cache_reuse": st.sampled_from(["always", "cheaper"]),
     }
 )
 
@@ -80,7 +81,9 @@ def scenarios(draw, caches=True, most=8):
         rooms = draw(st.tuples(*[st.sampled_from([0, 8, 20, 1000])] * 4))
         sizes = [f"prefix_cache_{name}_bytes" for name in ("hbm", "ddr", "nvme", "remote")]
         s = replace(s, **{name: room * BLOCK * TOKEN_BYTES for name, room in zip(sizes, rooms, strict=True)})
-        s = replace(s, **draw(CACHING))
+        s = replace(s, **draw(CACHING)) if any(rooms) else s
+        if rooms[1] and (rooms[2] or rooms[3]):
+            s = replace(s, prefix_cache_prefetch=draw(st.booleans()))
     largest = (max(prompts) + max(outputs)) * TOKEN_BYTES // tp
     hbm, ddr = (int(largest * draw(st.sampled_from([0.5, 1.1, 2, 100]))) for _ in range(2))
     return trace(np.cumsum(gaps), prompts, outputs, **columns), with_room(s, hbm, ddr)

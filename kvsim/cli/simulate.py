@@ -91,6 +91,15 @@ def replay(
     prefix_cache_sharing: Annotated[
         str | None, typer.Option(metavar="tenant|all", help="Whose prompts hit a cached block. Default: its tenant's.")
     ] = None,
+    prefix_cache_reuse: Annotated[
+        str | None, typer.Option(metavar="always|cheaper", help="cheaper: compute anew what would take longer to load.")
+    ] = None,
+    prefix_cache_prefetch: Annotated[
+        bool | None, typer.Option("--prefix-cache-prefetch", help="Fetch a waiting prompt's blocks up to DDR.")
+    ] = None,
+    prefix_cache_quota: Annotated[
+        str | None, typer.Option(metavar="SHARE|NAME=SHARE,...", help="Of every tier, a tenant's own. Default: none.")
+    ] = None,
     perfetto: Annotated[
         str | None, typer.Option(metavar="FROM-TO", help="Record every operation in this window, as 10s-10.5s.")
     ] = None,

@@ -1,7 +1,6 @@
 """The inner loop and what it needs from outside: plans, programs and times that it has not met, and prefix caches."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -50,7 +49,6 @@ from kvsim.engine.state import (
 from kvsim.engine.tables import model_arrays, plan_arrays, price_arrays
 from kvsim.machine import HEAD_KERNELS, Sharing
 from kvsim.makespan import Clock, Load
-from kvsim.prefix_cache import PrefixCache
 from kvsim.prefix_service import PrefixService
 from kvsim.prefix_tiers import PrefixTiers
 from kvsim.routing import Router
@@ -70,7 +68,7 @@ class Engine:
     def __init__(self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, prefixes: PrefixTiers) -> None:
         self.table, self.clock = table, clock
         routes = setup.router in CACHE_ROUTERS
-        self._router = Router(trace, setup, table, clock, prefixes.caches) if routes else None
+        self._router = Router(trace, setup, table, clock, prefixes) if routes else None
         self._derived: tuple[int, ...] = ()  # what plan was asked for last
         self._structures: list[Structure] = []
         self._structure_index: dict[int, int] = {}
@@ -79,9 +77,9 @@ class Engine:
         self._written: list[tuple[Records, Records, Records]] = []
         self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
         self._model, self._model_s = model_arrays(clock, max(setup.max_num_batched_tokens, setup.max_num_seqs))
-        self.cluster = _cluster(trace, setup, clock, prefixes.caches)
+        self.cluster = _cluster(trace, setup, clock, prefixes)
         self._wanted = self.cluster.world["wanted"]
-        self._prefixes = PrefixService(trace, setup, prefixes, self.cluster, clock.machine)
+        self._prefixes = PrefixService(trace, setup, prefixes, self.cluster, table, clock)
         self._lay_out_plans()
         self._lay_out_prices()
         for number in range(setup.replicas):
@@ -243,13 +241,13 @@ class Engine:
         self._prices = price_arrays(self.clock, self._structures, self._combinations, self._model, self._model_s)
 
 
-def _cluster(trace: Trace, setup: Setup, clock: Clock, caches: Sequence[PrefixCache | None]) -> Cluster:
+def _cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTiers) -> Cluster:
     """The state before anything has happened, without plans."""
     world, requests = _world(setup, clock), _requests(trace)
     return Cluster(
         world=world,
         requests=requests,
-        replicas=_replicas(setup, caches),
+        replicas=_replicas(setup, prefixes),
         tenants=_tenants(trace, setup, requests),
         pins=_pins(trace, setup, requests),
         sums=np.zeros((setup.replicas, 0, 2, 0), np.int64),
@@ -299,7 +297,7 @@ def _pins(trace: Trace, setup: Setup, requests: Records) -> Records:
     return pins
 
 
-def _replicas(setup: Setup, caches: Sequence[PrefixCache | None]) -> Records:
+def _replicas(setup: Setup, prefixes: PrefixTiers) -> Records:
     replicas = np.zeros(setup.replicas, dtype=REPLICA)
     per_host, sharing = setup.replicas_per_host, setup.machine().sharing
     numbers = np.arange(setup.replicas)
@@ -308,7 +306,7 @@ def _replicas(setup: Setup, caches: Sequence[PrefixCache | None]) -> Records:
     replicas["first_neighbour"] = numbers // per_host * per_host
     replicas["n_neighbours"] = np.minimum(per_host, setup.replicas - replicas["first_neighbour"])
     replicas["on_host"], replicas["on_switch"] = sharing
-    replicas["cached"] = [cache is not None for cache in caches]
+    replicas["cached"] = [bool(caches) for caches in prefixes.caches]
     return replicas
 
 
