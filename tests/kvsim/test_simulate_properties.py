@@ -1,13 +1,13 @@
 """What must hold of any small scenario: memory tight or ample, one replica or several, any chunk, cache and policy."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenarios import BLOCK, POLICIES, SMALL, TOKEN_BYTES, faster, scenarios, squeezes, with_room
-from simulated import GPU, setup, trace
+from scenarios import BLOCK, SMALL, TOKEN_BYTES, scenarios, squeezes, with_room
+from simulated import setup, trace
 
 from kvsim.attribution import spent_s
 from kvsim.prefix_cache import PrefixCache, Tier
@@ -147,35 +147,6 @@ def test_nothing_is_faster_than_alone(scenario):
             assert r[name][i] - r["arrival_s"][i] >= alone[name][0] * (1 - 1e-9)
 
 
-@settings(max_examples=25)
-@given(scenarios())
-def test_in_a_world_twice_as_fast_everything_takes_half_as_long(scenario):
-    requests, s = scenario
-    gpu = replace(s.gpu, rates=faster(s.gpu.rates, 2.0))
-    slow = simulate(requests, s)
-    fast = simulate(requests.scaled_rate(2.0), replace(s, gpu=gpu, host=faster(s.host, 2.0)))
-    for name in ("admitted_s", "first_token_s", "finish_s"):
-        assert fast.requests[name] == pytest.approx(slow.requests[name] / 2, rel=1e-6, nan_ok=True)
-    assert fast.traffic == slow.traffic
-    assert (fast.cache, fast.swaps) == (slow.cache, slow.swaps)
-
-
-@settings(max_examples=30)
-@given(
-    policy=st.sampled_from(POLICIES),
-    figure=st.sampled_from([field.name for field in fields(GPU.rates) if field.name != "gather_sm_share"]),
-    factor=st.floats(1, 8),
-    prompt=st.integers(1, 3000),
-    chunk=st.sampled_from([100, 8192]),
-)
-def test_no_faster_part_slows_a_lone_request(policy, figure, factor, prompt, chunk):
-    s = setup(policy, model=SMALL, max_num_batched_tokens=chunk)
-    better = replace(s, gpu=replace(GPU, rates=faster(GPU.rates, factor, figure)))
-    before, after = (simulate(trace([0.0], prompt, 20), x).requests for x in (s, better))
-    for name in ("first_token_s", "finish_s"):
-        assert after[name][0] <= before[name][0] * (1 + 1e-9)
-
-
 @given(
     requests=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=25),
     room=st.integers(0, 12),
@@ -196,18 +167,6 @@ def test_lru_hits_what_a_stack_of_all_blocks_says(requests, room):
         cache.accept(blocks, hit)
         cache.store(blocks, BLOCK * len(blocks))
         stack = blocks + [block for block in stack if block not in blocks]
-
-
-@settings(max_examples=15)
-@given(scenarios(caches=False))
-def test_a_window_that_covers_everything_is_the_dense_cache(scenario):
-    requests, s = scenario
-    full, window = (
-        simulate(requests, replace(s, policy=setup(policy).policy)).requests
-        for policy in ("full", "sink-window:positions=original,window_tokens=100000")
-    )
-    for name in ("first_token_s", "finish_s"):
-        assert window[name] == pytest.approx(full[name], rel=1e-12, nan_ok=True)
 
 
 @settings(max_examples=15)
