@@ -1,8 +1,9 @@
 """What each request's latency was spent on: shares that add up to it.
 
 A request waits in a queue until it is admitted (`queue`), for its cached prefix to come up from DDR and the iteration
-under way to end (`prefix`), and while it is preempted (`swap`, with the iterations that wait for anybody's swaps). All
-other time it spends in a batch, and an iteration's time is that of whatever bounds it:
+under way to end (`prefix`), while it is preempted (`swap`, with the iterations that wait for anybody's swaps), and for
+its state to get to the replica where it decodes and has room (`handoff`). All other time it spends in a batch, and an
+iteration's time is that of whatever bounds it:
 
 - while the SMs work, the part of each kernel that is longer, arithmetic (`compute`) or transfers (`hbm`); weights are
   streamed and then multiplied, so both count; launches are `overhead`;

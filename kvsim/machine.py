@@ -137,20 +137,27 @@ class Machine:
         """Time of that all-reduce over NVLink, or over PCIe where the GPU has none."""
         if self.tp == 1:
             return 0.0
-        latency_s, peer_Bps = self._peer()
+        latency_s, peer_Bps = self.peer
         return 2 * latency_s + self.allreduce_bytes(model, tokens) / peer_Bps
 
     def peer_s(self, nbytes: int) -> float:
         """Time to send one piece to a peer, over NVLink or, where the GPU has none, over PCIe."""
-        latency_s, peer_Bps = self._peer()
+        latency_s, peer_Bps = self.peer
         return latency_s + nbytes / peer_Bps if nbytes else 0.0
 
-    def _peer(self) -> tuple[float, float]:
-        """Latency and rate of the way to a peer."""
+    @property
+    def peer(self) -> tuple[float, float]:
+        """Latency and rate of the way to a peer on the host."""
         rates = self.gpu.rates
         if rates.nvlink_Bps:
             return rates.nvlink_latency_s, rates.nvlink_Bps
         return rates.pcie_latency_s, min(rates.pcie_h2d_Bps, self.host.switch_Bps / self.sharing.switch)
+
+    @property
+    def nic(self) -> tuple[float, float]:
+        """Latency and rate of the way to a GPU of another host: its share of the host's adapters, no more than PCIe."""
+        rates = self.gpu.rates
+        return self.host.nic_latency_s, min(self.host.nic_Bps / self.host.gpus_max, rates.pcie_d2h_Bps)
 
     def transfer_s(self, nbytes: int, *, to_hbm: bool, sharing: Sharing = ALONE) -> float:
         """Time to move one contiguous piece between HBM and DDR: a swap, or a cached prefix."""

@@ -48,6 +48,9 @@ def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
         if position == 0:
             node = Node(env, setup.gpu, setup.host)
         replicas.append(_Replica(env, engine, number, _Rank(node, engine, number, position)))
+    if setup.prefill_gpus:
+        for replica in replicas:
+            replica.beside = replicas
     env.process(_arrivals(env, engine, replicas))
     while env.peek() != math.inf:
         for _ in range(EVENTS_AT_ONCE):
@@ -71,11 +74,13 @@ class _Replica:
     def __init__(self, env: simpy.Environment, engine: Engine, number: int, rank: "_Rank") -> None:
         self.env, self.engine, self.number, self.rank = env, engine, number, rank
         self._wake: simpy.Event = env.event()
+        self._until_s = math.inf
+        self.beside: Sequence[_Replica] = ()
         env.process(self._run())
 
     def look(self) -> None:
-        """A request has arrived: an idle replica may have to wake up."""
-        if self.engine.cluster.replicas[self.number]["wake_s"] <= self.env.now and not self._wake.triggered:
+        """A request has arrived, or another replica's work has an effect: an idle replica may have to wake up."""
+        if self.engine.cluster.replicas[self.number]["wake_s"] < self._until_s and not self._wake.triggered:
             self._wake.succeed()
 
     def _run(self) -> Process:
@@ -88,14 +93,17 @@ class _Replica:
                 yield self.env.timeout(record["wake_s"] - self.env.now)
             else:
                 self._wake = self.env.event()
-                ready_s = float(record["wake_s"])
+                self._until_s = ready_s = float(record["wake_s"])
                 if ready_s <= self.env.now:
                     pass
                 elif ready_s < math.inf:
                     yield self._wake | self.env.timeout(ready_s - self.env.now)
                 else:
                     yield self._wake
+            self._until_s = -math.inf  # nobody need wake it
             self.engine.turn(self.number, self.env.now)
+            for other in self.beside:
+                other.look()
 
 
 class _Rank:

@@ -10,6 +10,7 @@ from kvsim.attribution import columns
 from kvsim.curves import peak_and_mean
 from kvsim.derive import LINKS, TIERS
 from kvsim.engine.engine import Engine
+from kvsim.engine.state import NOBODY
 from kvsim.fairness import Tenancy
 from kvsim.machine import CPU, D2H, H2D, NVLINK
 from kvsim.makespan import HBM, WORK
@@ -23,8 +24,8 @@ from kvsim.version import __version__
 from policies import describe
 from traces import Trace
 
-CAUSES = ("plans", "weights", "swaps", "prefix", "collectives")
-PEER = "gpu->gpu"
+CAUSES = ("plans", "weights", "swaps", "prefix", "collectives", "handoff")
+PEER, NIC = "gpu->gpu", "nic"
 DOWN, UP = "hbm->ddr", "ddr->hbm"
 BOOKS = (  # what replicas record beside the bytes of plans
     ("hbm->sm", "weights", "weight_bytes"),
@@ -33,6 +34,8 @@ BOOKS = (  # what replicas record beside the bytes of plans
     (UP, "prefix", "prefix_up_bytes"),
     (DOWN, "prefix", "prefix_down_bytes"),
     (PEER, "collectives", "collective_bytes"),
+    (PEER, "handoff", "handoff_peer_bytes"),
+    (NIC, "handoff", "handoff_nic_bytes"),
 )
 MEMORY = ("hbm_bytes", "ddr_bytes")
 
@@ -92,12 +95,14 @@ class Outcome:
     def _columns(self) -> dict[str, Array]:
         trace, requests = self.trace, self.engine.cluster.requests
         finish_s = requests["finish_s"].copy()
+        prompts_at = {"prefill_replica": _prefill_replica(requests)} if self.setup.prefill_gpus else {}
         unless_rejected = np.where(np.isnan(finish_s), "unfinished", "finished")
         return {
             "request": np.arange(len(requests)),
             "tenant": np.array(trace.tenants, dtype=object)[trace.tenant],
             "session": trace.session,
             "replica": requests["replica"].copy(),
+            **prompts_at,
             "arrival_s": trace.arrival_s,
             "admitted_s": requests["admitted_s"].copy(),
             "first_token_s": requests["first_token_s"].copy(),
@@ -113,11 +118,13 @@ class Outcome:
     def _traffic(self) -> dict[str, dict[str, int]]:
         """Bytes of all ranks by link and cause."""
         replicas, tp = self.engine.cluster.replicas, self.setup.tp
-        traffic = {link: dict.fromkeys(CAUSES, 0) for link in (*LINKS, PEER)}
+        links = (*LINKS, PEER, NIC) if self.setup.prefill_gpus else (*LINKS, PEER)
+        traffic = {link: dict.fromkeys(CAUSES, 0) for link in links}
         for link, nbytes in zip(LINKS, replicas["plan_bytes"].sum(axis=0).tolist(), strict=True):
             traffic[link]["plans"] = tp * nbytes
         for link, cause, column in BOOKS:
-            traffic[link][cause] = tp * int(replicas[column].sum())
+            if link in traffic:
+                traffic[link][cause] = tp * int(replicas[column].sum())
         return traffic
 
     def _busy(self, makespan_s: float) -> dict[str, float]:
@@ -135,9 +142,12 @@ class Outcome:
         lanes = {"hbm->sm": HBM, "ddr->cpu": CPU, UP: H2D, DOWN: D2H, PEER: NVLINK}
         replicas = self.engine.cluster.replicas
         background_s = dict(zip((UP, DOWN), replicas["background_s"].sum(axis=0).tolist(), strict=True))
+        background_s[NIC] = float(replicas["nic_s"].sum())
         links = {}
         for link, causes in traffic.items():
-            busy_s = float(replicas["busy_s"][:, lanes[link]].sum()) + background_s.get(link, 0.0)
+            busy_s = background_s.get(link, 0.0)
+            if link in lanes:
+                busy_s += float(replicas["busy_s"][:, lanes[link]].sum())
             links[link] = {
                 "bytes": sum(causes.values()),
                 "busy_s": busy_s * self.setup.tp,
@@ -219,6 +229,11 @@ class Outcome:
 
 def _away(rows: Array) -> dict[str, Array]:
     return {name: rows[name].copy() for name in ("request", "from_s", "to_s")}
+
+
+def _prefill_replica(requests: Array) -> Array:
+    """Where each prompt was processed; a request that decodes nowhere else has that in `replica`."""
+    return np.where(requests["sender"] == NOBODY, requests["replica"], requests["sender"])
 
 
 def _token_gaps(gaps: Array) -> tuple[Array, Array]:

@@ -117,7 +117,9 @@ def _phases(
     ready_s = admitted_s + float(columns["prefix_s"][row])
     if ready_s > admitted_s:
         yield "prefix", admitted_s, ready_s
-    for name, from_s, to_s in (("prefill", ready_s, first_s), ("decode", first_s, finish_s)):
+    joined_s = first_s + (float(columns["handoff_s"][row]) if "prefill_replica" in columns else 0.0)
+    handoff = [("handoff", first_s, joined_s)] if joined_s != first_s else []
+    for name, from_s, to_s in (("prefill", ready_s, first_s), *handoff, ("decode", joined_s, finish_s)):
         if math.isnan(to_s):
             return
         at_s = from_s

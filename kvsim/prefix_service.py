@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from kvsim.derive import PlanTable
-from kvsim.engine.state import Cluster
+from kvsim.engine.state import NOBODY, Cluster
 from kvsim.machine import Sharing
 from kvsim.makespan import Clock
 from kvsim.prefix_cache import DDR, HBM, Hit, PrefixCache
@@ -28,8 +28,8 @@ class PrefixService:
     ) -> None:
         self._trace, self._setup, self._prefixes, self._machine = trace, setup, prefixes, clock.machine
         self._world, requests, self._replicas = cluster.world, cluster.requests, cluster.replicas
-        self._replica_of, self._admitted_s = requests["replica"], requests["admitted_s"]
-        self._rejected = requests["rejected"]
+        self._replica_of, self._sender_of = requests["replica"], requests["sender"]
+        self._rejected, self._admitted_s = requests["rejected"], requests["admitted_s"]
         self._ready_s, self._answer = requests["ready_s"], requests[["matched", "hit_tokens", "hit_load_bytes"]]
         self._slow, self._landed_s = requests["hit_slow"], requests["hit_landed_s"]
         self._versions, self._cache_bytes = self._replicas["cache_version"], self._replicas["cache_bytes"]
@@ -122,7 +122,7 @@ class PrefixService:
 
     def _leave(self, index: int, blocks: Sequence[int], hit: Hit, now_s: float) -> None:
         """A request has left its queue: admitted, or rejected."""
-        number = int(self._replica_of[index])
+        number = self._number(index)
         cache = self._prefixes.of(number, index)
         if self._aware:
             cache.leave(index)
@@ -153,7 +153,12 @@ class PrefixService:
 
     def _asked(self, index: int) -> tuple[int, list[int], int]:
         """A request's replica, its prompt's blocks and tokens."""
-        return int(self._replica_of[index]), self._trace.blocks(index).tolist(), int(self._trace.prompt_tokens[index])
+        return self._number(index), self._trace.blocks(index).tolist(), int(self._trace.prompt_tokens[index])
+
+    def _number(self, index: int) -> int:
+        """The replica that processes a request's prompt, though another may have taken it over since."""
+        sender = int(self._sender_of[index])
+        return int(self._replica_of[index]) if sender == NOBODY else sender
 
 
 def _group(number: int, size: int, replicas: int) -> slice:

@@ -11,7 +11,7 @@ from kvsim.report_runs import Run, runs_of
 from kvsim.results import Floats, Result, finished, latencies
 from kvsim.units import format_bytes, format_s
 
-_CAUSES = ("plans", "weights", "swaps", "prefix", "collectives")  # first, so that their colours stay
+_CAUSES = ("plans", "weights", "swaps", "prefix", "collectives", "handoff")  # first, so that their colours stay
 _TITLED = 3  # more policies than this are counted in the title, not named
 
 

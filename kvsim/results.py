@@ -32,7 +32,8 @@ class Result:
     `requests` are columns with one row per submitted request, in order of arrival: request, tenant, session, replica,
     arrival_s, admitted_s, first_token_s, finish_s (NaN for what did not happen), prompt_tokens, cached_tokens,
     output_tokens, preemptions, status (`finished`, `rejected` or `unfinished`), and seconds by cause
-    (`kvsim.attribution.columns`).
+    (`kvsim.attribution.columns`); where replicas either process prompts or decode, `replica` is the one that decoded,
+    and prefill_replica the other.
     `series` are columns with one row per iteration boundary of a replica: time_s (ascending for each replica), replica,
     hbm_bytes, ddr_bytes, running, waiting. Values change linearly between rows; two rows of one time are a jump.
     """

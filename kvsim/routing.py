@@ -59,6 +59,7 @@ class Router:
         self._trace, self._prefixes, self._machine = trace, prefixes, clock.machine
         self._choose = _CHOOSE[setup.router]
         self._prefill_s = np.zeros(len(trace))  # of each request where it went
+        self._front = setup.prefill_replicas or setup.replicas  # that take requests
         self._oldest = 0  # all requests before it have left
 
         @lru_cache(maxsize=1 << 16)
@@ -77,11 +78,11 @@ class Router:
         return chosen
 
     def candidates(self, cluster: Cluster, index: int) -> list[Candidate]:
-        """All replicas; a TTFT is estimated as queue + transfer + prefill of what is not cached."""
+        """All replicas that take requests; a TTFT is estimated as queue + transfer + prefill of what is not cached."""
         blocks, prompt_tokens = self._trace.blocks(index).tolist(), int(self._trace.prompt_tokens[index])
         now_s, queue_s = float(self._trace.arrival_s[index]), self._queue_s(cluster, index)
         candidates = []
-        for number, replica in enumerate(cluster.replicas):
+        for number, replica in enumerate(cluster.replicas[: self._front]):
             ttft_s, cached_tokens = queue_s[number], 0
             if replica["cached"]:
                 cache = self._prefixes.of(number, index)

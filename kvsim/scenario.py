@@ -108,6 +108,7 @@ class Scenario(BaseModel):
     skip_bad_rows: bool = False
     gpus: Annotated[Number, Field(le=65_536)] = _default("gpus")  # more would outgrow this machine's memory
     tp: Number = _default("tp")
+    prefill_gpus: Annotated[Number, Field(ge=0)] = _default("prefill_gpus")
     host: str | None = None
     fidelity: str = _default("fidelity")
     scheduler: str = _default("scheduler")

@@ -39,6 +39,7 @@ class Setup:
     host: Host
     gpus: int = 1
     tp: int = 1
+    prefill_gpus: int = 0  # that only process prompts, for the others to decode; 0: every replica does both
     fidelity: str = "step"
     scheduler: str = "fcfs"
     router: str = "round-robin"
@@ -93,6 +94,7 @@ class Setup:
             )
         if self.gpus % self.tp:
             raise ValueError(f"gpus={self.gpus} is not a multiple of tp={self.tp}; every replica takes tp GPUs")
+        self._check_disaggregation()
         if self.tp > self.host.gpus_max:
             raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {self.host.name!r}")
         self._check_prefix_cache()
@@ -133,6 +135,29 @@ class Setup:
                 "prefix_cache_quota gives tenants parts of their own, which prefix_cache_sharing=all denies; use one"
             )
 
+    def _check_disaggregation(self) -> None:
+        prefill, tp = self.prefill_gpus, self.tp
+        if not 0 <= prefill < self.gpus or prefill % tp:
+            raise ValueError(
+                f"prefill_gpus={prefill} must be a multiple of tp={tp} from 0 to below gpus={self.gpus}; others decode"
+            )
+        limits = [name for name, one in self.tenants.items() if one.quota < 1 or one.replicas is not None]
+        if prefill and (self.scheduler != "fcfs" or limits):
+            what = f"scheduler={self.scheduler}" if self.scheduler != "fcfs" else f"quota or replicas of {limits[0]!r}"
+            raise ValueError(
+                f"prefill_gpus={prefill} works with scheduler=fcfs and no limits to tenants, not with {what}"
+            )
+        if prefill and self.prefix_cache_hbm_bytes:
+            raise ValueError(
+                "prefix_cache_hbm would take memory of the GPUs that decode as well, which look nothing up; "
+                "use prefix_cache_ddr with prefill_gpus"
+            )
+        if prefill and self.replicas > self.host.gpus_max // tp and not self.host.nic_Bps:
+            raise ValueError(
+                f"prefill_gpus={prefill}: host {self.host.name!r} has no network to hand state over to another host; "
+                f"use at most its {self.host.gpus_max} GPUs, or a host whose nic_Bps is above 0"
+            )
+
     @property
     def prefix_cache_bytes(self) -> dict[str, int]:
         """Sizes of the tiers for cached prefixes, of a host, and of the remote pool."""
@@ -142,6 +167,11 @@ class Setup:
             "nvme": self.prefix_cache_nvme_bytes,
             "remote": self.prefix_cache_remote_bytes,
         }
+
+    @property
+    def prefill_replicas(self) -> int:
+        """Replicas that only process prompts, the first ones; 0 where every replica does both."""
+        return self.prefill_gpus // self.tp
 
     @property
     def replicas(self) -> int:

@@ -48,6 +48,9 @@ def replay(
     ] = None,
     gpus: Annotated[int | None, typer.Option(metavar="N", help="All GPUs; the replicas are gpus / tp.")] = None,
     tp: Annotated[int | None, typer.Option(metavar="N", help="GPUs that share every layer of a replica.")] = None,
+    prefill_gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="GPUs that only process prompts; the others decode. Default: none.")
+    ] = None,
     host: Annotated[
         str | None, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file. Default: by the GPU.")
     ] = None,

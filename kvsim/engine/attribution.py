@@ -5,7 +5,7 @@ between two of its events, all of which fall between iterations; so it costs not
 """
 
 from kvsim.engine.books import away
-from kvsim.engine.state import BOUND, BOUNDS, BY_CPU, BY_NVLINK, BY_PCIE, BY_SWAP, Cluster, Floats, Record
+from kvsim.engine.state import BOUND, BOUNDS, BY_CPU, BY_HANDOFF, BY_NVLINK, BY_PCIE, BY_SWAP, Cluster, Floats, Record
 from kvsim.machine import CPU, D2H, H2D, HOST, NVLINK, SM
 
 
@@ -56,6 +56,12 @@ def returned(cluster: Cluster, index: int, now_s: float) -> None:
     request = cluster.requests[index]
     away(cluster, index, now_s)
     request["bound_s"][BY_SWAP - BOUND] += now_s - request["since_s"]
+
+
+def taken_in(replica: Record, request: Record, now_s: float) -> None:
+    """A request whose prompt was processed elsewhere, and which has left that batch, decodes here from now on."""
+    request["bound_s"][BY_HANDOFF - BOUND] += now_s - request["last_token_s"]
+    enter_batch(replica, request)
 
 
 def prefix_ready(replica: Record, request: Record, now_s: float) -> None:

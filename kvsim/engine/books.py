@@ -4,7 +4,10 @@ from kvsim.engine.state import (
     AMOUNTS,
     DDR,
     DECODING,
+    HANDING,
     HBM,
+    IDLE,
+    INCOMING,
     OPS,
     PREFILLING,
     SWAPPED,
@@ -29,6 +32,7 @@ def note(cluster: Cluster, number: int, time_s: float, steps: int) -> None:
     row["ddr_bytes"] = used[DDR] + steps * growth[DDR] + cached[DDR]
     row["running"] = replica["length"][DECODING] + replica["length"][PREFILLING]
     row["waiting"] = replica["length"][WAITING] + replica["length"][SWAPPED]
+    row["waiting"] += replica["length"][HANDING] + replica["length"][INCOMING]
 
 
 def note_now(cluster: Cluster, number: int, time_s: float) -> None:
@@ -37,6 +41,13 @@ def note_now(cluster: Cluster, number: int, time_s: float) -> None:
     for tier in range(TIERS):
         replica["used_bytes"][tier] = replica["held_bytes"][tier] + replica["stored_bytes"][tier]
     note(cluster, number, time_s, 0)
+
+
+def note_change(cluster: Cluster, number: int, time_s: float) -> None:
+    """Record that what an idle replica holds has changed; any other says so at its next boundary."""
+    if cluster.replicas[number]["phase"] == IDLE:
+        note(cluster, number, time_s, 0)
+        note_now(cluster, number, time_s)
 
 
 def charge_plans(replica: Record, prices: Prices, structure: int, amounts: Ints, times: int) -> None:

@@ -47,6 +47,7 @@ from kvsim.engine.state import (
     Records,
 )
 from kvsim.engine.tables import model_arrays, plan_arrays, price_arrays
+from kvsim.handoff import SentState
 from kvsim.machine import HEAD_KERNELS, Sharing
 from kvsim.makespan import Clock, Load
 from kvsim.prefix_service import PrefixService
@@ -55,6 +56,7 @@ from kvsim.routing import Router
 from kvsim.setup import CACHE_ROUTERS, ROUTERS, SCHEDULERS, Setup
 from kvsim.tenants import Tenant, terms_of
 from kvsim.timeline import Span, Timeline
+from policies import Reuse, reuse_of
 from traces import Trace
 
 WATERMARK = 0.01  # of HBM kept free at admission (as vLLM)
@@ -243,7 +245,7 @@ class Engine:
 
 def _cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTiers) -> Cluster:
     """The state before anything has happened, without plans."""
-    world, requests = _world(setup, clock), _requests(trace)
+    world, requests = _world(setup, clock), _requests(trace, setup)
     return Cluster(
         world=world,
         requests=requests,
@@ -253,20 +255,24 @@ def _cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTiers) ->
         sums=np.zeros((setup.replicas, 0, 2, 0), np.int64),
         rows=np.zeros((0, 0), np.int64),
         parts=np.zeros((setup.replicas, MOST_PARTS + OPEN_SPANS), dtype=PART),
-        notes=np.zeros(ROWS_AT_ONCE, dtype=NOTE),
+        notes=np.zeros(ROWS_AT_ONCE + 6 * setup.max_num_seqs, dtype=NOTE),
         gaps=np.zeros(ROWS_AT_ONCE + 4 * setup.max_num_seqs, dtype=GAP),
         aways=np.zeros(4 * setup.max_num_seqs, dtype=AWAY),
         plans=plan_arrays([], {}, world),
     )
 
 
-def _requests(trace: Trace) -> Records:
+def _requests(trace: Trace, setup: Setup) -> Records:
     requests = np.zeros(len(trace), dtype=REQUEST)
     for name in ("arrival_s", "prompt_tokens", "output_tokens"):
         requests[name] = getattr(trace, name)
-    for name in ("admitted_s", "first_token_s", "finish_s", "last_token_s"):
+    for name in ("admitted_s", "first_token_s", "finish_s", "last_token_s", "stream_s"):
         requests[name] = np.nan
     requests["queue"], requests["matched"] = NOWHERE, -1
+    requests["receiver"] = requests["sender"] = NOBODY
+    if setup.prefill_gpus:
+        state = SentState(setup.policy, setup.rank)
+        requests["sent"] = [state.bytes_of(tokens) for tokens in trace.prompt_tokens.tolist()]
     return requests
 
 
@@ -288,7 +294,8 @@ def _tenants(trace: Trace, setup: Setup, requests: Records) -> Records:
 
 def _pins(trace: Trace, setup: Setup, requests: Records) -> Records:
     """The ranges of replicas that requests may go to."""
-    ranges = [one.replicas or (0, setup.replicas - 1) for one in terms_of(setup.tenants, trace.tenants)]
+    front = setup.prefill_replicas or setup.replicas  # those that take requests
+    ranges = [one.replicas or (0, front - 1) for one in terms_of(setup.tenants, trace.tenants)]
     known = list(dict.fromkeys(ranges))
     requests["pin"] = np.array([known.index(one) for one in ranges])[trace.tenant]
     pins = np.zeros(len(known), dtype=PIN)
@@ -323,6 +330,11 @@ def _world(setup: Setup, clock: Clock) -> Record:
     world["head_s"], world["logit_s"] = clock.head_parts_s
     world["window_from_s"], world["window_to_s"] = setup.perfetto or (math.inf, -math.inf)
     world["head_launch_s"] = HEAD_KERNELS * rates.launch_s
+    world["prefill_replicas"], world["layers"] = setup.prefill_replicas, setup.rank.n_layers
+    world["streams_chunks"] = reuse_of(setup.policy) is Reuse.BLOCKS
+    machine = clock.machine
+    for name, (latency_s, rate_Bps) in (("peer", machine.peer), ("nic", machine.nic)):
+        world[f"{name}_latency_s"], world[f"{name}_byte_s"] = latency_s, 1 / rate_Bps if rate_Bps else math.inf
     world["pcie_latency_s"] = rates.pcie_latency_s
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
     world["ddr_Bps"], world["switch_Bps"] = host.ddr_Bps, host.switch_Bps

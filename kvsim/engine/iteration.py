@@ -5,6 +5,7 @@ import math
 from kvsim.engine.attribution import contend, finish, first_token, note_shared
 from kvsim.engine.books import charge_model, charge_plans, emit, gap, look, note, note_now
 from kvsim.engine.decoding import advance, join, last_generated, leave, target_tokens
+from kvsim.engine.handoff import first_layer_s, hand_over, hands_over
 from kvsim.engine.memory import release
 from kvsim.engine.plans import DECODE, PREFILL, amounts, find
 from kvsim.engine.pricing import price
@@ -73,6 +74,8 @@ def end_iteration(cluster: Cluster, number: int, now_s: float) -> None:
     while index != NOBODY:
         request = cluster.requests[index]
         request["past_tokens"] += request["chunk_tokens"]
+        if request["chunk_tokens"] and math.isnan(request["stream_s"]):
+            request["stream_s"] = first_layer_s(cluster, number, now_s)
         index = request["after"]
 
 
@@ -93,19 +96,22 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     if decodes:
         find(cluster.plans, DECODE, target_tokens(request), 1, 0)
     take_out(cluster.requests, replica, index)
-    release(cluster, index)
-    request["chunk_tokens"] = 0
     charge_output(cluster, number, index)
     first = math.isnan(request["first_token_s"])
     if first:
         first_token(replica, request, now_s)
     else:
         gap(cluster, now_s - request["last_token_s"], 0.0, 1, 1)
-    if decodes:
-        join(cluster, index, 1)
+    if hands_over(cluster, request):
+        hand_over(cluster, number, index, now_s)
     else:
-        finish(replica, request, now_s)
-        leave(replica, request)
+        release(cluster, index)
+        if decodes:
+            join(cluster, index, 1)
+        else:
+            finish(replica, request, now_s)
+            leave(replica, request)
+    request["chunk_tokens"] = 0
     if first and replica["cached"]:
         cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_STORE, index
         cluster.world["now_s"] = now_s

@@ -8,6 +8,7 @@ import math
 
 from kvsim.engine.books import note_now
 from kvsim.engine.decoding import settle
+from kvsim.engine.handoff import take_in, take_over
 from kvsim.engine.iteration import end_iteration, join_completed, launch, stall
 from kvsim.engine.neighbours import share
 from kvsim.engine.preemption import make_room
@@ -64,7 +65,7 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
         replica = cluster.replicas[number]
         # End what has run.
         if replica["phase"] == RUNNING and now_s < replica["end_s"]:
-            cut_run(cluster, number, now_s)  # a prefix has come up
+            cut_run(cluster, number, now_s)  # a prefix or a sequence has come
             continue
         if replica["phase"] == STALLED:
             launch(cluster, prices, number, now_s)
@@ -89,6 +90,9 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
         if replica["phase"] == SCHEDULING:
             begin_turn(cluster, number)
             make_room(cluster, number, now_s)
+            if 0 < world["prefill_replicas"] <= number:
+                take_in(cluster, number, now_s)
+                take_over(cluster, number, now_s)
             continue_prompts(cluster, replica, now_s)
             replica["phase"] = ADMITTING
         if replica["phase"] == ADMITTING:
@@ -147,11 +151,15 @@ def _route(cluster: Cluster, index: int) -> int:
 
 
 def _check_rows(cluster: Cluster) -> None:
-    """A turn must find room for all that it may note: each sequence that joins or returns may leave a gap."""
+    """A turn must find room for all that it may note: each sequence that joins or returns may leave a gap.
+
+    And each that goes from one replica to another changes what two idle ones hold.
+    """
     world = cluster.world
     returns = 2 * world["max_num_seqs"]
     gaps = returns + MOST_PARTS + 2
-    full = world["notes"] + MOST_NOTES > len(cluster.notes) or world["gaps"] + gaps > len(cluster.gaps)
+    notes = MOST_NOTES + (3 * returns if world["prefill_replicas"] else 0)
+    full = world["notes"] + notes > len(cluster.notes) or world["gaps"] + gaps > len(cluster.gaps)
     if full or world["aways"] + returns > len(cluster.aways):
         world["wanted"][0] = WANT_ROWS
         raise Detour

@@ -4,6 +4,7 @@ import math
 
 from kvsim.engine.attribution import enter_batch, prefix_ready, returned
 from kvsim.engine.decoding import join, target_tokens
+from kvsim.engine.handoff import hands_over, reserve
 from kvsim.engine.memory import (
     UP,
     fits,
@@ -22,6 +23,7 @@ from kvsim.engine.queues import push_before
 from kvsim.engine.state import (
     DECODING,
     HBM,
+    INCOMING,
     NOBODY,
     PREFILLING,
     PRIORITY,
@@ -104,6 +106,9 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
             cluster.world["now_s"] = now_s
             raise Detour
         past, load_bytes = request["hit_tokens"], request["hit_load_bytes"]
+    hands = hands_over(cluster, request)
+    if hands:
+        find(cluster.plans, DECODE, target, 1, 0)  # `reserve` must make no detour
     chunk = min(replica["batch_tokens"], target - past)
     set_prefill_need(cluster, target, past, chunk)
     if never_fits(cluster, index):
@@ -134,6 +139,8 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
         request["chunk_tokens"] = chunk
         replica["chunks"] += 1
         replica["batch_tokens"] -= chunk
+    if hands:
+        reserve(cluster, index, now_s)
     if fetches:
         cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_ACCEPT, index
         cluster.world["now_s"] = now_s
@@ -189,11 +196,13 @@ def _enlist(cluster: Cluster, number: int, index: int) -> None:
 
 
 def next_ready_s(cluster: Cluster, replica: Record, now_s: float) -> float:
-    """When the next cached prefix will have come up."""
-    nearest_s, index = math.inf, replica["first"][PREFILLING]
-    while index != NOBODY:
-        ready_s = cluster.requests[index]["ready_s"]
-        if ready_s > now_s:
-            nearest_s = min(nearest_s, ready_s)
-        index = cluster.requests[index]["after"]
+    """When the next cached prefix will have come up, or the next sequence's state from another replica."""
+    nearest_s = math.inf
+    for queue in (PREFILLING, INCOMING):
+        index = replica["first"][queue]
+        while index != NOBODY:
+            ready_s = cluster.requests[index]["ready_s"]
+            if ready_s > now_s:
+                nearest_s = min(nearest_s, ready_s)
+            index = cluster.requests[index]["after"]
     return float(nearest_s)

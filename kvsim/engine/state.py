@@ -16,11 +16,11 @@ Record = Any  # one element of Records
 
 # Lanes, then the SMs' arithmetic and the HBM's transfers within the SM lane, then what time is attributed to: what is
 # left of it are launches and waits of the host (`kvsim.attribution`).
-BOUNDS = ("compute", "hbm", "pcie", "nvlink", "cpu", "swap")
+BOUNDS = ("compute", "hbm", "pcie", "nvlink", "cpu", "swap", "handoff")
 BUSY = (*LANES, "work", "hbm", *(f"{name} bound" for name in BOUNDS))
 WORK, HBM_BUSY = len(LANES), len(LANES) + 1
 BOUND = len(LANES) + 2  # where they begin
-BY_COMPUTE, BY_HBM, BY_PCIE, BY_NVLINK, BY_CPU, BY_SWAP = range(BOUND, len(BUSY))
+BY_COMPUTE, BY_HBM, BY_PCIE, BY_NVLINK, BY_CPU, BY_SWAP, BY_HANDOFF = range(BOUND, len(BUSY))
 LINKS = 4
 TIERS = 3
 HBM, DDR, NVME = range(TIERS)
@@ -31,9 +31,10 @@ COUNT, STORED, OPS, AMOUNTS = 0, 1, 1 + TIERS, 3
 VECTOR, SLOPE, PROMPTS = range(3)  # rows of `rows`: scratch, then prompts by structure, then the loads of a batch
 
 NOBODY = -1  # no request
-# Lists that a request can be in: the first two are a tenant's at a replica, the others a replica's.
-WAITING, SWAPPED, PREFILLING, DECODING, NOWHERE = range(5)
-TENANT_QUEUES, QUEUES = 2, 4
+# Lists that a request can be in: the first two are a tenant's at a replica, the others a replica's. Where replicas
+# process prompts or decode, HANDING are those whose state waits for a receiver, and INCOMING those whose state comes.
+WAITING, SWAPPED, PREFILLING, DECODING, HANDING, INCOMING, NOWHERE = range(7)
+TENANT_QUEUES, QUEUES = 2, 6
 FCFS, PRIORITY, FAIR = range(3)
 NO_QUOTA = 1 << 62  # bytes: more than any memory has
 
@@ -67,10 +68,11 @@ REQUEST = np.dtype(
         "first_token_s",
         "finish_s",
         "last_token_s",  # before it was preempted
-        "ready_s",  # when its cached prefix has come up
-        "since_s",  # when it began to wait for that, or was preempted
+        "ready_s",  # when its cached prefix has come up, or its state has come from another replica
+        "since_s",  # when it began to wait for the former, or was preempted
         "prefix_s",  # for how long it waited for that
         "hit_landed_s",  # when what is on its way to DDR will be there
+        "stream_s",  # from when on some of its state could be sent to another replica
     )
     + _ints(
         "prompt_tokens",
@@ -98,7 +100,13 @@ REQUEST = np.dtype(
         "hit_load_bytes",
         "hit_slow",  # whether blocks are in tiers below DDR alone
     )
-    + [("held", np.int64, (TIERS,))]  # bytes reserved for its prefill, or taken while it is swapped out
+    + _ints("receiver", "sender")  # replicas: where memory for its decoding is reserved, and who had its prompt
+    + [
+        ("held", np.int64, (TIERS,)),  # bytes reserved for its prefill, or taken while it is swapped out or on its way
+        ("sent", np.int64, (TIERS,)),  # of its state after the prompt
+        ("reserved", np.int64, (TIERS,)),  # at its receiver, before it is on its way
+        ("lent", np.int64, (TIERS,)),  # at its sender, until it has arrived
+    ]
     + [(name, np.float64, (len(BOUNDS),)) for name in ("bound_s", "ttft_bound_s")]  # all of it, up to its first token
 )
 REPLICA = np.dtype(
@@ -109,6 +117,8 @@ REPLICA = np.dtype(
         "stall_s",  # swaps that the next iteration waits for
         "run_stall_s",
         "loader_free_s",
+        "link_free_s",  # when all state that it sends or receives has moved
+        "nic_s",  # for which it sends to other hosts
     )
     + _ints(
         "phase",
@@ -119,6 +129,7 @@ REPLICA = np.dtype(
         "decoding_now",  # sequences that decode in this iteration or run
         "late",  # the last so many of them have been swapped in: their next token comes after a longer gap
         "outstanding_tokens",  # of requests that have not left, for the router
+        "expected",  # sequences to come for which memory is reserved
         "left",  # requests that finished or were rejected
         "n_parts",
         "cut",  # whether the run under way has been shortened
@@ -134,6 +145,8 @@ REPLICA = np.dtype(
         "cache_version",
         "weight_bytes",
         "collective_bytes",
+        "handoff_peer_bytes",
+        "handoff_nic_bytes",
         "prefix_up_bytes",
         "prefix_down_bytes",
         "swap_up_bytes",
@@ -197,6 +210,9 @@ WORLD = np.dtype(
         "step_by_step",  # whoever runs the replicas takes every iteration by itself and shares the host by itself
         "router",
         "scheduler",
+        "prefill_replicas",  # the first so many process prompts, the others decode; 0: all do both
+        "streams_chunks",  # whether state is final once it is computed, so that chunks can be sent
+        "layers",
         "tp",
         "gpus_per_switch",
         "head_bytes",
@@ -210,6 +226,7 @@ WORLD = np.dtype(
         "logits",
     )
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
+    + _floats("peer_latency_s", "peer_byte_s", "nic_latency_s", "nic_byte_s")  # between replicas
     + _floats("ddr_Bps", "switch_Bps")
     + _floats("now_s")  # of a detour to the prefix caches
     + _floats("prompt_weight", "output_weight")  # service of a token

@@ -37,6 +37,7 @@ def test_copied_bytes_are_those_of_the_plans(policy):
             "swaps": 0,
             "prefix": 0,
             "collectives": 0,
+            "handoff": 0,
         }
 
 

@@ -1,0 +1,188 @@
+"""Prompts processed on one replica and decoded on another: memory is reserved there, state is sent and taken in.
+
+Replicas before `prefill_replicas` process prompts, the others decode. A sequence's state streams to its receiver layer
+by layer while the prompt is under way, if memory there was reserved when that began; otherwise it waits, and holds its
+memory, until a receiver has room. A link carries the states that a replica sends or receives one after the other.
+"""
+
+import math
+
+from kvsim.engine.attribution import leave_batch, taken_in
+from kvsim.engine.books import note_change
+from kvsim.engine.decoding import join, last_generated, target_tokens
+from kvsim.engine.memory import fits, margin_bytes, release, set_need
+from kvsim.engine.plans import DECODE, amounts, find
+from kvsim.engine.queues import push_last, take_out
+from kvsim.engine.state import (
+    DECODING,
+    HANDING,
+    HBM,
+    IDLE,
+    INCOMING,
+    NOBODY,
+    PREFILLING,
+    RUNNING,
+    SWAPPED,
+    TIERS,
+    VECTOR,
+    WAITING,
+    Cluster,
+    Record,
+)
+from kvsim.machine import NVLINK
+
+
+def hands_over(cluster: Cluster, request: Record) -> bool:
+    """Whether a request at a replica that only processes prompts will decode, so elsewhere."""
+    return bool(request["replica"] < cluster.world["prefill_replicas"] and last_generated(request) > 0)
+
+
+def reserve(cluster: Cluster, index: int, now_s: float) -> bool:
+    """Reserve memory for a prompt's decoding at the least loaded replica that has room; whether there is one.
+
+    Nobody overtakes those that wait for a receiver. The plan of its first decode step is known.
+    """
+    world, replicas, receiver = cluster.world, cluster.replicas, NOBODY
+    if _next_sender(cluster) != NOBODY:
+        return False
+    _set_first_need(cluster, index)
+    for number in range(world["prefill_replicas"], len(replicas)):
+        if _has_room(world, replicas[number]):
+            lighter = replicas[number]["outstanding_tokens"] < replicas[receiver]["outstanding_tokens"]
+            if receiver == NOBODY or lighter:
+                receiver = number
+    if receiver == NOBODY:
+        return False
+    _promise(cluster, index, receiver, now_s)
+    return True
+
+
+def hand_over(cluster: Cluster, number: int, index: int, now_s: float) -> None:
+    """A prompt that is in no list is complete, with the last chunk that this iteration had of it."""
+    world, replica, request = cluster.world, cluster.replicas[number], cluster.requests[index]
+    replica["outstanding_tokens"] -= request["prompt_tokens"] + request["output_tokens"]
+    request["last_token_s"] = now_s
+    leave_batch(replica, request)
+    if request["receiver"] != NOBODY:
+        began_s = request["stream_s"]
+        last_share = request["chunk_tokens"] / request["prompt_tokens"]
+        if not world["streams_chunks"]:  # what is built at the end of a prompt
+            began_s, last_share = first_layer_s(cluster, number, now_s), 1.0
+        _send(cluster, index, began_s, now_s, last_share / world["layers"])
+    elif reserve(cluster, index, now_s):
+        _send(cluster, index, now_s, now_s, 0.0)
+    else:
+        push_last(cluster.requests, replica, HANDING, index)
+
+
+def take_over(cluster: Cluster, number: int, now_s: float) -> None:
+    """Let states that wait for a receiver come to this replica while it has room, the longest waiting first."""
+    sender = _next_sender(cluster)
+    while sender != NOBODY:
+        index = cluster.replicas[sender]["first"][HANDING]
+        _set_first_need(cluster, index)
+        if not _has_room(cluster.world, cluster.replicas[number]):
+            return
+        take_out(cluster.requests, cluster.replicas[sender], index)
+        _promise(cluster, index, number, now_s)
+        _send(cluster, index, now_s, now_s, 0.0)
+        sender = _next_sender(cluster)
+
+
+def take_in(cluster: Cluster, number: int, now_s: float) -> None:
+    """Let sequences whose state has arrived decode; their senders are free of it from now on."""
+    replica, requests = cluster.replicas[number], cluster.requests
+    index = replica["first"][INCOMING]
+    while index != NOBODY:
+        request, after = requests[index], requests[index]["after"]
+        if request["ready_s"] <= now_s:
+            take_out(requests, replica, index)
+            release(cluster, index)
+            replica["expected"] -= 1
+            join(cluster, index, 1)
+            replica["late"] += 1
+            taken_in(replica, request, now_s)
+            sender = cluster.replicas[request["sender"]]
+            for tier in range(TIERS):
+                sender["held_bytes"][tier] -= request["lent"][tier]
+            cluster.tenants[request["sender"], request["tenant"]]["held_bytes"] -= request["lent"][HBM]
+            note_change(cluster, request["sender"], now_s)
+            if sender["phase"] == IDLE and sender["length"][WAITING]:
+                sender["wake_s"] = now_s
+        index = after
+
+
+def first_layer_s(cluster: Cluster, number: int, now_s: float) -> float:
+    """When the first layer of the iteration that ends now was done, as if layers took equally long."""
+    began_s = cluster.replicas[number]["began_s"]
+    return float(began_s + (now_s - began_s) / cluster.world["layers"])
+
+
+def _next_sender(cluster: Cluster) -> int:
+    """The replica with the state that has waited longest for a receiver."""
+    sender, since_s = NOBODY, math.inf
+    for number in range(cluster.world["prefill_replicas"]):
+        first = cluster.replicas[number]["first"][HANDING]
+        if first != NOBODY and cluster.requests[first]["last_token_s"] < since_s:
+            sender, since_s = number, cluster.requests[first]["last_token_s"]
+    return sender
+
+
+def _set_first_need(cluster: Cluster, index: int) -> None:
+    target = target_tokens(cluster.requests[index])
+    amounts(cluster.plans, find(cluster.plans, DECODE, target, 1, 0), cluster.rows, VECTOR)
+    set_need(cluster)
+
+
+def _has_room(world: Record, replica: Record) -> bool:
+    """Whether the need fits a replica on which nobody waits to come back."""
+    if replica["length"][SWAPPED] or replica["length"][WAITING]:
+        return False
+    sequences = replica["length"][DECODING] + replica["length"][PREFILLING] + replica["expected"]
+    return bool(sequences < world["max_num_seqs"] and fits(world, replica, margin_bytes(world, replica)))
+
+
+def _promise(cluster: Cluster, index: int, receiver: int, now_s: float) -> None:
+    world, replica, request = cluster.world, cluster.replicas[receiver], cluster.requests[index]
+    request["receiver"] = receiver
+    for tier in range(TIERS):
+        request["reserved"][tier] = world["need_bytes"][tier]
+        replica["held_bytes"][tier] += world["need_bytes"][tier]
+    cluster.tenants[receiver, request["tenant"]]["held_bytes"] += world["need_bytes"][HBM]
+    replica["expected"] += 1
+    replica["outstanding_tokens"] += request["prompt_tokens"] + request["output_tokens"]
+    note_change(cluster, receiver, now_s)
+
+
+def _send(cluster: Cluster, index: int, began_s: float, now_s: float, last_share: float) -> None:
+    """Send a state of which all is there now, and of which some was from `began_s` on.
+
+    Before the last `last_share` of it could leave, the prompt had to be complete. On one host state in DDR stays where
+    it is.
+    """
+    world, request = cluster.world, cluster.requests[index]
+    number, receiver = request["replica"], request["receiver"]
+    sender, replica = cluster.replicas[number], cluster.replicas[receiver]
+    if sender["first_neighbour"] == replica["first_neighbour"]:
+        nbytes, seconds = request["sent"][HBM], request["sent"][HBM] * world["peer_byte_s"]
+        latency_s = world["peer_latency_s"]
+        sender["handoff_peer_bytes"] += nbytes
+        sender["busy_s"][NVLINK] += seconds
+    else:
+        nbytes = 0
+        for tier in range(TIERS):
+            nbytes += request["sent"][tier]
+        seconds, latency_s = nbytes * world["nic_byte_s"], world["nic_latency_s"]
+        sender["handoff_nic_bytes"] += nbytes
+        sender["nic_s"] += seconds
+    request["ready_s"] = now_s
+    if nbytes:
+        free_s = max(began_s, sender["link_free_s"], replica["link_free_s"]) + seconds
+        sender["link_free_s"] = replica["link_free_s"] = free_s
+        request["ready_s"] = max(free_s, now_s + last_share * seconds) + latency_s
+    for tier in range(TIERS):
+        request["lent"][tier], request["held"][tier] = request["held"][tier], request["reserved"][tier]
+    request["sender"], request["replica"] = number, receiver
+    push_last(cluster.requests, replica, INCOMING, index)
+    if replica["phase"] == IDLE or (replica["phase"] == RUNNING and not replica["cut"]):
+        replica["wake_s"] = min(replica["wake_s"], request["ready_s"])
