@@ -1,5 +1,6 @@
 """How long one iteration of a batch takes, and what it keeps busy: plans priced on a machine, then put in order."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ class Clock:
         self._compilations: dict[tuple[Sharing, tuple[int, ...]], tuple[Program, Prices]] = {}
         self._prices: dict[int, Prices] = {}
         self._kept: list[Structure] = []  # ids above stay valid while these live
-        self._shapes: list[LayerShape] = list(dict.fromkeys(model.layers))
+        self._shapes = Counter(model.layers)
         self._head_bytes = model.head_bytes
         one, two = (machine.head_s(model, logits) for logits in (1, 2))
         self.head_parts_s = (2 * one - two, two - one)  # once, and for each position
@@ -144,10 +145,9 @@ class Clock:
             model, machine = self.model, self.machine
             times, busy, weights = [0.0], np.zeros(len(BUSY)), 0
             reduce_s = machine.allreduce_s(model, tokens)
-            for shape in self._shapes:
+            for shape, n in self._shapes.items():
                 parts = machine.layer_s(model, shape, tokens)
                 times += [*parts, reduce_s]
-                n = model.layers.count(shape)
                 busy[SM] += n * sum(parts)
                 busy[NVLINK] += n * 2 * reduce_s
                 weights += n * model_bytes(model, shape, tokens)
