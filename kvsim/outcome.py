@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,21 +52,24 @@ class Outcome:
 
     def result(self, *, wall_s: float, cpu_s: float, setup_cpu_s: float) -> Result:
         """Everything that was recorded, and the three times that the simulator itself took."""
-        requests = self._columns()
+        # What the engine hands over is freed as soon as it has been turned into columns.
+        series = self.engine.take_notes()
+        gaps = _token_gaps(self.engine.take_gaps())
+        requests = self._columns(self.engine.take_requests())
         ends = np.concatenate([requests["finish_s"], requests["first_token_s"]])
         start_s = float(self.trace.arrival_s[0])
         makespan_s = float(np.max(ends, where=~np.isnan(ends), initial=start_s)) - start_s
         traffic = self._traffic()
-        notes = self.engine.notes()
+        memory = self._memory(series, start_s, start_s + makespan_s)
         replicas = self.engine.cluster.replicas
         return Result(
             inputs=_inputs(self.trace, self.setup),
             requests=requests,
-            preempted=_away(self.engine.aways()),
+            preempted=_away(self.engine.take_aways()),
             operations=None if self.engine.timeline is None else self.engine.timeline.columns(),
-            token_gaps=_token_gaps(self.engine.gaps()),
-            series=self._series(notes),
-            memory=self._memory(notes, start_s, start_s + makespan_s),
+            token_gaps=gaps,
+            series=self._series(series),
+            memory=memory,
             links=self._links(traffic, makespan_s) | self._slow_links(makespan_s),
             traffic=traffic | self._slow_traffic(),
             cache=self._cache(),
@@ -92,8 +96,8 @@ class Outcome:
             kv_peak_bytes=dict(zip(names, peaks, strict=True)) if len(peaks) == len(names) else {},
         )
 
-    def _columns(self) -> dict[str, Array]:
-        trace, requests = self.trace, self.engine.cluster.requests
+    def _columns(self, requests: Array) -> dict[str, Array]:
+        trace = self.trace
         finish_s = requests["finish_s"].copy()
         prompts_at = {"prefill_replica": _prefill_replica(requests)} if self.setup.prefill_gpus else {}
         unless_rejected = np.where(np.isnan(finish_s), "unfinished", "finished")
@@ -197,19 +201,21 @@ class Outcome:
             return {}
         return {"prefetched_blocks": sum(tier.prefetched_blocks for tier in self.prefixes.tiers[name])}
 
-    def _series(self, notes: Array) -> dict[str, Array]:
-        series = {name: notes[name].copy() for name in ("time_s", "replica", *MEMORY, "running", "waiting")}
+    def _series(self, notes: dict[str, Array]) -> dict[str, Array]:
+        """The notes as results have them, in the same memory."""
+        series = {name: notes[name] for name in ("time_s", "replica", *MEMORY, "running", "waiting")}
         series["hbm_bytes"] += self.setup.rank.weight_bytes
         for name in MEMORY:
             series[name] *= self.setup.tp
         return series
 
-    def _memory(self, notes: Array, start_s: float, end_s: float) -> dict[str, dict[str, float]]:
+    def _memory(self, notes: dict[str, Array], start_s: float, end_s: float) -> dict[str, dict[str, float]]:
         setup, memory = self.setup, {}
         tp, per_host = setup.tp, setup.replicas_per_host
-        own = np.split(notes, np.cumsum(np.bincount(notes["replica"], minlength=setup.replicas))[:-1])
+        ends = np.cumsum(np.bincount(notes["replica"], minlength=setup.replicas)).tolist()
+        own = [slice(*rows) for rows in pairwise([0, *ends])]
         for index, rows in enumerate(own):
-            peak, mean = peak_and_mean([(rows["time_s"], rows["hbm_bytes"])], start_s, end_s)
+            peak, mean = peak_and_mean([(notes["time_s"][rows], notes["hbm_bytes"][rows])], start_s, end_s)
             for gpu in range(index * tp, (index + 1) * tp):
                 memory[f"gpu{gpu}.hbm"] = {
                     "capacity_bytes": setup.gpu.memory_bytes,
@@ -217,7 +223,7 @@ class Outcome:
                     "mean_bytes": mean + setup.rank.weight_bytes,
                 }
         for host, first in enumerate(range(0, setup.replicas, per_host)):
-            curves = [(rows["time_s"], rows["ddr_bytes"]) for rows in own[first : first + per_host]]
+            curves = [(notes["time_s"][rows], notes["ddr_bytes"][rows]) for rows in own[first : first + per_host]]
             peak, mean = peak_and_mean(curves, start_s, end_s)
             memory[f"host{host}.ddr"] = {
                 "capacity_bytes": setup.host.ddr_bytes,

@@ -60,7 +60,7 @@ from policies import Reuse, reuse_of
 from traces import Trace
 
 WATERMARK = 0.01  # of HBM kept free at admission (as vLLM)
-ROWS_AT_ONCE = 1 << 16
+ROWS_AT_ONCE = 1 << 20  # so large that their memory is given back when they are freed, and none is used until written
 DETOURS_AT_ONCE = 100  # each starts the count of turns anew
 
 
@@ -76,7 +76,7 @@ class Engine:
         self._structure_index: dict[int, int] = {}
         self._pieces = [*table.pieces]
         self._combinations: list[tuple[int, ...]] = []
-        self._written: list[tuple[Records, Records, Records]] = []
+        self._written: list[list[Records]] = [[], [], []]  # notes, gaps and aways that were full
         self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
         self._model, self._model_s = model_arrays(clock, max(setup.max_num_batched_tokens, setup.max_num_seqs))
         self.cluster = _cluster(trace, setup, clock, prefixes)
@@ -132,21 +132,44 @@ class Engine:
         """Requests that finished or were rejected."""
         return int(self.cluster.replicas["left"].sum())
 
-    def notes(self) -> Records:
-        """Memory and queue lengths at the boundaries of iterations, in order for each replica."""
-        rows = self._rows(0)
-        return rows[np.argsort(rows["replica"], kind="stable")]
+    def take_notes(self) -> dict[str, Records]:
+        """Memory and queue lengths at the boundaries of iterations as columns, in order for each replica.
 
-    def gaps(self) -> Records:
-        """Gaps between tokens."""
-        return self._rows(1)
+        They are handed over: what is taken is no longer kept, so that no row is in memory twice.
+        """
+        chunks = self._take(0)
+        sizes = sum(np.bincount(chunk["replica"], minlength=len(self.cluster.replicas)) for chunk in chunks)
+        ends, total = np.cumsum(sizes), int(np.sum(sizes))
+        next_row = ends - sizes
+        columns = {name: np.empty(total, NOTE[name]) for name in NOTE.names or ()}
+        while chunks:
+            chunk = chunks.pop()
+            chunk = chunk[np.argsort(chunk["replica"], kind="stable")]
+            counts = np.bincount(chunk["replica"], minlength=len(next_row))
+            rows = np.repeat(next_row - np.cumsum(counts) + counts, counts) + np.arange(len(chunk))
+            for name, column in columns.items():
+                column[rows] = chunk[name]
+            next_row += counts
+        return columns
 
-    def aways(self) -> Records:
-        """From when to when which requests were preempted, in order of their return."""
-        return self._rows(2)
+    def take_requests(self) -> Records:
+        """What became of each request, handed over."""
+        requests, self.cluster = self.cluster.requests, self.cluster._replace(requests=self.cluster.requests[:0].copy())
+        return requests
 
-    def _rows(self, kind: int) -> Records:
-        return np.concatenate([parts[kind] for parts in (*self._written, self._filled())])
+    def take_gaps(self) -> Records:
+        """Gaps between tokens, handed over."""
+        return np.concatenate(self._take(1)[::-1])
+
+    def take_aways(self) -> Records:
+        """From when to when which requests were preempted, in order of their return; handed over."""
+        return np.concatenate(self._take(2)[::-1])
+
+    def _take(self, kind: int) -> list[Records]:
+        """The rows of a kind, the newest first, which are no longer kept."""
+        chunks = [*self._written[kind], self._filled()[kind].copy()]
+        self._written[kind] = []
+        return chunks[::-1]
 
     def _filled(self) -> tuple[Records, Records, Records]:
         cluster, world = self.cluster, self.cluster.world
@@ -177,7 +200,8 @@ class Engine:
             busy_s = np.concatenate([busy_s, self.clock.own_bounds_s(tokens), np.zeros(len(BOUNDS) - 2)])
             self._model[tokens] = (1, weight_bytes, self.clock.collective_bytes(tokens), busy_s)
         elif wanted == WANT_ROWS:
-            self._written.append(self._filled())
+            for written, rows in zip(self._written, self._filled(), strict=True):
+                written.append(rows)
             world["notes"] = world["gaps"] = world["aways"] = 0
             fresh = {name: np.zeros_like(getattr(cluster, name)) for name in ("notes", "gaps", "aways")}
             self.cluster = cluster._replace(**fresh)
