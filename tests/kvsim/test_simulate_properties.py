@@ -11,8 +11,17 @@ from simulated import setup, trace
 
 from kvsim.attribution import spent_s
 from kvsim.prefix_cache import PrefixCache, Tier
+from kvsim.setup import SCHEDULERS
 from kvsim.simulate import simulate
+from kvsim.tenants import Tenant
 from policies import Reuse
+
+TERMS = st.builds(
+    Tenant,
+    weight=st.sampled_from([0.5, 1.0, 3.0]),
+    priority=st.integers(-1, 1),
+    quota=st.sampled_from([0.4, 0.9, 1.0]),
+)
 
 
 def bounded(requests, s):
@@ -25,15 +34,15 @@ def bounded(requests, s):
     return simulate(requests, s, progress)
 
 
-def check_times(r):
-    """Every request ends, in the order of causes; each replica admits in the order of arrival."""
+def check_times(r, in_order=True):
+    """Every request ends, in the order of causes; each replica admits in the order of arrival, if asked."""
     done = r["status"] == "finished"
     assert (done | (r["status"] == "rejected")).all()
     assert (r["arrival_s"] <= r["admitted_s"])[done].all()
     assert (r["admitted_s"] < r["first_token_s"])[done].all()
     assert (r["first_token_s"] <= r["finish_s"])[done].all()
     assert ((r["first_token_s"] == r["finish_s"]) == (r["output_tokens"] == 1))[done].all()
-    for replica in np.unique(r["replica"]):
+    for replica in np.unique(r["replica"]) if in_order else ():
         admitted_s = r["admitted_s"][r["replica"] == replica]
         assert (np.diff(admitted_s[~np.isnan(admitted_s)]) >= 0).all()
 
@@ -111,6 +120,25 @@ def check(result, s):
 def test_any_scenario(scenario):
     requests, s = scenario
     check(bounded(requests, s), s)
+
+
+@settings(max_examples=40)
+@given(scenarios() | squeezes(), st.sampled_from(SCHEDULERS), st.dictionaries(st.sampled_from("abc"), TERMS), st.data())
+def test_any_scenario_with_tenants(scenario, scheduler, terms, data):
+    """The same whoever schedules, but for the order of admission; and no tenant holds more than its quota."""
+    requests, s = scenario
+    n = len(requests)
+    tenant = np.array(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)), np.int32)
+    s = replace(s, scheduler=scheduler, tenants=terms)
+    result = bounded(replace(requests, tenant=tenant, tenants=("a", "b", "c")), s)
+    check_times(result.requests, in_order=False)
+    check_tokens(result)
+    check_memory(result, s)
+    check_caches(result)
+    check_traffic(result)
+    check_attribution(result)
+    for name, peak_bytes in result.tenancy.kv_peak_bytes.items():
+        assert peak_bytes <= result.tenancy.of(name).quota * s.tp * s.capacity()[0]
 
 
 @settings(max_examples=40)
