@@ -130,6 +130,14 @@ def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def _read_parquet(path: Path) -> Table:
     import pyarrow as pa  # heavy, and absent on machines that only need text traces
+
+    table = _decoded(path)
+    pa.default_memory_pool().release_unused()  # what decoding a large file took, which nothing else would take back
+    return table
+
+
+def _decoded(path: Path) -> Table:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:

@@ -154,6 +154,7 @@ class Engine:
 
     def take_requests(self) -> Records:
         """What became of each request, handed over."""
+        del self._prefixes  # which refers to them
         requests, self.cluster = self.cluster.requests, self.cluster._replace(requests=self.cluster.requests[:0].copy())
         return requests
 
