@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PLAN_OPTIONS = ("plan", "model", "context", "kv_dtype", "weight_dtype")
 PAPER_OPTIONS = ("paper", "model", "gpu", "context", "policy", "batch", "tp", "kv_dtype", "weight_dtype", "json")
 SP_OPTIONS = ("sp", "model", "gpu", "host", "context", "kv_dtype", "weight_dtype", "json")
+PP_OPTIONS = ("pp", "micro_batches", "tp", "batch", "gpu_memory_utilization", *SP_OPTIONS[1:])
 BATCH_COLUMNS = ("batch", "output_tokens_per_s")
 
 
@@ -46,6 +47,13 @@ def explain(
     sp: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Compare the ways to prefill one prompt split over N GPUs instead."),
+    ] = None,
+    pp: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Price the dense cache on a pipeline of N stages instead."),
+    ] = None,
+    micro_batches: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Chunks of a prompt in that pipeline. Default: N stages.")
     ] = None,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file.")
@@ -80,6 +88,15 @@ def explain(
         _print_schemes(shape, gpu, host, contexts, sp, json=json)
         return
     size = None if batch in (None, "max") else _batch(batch or "")
+    if pp is not None:
+        from kvsim.cli.pipeline import print_pipeline
+
+        _refuse_others(ctx, "--pp", PP_OPTIONS)
+        options = {"pp": pp, "tp": tp, "utilization": gpu_memory_utilization}
+        print_pipeline(shape, gpu, host, contexts, micro_batches or pp, size, options, json=json)
+        return
+    if micro_batches is not None:
+        raise ValueError("--micro-batches is of --pp; give that too, or leave it out")
     if paper:
         _refuse_others(ctx, "--paper", PAPER_OPTIONS)
         rows = _paper_rows(policy or ["full"], shape, gpu, contexts, tp, size)

@@ -48,6 +48,7 @@ def replay(
     ] = None,
     gpus: Annotated[int | None, typer.Option(metavar="N", help="All GPUs; the replicas are gpus / tp.")] = None,
     tp: Annotated[int | None, typer.Option(metavar="N", help="GPUs that share every layer of a replica.")] = None,
+    pp: Annotated[int | None, typer.Option(metavar="1", help="Stages: kvsim explain --pp prices more.")] = None,
     prefill_gpus: Annotated[
         int | None, typer.Option(metavar="N", help="GPUs that only process prompts; the others decode. Default: none.")
     ] = None,
