@@ -176,13 +176,13 @@ class PrefixCache:
         landed_s = self._fetch(hit.keys, self._blocks_per_key(blocks), now_s)
         return max(hit.landed_s, landed_s), max(self._ways[i].up.latency_s for i in self._slow if hit.blocks[i])
 
-    def prefetch(self, blocks: Sequence[int], prompt_tokens: int, now_s: float, room_bytes: int) -> int:
-        """Bring a waiting prompt's slow blocks up to DDR if they take at most so much of it; the bytes on the way."""
+    def prefetch(self, blocks: Sequence[int], prompt_tokens: int, now_s: float, room_bytes: int) -> int | None:
+        """Bring a waiting prompt's slow blocks up to DDR; the bytes that they take there, None if they have no room."""
         hit, n = self.match(blocks, prompt_tokens, now_s), self._blocks_per_key(blocks)
         coming = {i: hit.blocks[i] for i in self._slow if hit.blocks[i]}
         nbytes = sum(coming.values()) * self.block_bytes
-        if not nbytes or nbytes > room_bytes:
-            return 0
+        if nbytes > room_bytes:
+            return None
         self._fetch(hit.keys, n, now_s)
         for i, count in coming.items():
             self.tiers[i].prefetched_blocks += count

@@ -1,6 +1,7 @@
 """What the inner loop asks about cached prefixes: what a prompt hits, what an admission loads, what a prompt leaves."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -8,7 +9,7 @@ from kvsim.derive import PlanTable
 from kvsim.engine.state import NOBODY, Cluster
 from kvsim.machine import Sharing
 from kvsim.makespan import Clock
-from kvsim.prefix_cache import DDR, HBM, Hit, PrefixCache
+from kvsim.prefix_cache import DDR, HBM, Hit, PrefixCache, Tier
 from kvsim.prefix_reuse import cheapest
 from kvsim.prefix_tiers import PrefixTiers
 from kvsim.routing import estimated_prefill_s
@@ -39,7 +40,9 @@ class PrefixService:
         self._matched: dict[int, tuple[list[int], Hit]] = {}  # requests whose turn it was last
         self._aware = setup.prefix_cache_eviction == "scheduler-aware"
         self._seen = 0  # arrivals
-        self._coming: dict[int, tuple[PrefixCache, int]] = {}  # bytes fetched for waiting requests, and for which cache
+        self._ahead: dict[int, deque[int]] = {}  # by DDR tier: waiting requests for which nothing has been fetched
+        self._taken_bytes: dict[int, int] = {}  # by DDR tier: for waiting requests
+        self._coming_bytes: dict[int, int] = {}  # by request
 
         @lru_cache(maxsize=1 << 16)
         def prefill_s(prompt_tokens: int, cached_tokens: int) -> float:
@@ -96,7 +99,7 @@ class PrefixService:
         """See who has been admitted and who has arrived since the last question; the time now."""
         now_s = float(self._world["now_s"])
         for index in list(self._matched):
-            if self._rejected[index] or not math.isnan(self._admitted_s[index]):
+            if self._left(index):
                 self._leave(index, *self._matched.pop(index), now_s)
         if self._aware or self._setup.prefix_cache_prefetch:
             arrived = int(self._world["arrived"])
@@ -112,13 +115,29 @@ class PrefixService:
         if self._aware:
             cache.wait(index, blocks, prompt_tokens)
         if self._setup.prefix_cache_prefetch:
-            before, capacity_bytes = cache.changes, cache.tiers[DDR].capacity_bytes
-            taken_bytes = sum(nbytes for other, nbytes in self._coming.values() if other.tiers[DDR] is cache.tiers[DDR])
-            arrival_s = float(self._trace.arrival_s[index])
-            nbytes = cache.prefetch(blocks, prompt_tokens, arrival_s, capacity_bytes - taken_bytes)
-            if nbytes:
-                self._coming[index] = cache, nbytes
-            self._publish(number, cache, before)
+            self._ahead.setdefault(id(cache.tiers[DDR]), deque()).append(index)
+            self._fetch_ahead(cache.tiers[DDR], float(self._trace.arrival_s[index]))
+
+    def _fetch_ahead(self, ddr: Tier, now_s: float) -> None:
+        """Fetch what waiting requests need, in their order, for as long as it has room in DDR beside the others'."""
+        ahead, tier = self._ahead.get(id(ddr), deque()), id(ddr)
+        while ahead:
+            index = ahead[0]
+            if not self._left(index):
+                number, blocks, prompt_tokens = self._asked(index)
+                cache = self._prefixes.of(number, index)
+                before, taken_bytes = cache.changes, self._taken_bytes.get(tier, 0)
+                nbytes = cache.prefetch(blocks, prompt_tokens, now_s, ddr.capacity_bytes - taken_bytes)
+                if nbytes is None:
+                    return
+                self._coming_bytes[index] = nbytes
+                self._taken_bytes[tier] = taken_bytes + nbytes
+                self._publish(number, cache, before)
+            ahead.popleft()
+
+    def _left(self, index: int) -> bool:
+        """Whether a request has left its queue: admitted, or rejected."""
+        return bool(self._rejected[index]) or not math.isnan(self._admitted_s[index])
 
     def _leave(self, index: int, blocks: Sequence[int], hit: Hit, now_s: float) -> None:
         """A request has left its queue: admitted, or rejected."""
@@ -126,7 +145,15 @@ class PrefixService:
         cache = self._prefixes.of(number, index)
         if self._aware:
             cache.leave(index)
-        self._coming.pop(index, None)
+        self._accept(index, number, cache, blocks, hit, now_s)
+        if index in self._coming_bytes:
+            ddr = cache.tiers[DDR]
+            self._taken_bytes[id(ddr)] -= self._coming_bytes.pop(index)
+            self._fetch_ahead(ddr, now_s)
+
+    def _accept(
+        self, index: int, number: int, cache: PrefixCache, blocks: Sequence[int], hit: Hit, now_s: float
+    ) -> None:
         if self._rejected[index]:
             return
         if self._prefixes.knowledge is not None:

@@ -12,7 +12,7 @@ from simulated import GPU, HOST, MODEL, setup, trace
 from kvsim.hardware import load_gpu
 from kvsim.machine import ALONE
 from kvsim.models import load_model
-from kvsim.prefix_cache import PrefixCache, Tier
+from kvsim.prefix_cache import DDR, PrefixCache, Tier
 from kvsim.prefix_links import ways
 from kvsim.prefix_reuse import cheapest
 from kvsim.simulate import simulate
@@ -172,19 +172,32 @@ def test_a_prefetch_under_way_is_waited_for():
     assert ahead.traffic["nvme->ddr"] == plain.traffic["nvme->ddr"]
 
 
-def test_what_does_not_fit_is_not_fetched_ahead():
-    """Two waiting prompts of four blocks each and DDR for six: one is fetched while it waits, the other at its turn."""
+def test_what_does_not_fit_is_fetched_when_there_is_room():
+    """Two waiting prompts of four blocks each and DDR for six: the second's come up when the first has its turn.
+
+    An order that knows of the queue keeps them until they are used; the least recently used would let two of them go
+    for what the first one leaves.
+    """
     chains = [0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [10, 11], [12, 13], [20, 21], [0, 1, 2, 3], [4, 5, 6, 7]
     requests = prompts(*chains, arrival_s=[0, 10, 20, 30, 40, 100, 100, 100])
     requests = replace(requests, output_tokens=np.array([2, 2, 2, 2, 2, 400, 2, 2]))
-    s = setup(
-        max_num_seqs=1,
-        prefix_cache_ddr_bytes=6 * BLOCK_BYTES,
-        prefix_cache_nvme_bytes=4 * GIB,
-        prefix_cache_prefetch=True,
-    )
-    nvme = simulate(requests, s).cache["nvme"]
-    assert (nvme["prefetched_blocks"], nvme["hit_blocks"]) == (4, 4)
+    sizes = {"prefix_cache_ddr_bytes": 6 * BLOCK_BYTES, "prefix_cache_nvme_bytes": 4 * GIB}
+    for eviction, again in (("scheduler-aware", 0), ("lru", 2)):
+        s = setup(max_num_seqs=1, prefix_cache_prefetch=True, prefix_cache_eviction=eviction, **sizes)
+        result = simulate(requests, s)
+        nvme = result.cache["nvme"]
+        assert (nvme["prefetched_blocks"], nvme["hit_blocks"]) == (8, again)
+        assert result.traffic["nvme->ddr"]["prefix"] == (8 + again) * BLOCK_BYTES
+
+
+def test_a_prefetch_takes_no_more_than_its_room():
+    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, [Tier(0), Tier(8 * BLOCK), Tier(8 * BLOCK), Tier(0)], ways(HOST))
+    cache.tiers[2].put_chain([0, 1, 2, 3], BLOCK)
+    assert cache.prefetch([0, 1, 2, 3], 4 * BLOCK, 0.0, 3 * BLOCK) is None
+    assert not cache.tiers[DDR].entries
+    assert cache.prefetch([0, 1, 2, 3], 4 * BLOCK, 0.0, 4 * BLOCK) == 4 * BLOCK
+    assert sorted(cache.tiers[DDR].entries) == [0, 1, 2, 3]
+    assert cache.prefetch([0, 1, 2, 3], 4 * BLOCK, 0.0, 0) == 0  # there already
 
 
 @pytest.mark.parametrize(
