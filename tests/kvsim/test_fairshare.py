@@ -2,7 +2,7 @@
 
 import pytest
 import simpy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim.fairshare import FairShare, max_min_rates
@@ -49,6 +49,41 @@ def test_max_min_by_its_definition(flows, capacities):
         bottlenecks = [r for r in use if load[r] >= capacities[r] * (1 - 1e-9)]
         tops = [max(x for x, u in zip(rates, uses, strict=True) if r in u) for r in bottlenecks]
         assert rate >= cap * (1 - 1e-9) or any(rate >= top * (1 - 1e-9) for top in tops)
+
+
+STEP = 1 / 512
+
+
+def filled(caps, uses, capacities):
+    """Progressive filling as it is told: all rates rise together by small steps, each until something stops it."""
+    rates, load, rising = [0.0] * len(caps), dict.fromkeys(capacities, 0.0), set(range(len(caps)))
+    while rising:
+        for i in sorted(rising):
+            more = {r: load[r] + STEP * share for r, share in uses[i].items()}
+            if rates[i] + STEP > caps[i] or any(more[r] > capacities[r] for r in more):
+                rising.remove(i)
+                continue
+            rates[i] += STEP
+            load.update(more)
+    return rates
+
+
+@settings(max_examples=40)
+@given(
+    flows=st.lists(st.tuples(st.floats(0.5, 8), st.sets(st.sampled_from("abc"), min_size=1)), min_size=1, max_size=5),
+    capacities=st.fixed_dictionaries({r: st.floats(1, 8) for r in "abc"}),
+)
+def test_max_min_is_progressive_filling(flows, capacities):
+    """What one flow loses to a step the flows beside it can gain, so each bottleneck may add as many steps as flows."""
+    caps, uses = [c for c, _ in flows], [dict.fromkeys(sorted(rs), 1.0) for _, rs in flows]
+    expected = filled(caps, uses, capacities)
+    assert max_min_rates(caps, uses, capacities) == pytest.approx(expected, abs=3 * len(flows) * STEP)
+
+
+@given(n=st.integers(1, 12), capacity=st.floats(1, 100))
+def test_n_equal_flows_end_together(n, capacity):
+    """n flows of 1 on one link take n / capacity, whatever they could do alone."""
+    assert finish_times(capacity, [(0.0, 1.0, 1e6)] * n) == pytest.approx([n / capacity] * n)
 
 
 def finish_times(capacity, flows):
