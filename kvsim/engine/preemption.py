@@ -16,7 +16,7 @@ from kvsim.engine.state import (
     Cluster,
     Record,
 )
-from kvsim.engine.tenants import put, queue_again
+from kvsim.engine.tenants import pick, put, queue_again
 from kvsim.engine.tenants import used as used_by
 
 ANY = 1 << 62  # above every priority
@@ -71,9 +71,15 @@ def has_slot(cluster: Cluster, replica: Record) -> bool:
 
 
 def outranks(cluster: Cluster, number: int, index: int) -> bool:
-    """Whether sequences run that are to be preempted for a request where it finds no room."""
+    """Whether there are sequences that are to make way for a request where it finds no room."""
+    if cluster.world["scheduler"] != PRIORITY:
+        return False
     priority = cluster.tenants[number, cluster.requests[index]["tenant"]]["priority"]
-    return bool(cluster.world["scheduler"] == PRIORITY and _bytes_below(cluster, number, priority) > 0)
+    for i in range(cluster.tenants.shape[1]):
+        tenant = cluster.tenants[number, i]
+        if tenant["priority"] < priority and (used_by(tenant) or tenant["length"][SWAPPED]):
+            return True
+    return False
 
 
 def _bytes_below(cluster: Cluster, number: int, priority: int) -> int:
@@ -106,7 +112,44 @@ def make_way(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
         if has_slot(cluster, replica) and fits(world, replica, margin_bytes(world, replica)):
             return True
         if not _evict_below(cluster, number, priority, now_s):
-            return False
+            return has_slot(cluster, replica) and _drop_swapped_below(cluster, number, priority)
+
+
+def _drop_swapped_below(cluster: Cluster, number: int, priority: int) -> bool:
+    """Let less urgent sequences that are swapped out be recomputed instead, where that makes the asked bytes fit.
+
+    So that those who wait for a request never hold what it waits for.
+    """
+    world, replica = cluster.world, cluster.replicas[number]
+    for tier in range(TIERS):
+        freed_bytes = 0
+        for i in range(cluster.tenants.shape[1]):
+            tenant = cluster.tenants[number, i]
+            index = tenant["first"][SWAPPED] if tenant["priority"] < priority else NOBODY
+            while index != NOBODY:
+                freed_bytes += cluster.requests[index]["held"][tier]
+                index = cluster.requests[index]["after"]
+        world["need_bytes"][tier] = world["asked_bytes"][tier] - freed_bytes
+    if not fits(world, replica, margin_bytes(world, replica)):
+        return False
+    for i in range(cluster.tenants.shape[1]):
+        tenant = cluster.tenants[number, i]
+        while tenant["priority"] < priority and tenant["length"][SWAPPED]:
+            index = tenant["last"][SWAPPED]
+            pick(cluster, number, index)
+            release(cluster, index)
+            _begin_anew(cluster, index, cluster.requests[index]["generated_at_join"])
+    for tier in range(TIERS):
+        world["need_bytes"][tier] = world["asked_bytes"][tier]
+    return True
+
+
+def _begin_anew(cluster: Cluster, index: int, generated: int) -> None:
+    """Let a sequence that is in no list wait to be recomputed up to this generated token."""
+    request = cluster.requests[index]
+    request["recomputed_tokens"] += generated
+    request["past_tokens"] = 0
+    queue_again(cluster, request["replica"], index)
 
 
 def _evict_below(cluster: Cluster, number: int, priority: int, now_s: float) -> bool:
@@ -172,9 +215,7 @@ def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> Non
         put(cluster, request["replica"], index, SWAPPED, True)
         swap(world, replica, hbm_bytes, DOWN)
     else:
-        request["recomputed_tokens"] += generated
-        request["past_tokens"] = 0
-        queue_again(cluster, request["replica"], index)
+        _begin_anew(cluster, index, generated)
 
 
 def reject(replica: Record, request: Record) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from scenarios import SMALL, TOKEN_BYTES, with_room
 from simulated import setup, trace
 
 from kvsim.engine.engine import Engine
@@ -234,6 +235,21 @@ def test_a_long_prompt_under_way_lends_its_tokens_to_an_urgent_one() -> None:
     # No work is lost: the long prompt ends later by about the time of the urgent one alone.
     later_s = times["finish_s"][0] - base[0]["finish_s"][0]
     assert later_s == pytest.approx(base[1]["first_token_s"][0] - 0.3, rel=0.3)
+
+
+@pytest.mark.parametrize("ddr_tokens", [1650, 1790])
+def test_what_is_swapped_out_does_not_keep_the_urgent_from_running(ddr_tokens: int) -> None:
+    """Keys and values lie in DDR: swapping the first request out frees none of that, and the second needs it."""
+    tenants = {"urgent": Tenant(priority=1)}
+    s = setup("offload-all", model=SMALL, scheduler="priority", preemption="swap", tenants=tenants)
+    requests = trace([0.0, 0.05], 900, [300, 50], tenant=[0, 1], tenants=("low", "urgent"))
+    result = simulate(requests, with_room(s, 1 << 40, ddr_tokens * TOKEN_BYTES))
+    times = result.requests
+    assert times["status"].tolist() == ["finished", "finished"]
+    assert result.swaps["count"] == 1  # out, and then it is computed anew
+    assert times["admitted_s"][1] < 0.052
+    assert times["finish_s"][1] < times["finish_s"][0]
+    assert result.token_gaps[1].sum() == 299 + 49
 
 
 def test_among_equals_the_first_comes_first_and_the_urgent_before_them() -> None:

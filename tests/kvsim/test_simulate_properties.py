@@ -84,14 +84,14 @@ def check_caches(result):
     assert r["cached_tokens"].sum() + whole.sum() == BLOCK * hit_blocks
 
 
-def check_traffic(result):
-    """Links carry the sum of their causes; what was swapped out came back, unless its request was rejected."""
+def check_traffic(result, returns=True):
+    """Links carry the sum of their causes; what was swapped out came back, unless it made way for the urgent."""
     for link, causes in result.traffic.items():
         assert result.links[link]["bytes"] == sum(causes.values())
         assert (result.links[link]["bytes"] > 0) == (result.links[link]["busy_s"] > 0)
     out, back = (result.traffic[link]["swaps"] for link in ("hbm->ddr", "ddr->hbm"))
     assert result.swaps["bytes"] == out + back
-    assert out == back
+    assert out == back if returns else out >= back
 
 
 def check_attribution(result):
@@ -135,7 +135,7 @@ def test_any_scenario_with_tenants(scenario, scheduler, terms, data):
     check_tokens(result)
     check_memory(result, s)
     check_caches(result)
-    check_traffic(result)
+    check_traffic(result, returns=scheduler != "priority")
     check_attribution(result)
     for name, peak_bytes in result.tenancy.kv_peak_bytes.items():
         assert peak_bytes <= result.tenancy.of(name).quota * s.tp * s.capacity()[0]
