@@ -14,7 +14,7 @@ from typing import Any
 import simpy
 
 from kvsim.engine.engine import Engine
-from kvsim.engine.state import ITERATING, STALLED
+from kvsim.engine.state import ITERATING, NOBODY, STALLED
 from kvsim.fairshare import FairShare
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import CPU, D2H, H2D, LANES, SM
@@ -51,7 +51,10 @@ def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
     if setup.prefill_gpus:
         for replica in replicas:
             replica.beside = replicas
-    env.process(_arrivals(env, engine, replicas))
+    arrivals = _Arrivals(env, engine, replicas)
+    if setup.sessions == "closed":
+        for replica in replicas:
+            replica.arrivals = arrivals
     while env.peek() != math.inf:
         for _ in range(EVENTS_AT_ONCE):
             if env.peek() == math.inf:
@@ -60,12 +63,37 @@ def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
         yield engine.left
 
 
-def _arrivals(env: simpy.Environment, engine: Engine, replicas: "Sequence[_Replica]") -> Process:
-    """Hand each request to a replica when it arrives."""
-    for index, arrival_s in enumerate(engine.cluster.requests["arrival_s"].tolist()):
-        while arrival_s > env.now:  # twice where now + (arrival - now) rounds below the arrival
-            yield env.timeout(arrival_s - env.now)
-        replicas[engine.arrive(index, env.now)].look()
+class _Arrivals:
+    """Hands each request to a replica when it arrives."""
+
+    def __init__(self, env: simpy.Environment, engine: Engine, replicas: "Sequence[_Replica]") -> None:
+        self.env, self.engine, self.replicas = env, engine, replicas
+        self._next = NOBODY
+        self._other: simpy.Event = env.event()
+        env.process(self._run())
+
+    def look(self) -> None:
+        """A replica has had its turn: in closed loop, whoever left may let another come."""
+        if self.engine.next_arrival() != self._next and not self._other.triggered:
+            self._other.succeed()
+
+    def _run(self) -> Process:
+        requests = self.engine.cluster.requests
+        while True:
+            self._next = self.engine.next_arrival()
+            arrival_s = math.inf if self._next == NOBODY else float(requests[self._next]["arrival_s"])
+            if (
+                arrival_s <= self.env.now
+            ):  # not after the first wait where now + (arrival - now) rounds below the arrival
+                self.replicas[self.engine.arrive(self._next, self.env.now)].look()
+            else:
+                self._other = self.env.event()
+                waits = (
+                    [self._other]
+                    if arrival_s == math.inf
+                    else [self._other, self.env.timeout(arrival_s - self.env.now)]
+                )
+                yield self.env.any_of(waits)
 
 
 class _Replica:
@@ -76,6 +104,7 @@ class _Replica:
         self._wake: simpy.Event = env.event()
         self._until_s = math.inf
         self.beside: Sequence[_Replica] = ()
+        self.arrivals: _Arrivals | None = None
         env.process(self._run())
 
     def look(self) -> None:
@@ -104,6 +133,8 @@ class _Replica:
             self.engine.turn(self.number, self.env.now)
             for other in self.beside:
                 other.look()
+            if self.arrivals is not None:
+                self.arrivals.look()
 
 
 class _Rank:

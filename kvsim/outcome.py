@@ -107,7 +107,7 @@ class Outcome:
             "session": trace.session,
             "replica": requests["replica"].copy(),
             **prompts_at,
-            "arrival_s": trace.arrival_s,
+            "arrival_s": requests["arrival_s"].copy(),
             "admitted_s": requests["admitted_s"].copy(),
             "first_token_s": requests["first_token_s"].copy(),
             "finish_s": finish_s,

@@ -29,6 +29,7 @@ class PrefixService:
     ) -> None:
         self._trace, self._setup, self._prefixes, self._machine = trace, setup, prefixes, clock.machine
         self._world, requests, self._replicas = cluster.world, cluster.requests, cluster.replicas
+        self._order, self._arrival_s = cluster.order, requests["arrival_s"]
         self._replica_of, self._sender_of = requests["replica"], requests["sender"]
         self._rejected, self._admitted_s = requests["rejected"], requests["admitted_s"]
         self._ready_s, self._answer = requests["ready_s"], requests[["matched", "hit_tokens", "hit_load_bytes"]]
@@ -103,7 +104,7 @@ class PrefixService:
                 self._leave(index, *self._matched.pop(index), now_s)
         if self._aware or self._setup.prefix_cache_prefetch:
             arrived = int(self._world["arrived"])
-            for index in range(self._seen, arrived):
+            for index in self._order[self._seen : arrived].tolist():
                 self._wait(index)
             self._seen = arrived
         return now_s
@@ -116,7 +117,7 @@ class PrefixService:
             cache.wait(index, blocks, prompt_tokens)
         if self._setup.prefix_cache_prefetch:
             self._ahead.setdefault(id(cache.tiers[DDR]), deque()).append(index)
-            self._fetch_ahead(cache.tiers[DDR], float(self._trace.arrival_s[index]))
+            self._fetch_ahead(cache.tiers[DDR], float(self._arrival_s[index]))
 
     def _fetch_ahead(self, ddr: Tier, now_s: float) -> None:
         """Fetch what waiting requests need, in their order, for as long as it has room in DDR beside the others'."""

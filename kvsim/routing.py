@@ -61,6 +61,7 @@ class Router:
         self._prefill_s = np.zeros(len(trace))  # of each request where it went
         self._front = setup.prefill_replicas or setup.replicas  # that take requests
         self._oldest = 0  # all requests before it have left
+        self._newest = 0  # none after it has arrived
 
         @lru_cache(maxsize=1 << 16)
         def prefill_s(prompt_tokens: int, cached_tokens: int) -> float:
@@ -80,7 +81,7 @@ class Router:
     def candidates(self, cluster: Cluster, index: int) -> list[Candidate]:
         """All replicas that take requests; a TTFT is estimated as queue + transfer + prefill of what is not cached."""
         blocks, prompt_tokens = self._trace.blocks(index).tolist(), int(self._trace.prompt_tokens[index])
-        now_s, queue_s = float(self._trace.arrival_s[index]), self._queue_s(cluster, index)
+        now_s, queue_s = float(cluster.requests[index]["arrival_s"]), self._queue_s(cluster, index)
         candidates = []
         for number, replica in enumerate(cluster.replicas[: self._front]):
             ttft_s, cached_tokens = queue_s[number], 0
@@ -102,11 +103,12 @@ class Router:
     def _queue_s(self, cluster: Cluster, index: int) -> list[float]:
         """For each replica the prefill that is before a request, beyond the iteration under way."""
         requests, replicas = cluster.requests, cluster.replicas
-        while self._oldest < index and (
+        self._newest = max(self._newest, index)
+        while self._oldest < self._newest and (
             requests[self._oldest]["rejected"] or not np.isnan(requests[self._oldest]["finish_s"])
         ):
             self._oldest += 1
-        rows = requests[self._oldest : index]
+        rows = requests[self._oldest : self._newest + 1]
         queued = np.flatnonzero((rows["queue"] == WAITING) | (rows["queue"] == PREFILLING))
         rows = rows[queued]
         under_way = np.isin(replicas["phase"][rows["replica"]], (ITERATING, STALLED)) & (rows["queue"] == PREFILLING)

@@ -19,6 +19,7 @@ CACHE_ROUTERS = ROUTERS[2:]  # these look into prefix caches
 SCHEDULERS = ("fcfs", "priority", "fair")
 FIDELITIES = ("step", "op")
 PREEMPTIONS = ("swap", "recompute")
+SESSIONS = ("open", "closed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,7 @@ class Setup:
     scheduler: str = "fcfs"
     router: str = "round-robin"
     preemption: str = "swap"
+    sessions: str = "open"  # closed: a request comes its think time after what its session waited for has ended
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192  # of one iteration, so also the prefill chunk
     gpu_memory_utilization: float = 0.9
@@ -80,6 +82,7 @@ class Setup:
             ("scheduler", SCHEDULERS),
             ("router", ROUTERS),
             ("preemption", PREEMPTIONS),
+            ("sessions", SESSIONS),
             ("prefix_cache_eviction", EVICTIONS),
             ("prefix_cache_write", WRITES),
             ("prefix_cache_sharing", SHARINGS),
@@ -116,6 +119,11 @@ class Setup:
             given = name.startswith("prefix_cache_") and getattr(self, name) != option.default
             if given and not any(self.prefix_cache_bytes.values()):
                 raise ValueError(f"{name} needs a prefix cache: give prefix_cache_hbm, _ddr, _nvme or _remote a size")
+        if self.prefix_cache_eviction == "belady" and self.sessions == "closed":
+            raise ValueError(
+                "prefix_cache_eviction=belady knows what comes next, which with sessions=closed depends on it; use "
+                "sessions=open or another order"
+            )
         if nvme_bytes > host.nvme_bytes:
             has = f"the {format_bytes(host.nvme_bytes)} of NVMe" if host.nvme_bytes else "the NVMe, which is none,"
             raise ValueError(f"prefix_cache_nvme={format_bytes(nvme_bytes)} exceeds {has} of host {host.name!r}")

@@ -44,6 +44,8 @@ def compile_loop(trace: Trace, setup: Setup) -> None:
 class _Cluster:
     def __init__(self, trace: Trace, setup: Setup) -> None:
         self.trace, self.setup = trace, setup
+        if setup.sessions == "closed" and (trace.session < 0).all():
+            raise ValueError(f"trace {trace.name!r} has no sessions; replay it with sessions=open, as it was recorded")
         machine = setup.machine()
         table, clock = PlanTable(setup.policy, setup.rank, machine, setup.counts), Clock(setup.rank, machine)
         lengths = np.quantile(trace.prompt_tokens, (0.0, 0.25, 0.5, 0.75, 1.0), method="nearest")

@@ -64,6 +64,9 @@ def replay(
         typer.Option(metavar="NAME", help="round-robin, least-loaded, prefix-affinity or kv-aware (Mooncake)."),
     ] = None,
     preemption: Annotated[str | None, typer.Option(metavar="swap|recompute", help="When memory runs out.")] = None,
+    sessions: Annotated[
+        str | None, typer.Option(metavar="open|closed", help="closed: a session waits for its answers, then thinks.")
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(metavar="N", help="Sequences that run at a time.")] = None,
     max_num_batched_tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens of an iteration, which bound the prefill chunk.")

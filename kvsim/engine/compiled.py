@@ -25,6 +25,7 @@ from kvsim.engine import (
     queues,
     runs,
     scheduling,
+    sessions,
     tenants,
 )
 
@@ -43,6 +44,7 @@ _KERNELS = (
     queues,
     runs,
     scheduling,
+    sessions,
     tenants,
 )
 

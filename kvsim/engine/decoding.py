@@ -3,6 +3,7 @@
 from kvsim.engine.attribution import finish
 from kvsim.engine.plans import DECODE, NEVER, amounts, evaluate, find, slopes, steps_until_change
 from kvsim.engine.queues import push_last, take_out
+from kvsim.engine.sessions import has_left
 from kvsim.engine.state import COUNT, DECODING, HBM, NOBODY, SLOPE, STORED, TIERS, VECTOR, Cluster, Record
 from kvsim.engine.tenants import advance_tenants
 
@@ -132,13 +133,16 @@ def settle(cluster: Cluster, replica_index: int, leave_s: float) -> None:
         if requests[index]["due"] <= replica["iteration"] and not renew(cluster, index):
             take_out(requests, replica, index)
             _subtract(cluster, index)
-            leave(replica, requests[index])
+            leave(cluster, index, leave_s)
             finish(replica, requests[index], leave_s)
         index = after
     replica["next_due"] = _next_due(cluster, replica)
 
 
-def leave(replica: Record, request: Record) -> None:
+def leave(cluster: Cluster, index: int, now_s: float) -> None:
     """A request is finished or rejected."""
+    request = cluster.requests[index]
+    replica = cluster.replicas[request["replica"]]
     replica["left"] += 1
     replica["outstanding_tokens"] -= request["prompt_tokens"] + request["output_tokens"]
+    has_left(cluster, index, now_s)

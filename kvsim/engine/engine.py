@@ -9,6 +9,7 @@ from kvsim.engine.books import note_now
 from kvsim.engine.iteration import first_load
 from kvsim.engine.loop import arrive, play
 from kvsim.engine.plans import INPUTS
+from kvsim.engine.sessions import next_arrival
 from kvsim.engine.state import (
     AWAY,
     BOUNDS,
@@ -58,6 +59,7 @@ from kvsim.tenants import Tenant, terms_of
 from kvsim.timeline import Span, Timeline
 from policies import Reuse, reuse_of
 from traces import Trace
+from traces.sessions import Followers, followers
 
 WATERMARK = 0.01  # of HBM kept free at admission (as vLLM)
 ROWS_AT_ONCE = 1 << 20  # so large that their memory is given back when they are freed, and none is used until written
@@ -116,6 +118,10 @@ class Engine:
                 return arrive(self.cluster, index, now_s)
             except Detour:
                 self._serve()
+
+    def next_arrival(self) -> int:
+        """The request that arrives next, as far as is known; -1 when no arrival is."""
+        return next_arrival(self.cluster)
 
     def batch(self) -> tuple[list[Load], int, int]:
         """The iteration begun last: its loads, tokens and rows of the head."""
@@ -221,7 +227,7 @@ class Engine:
         if self._router is None:
             raise RuntimeError("a router that sees no prefix caches asked for a look into them")
         self.cluster.requests[index]["replica"] = self._router.choose(self.cluster, index)
-        self.cluster.world["routed"] = index + 1
+        self.cluster.world["routed"] = index
 
     def _look(self, number: int) -> None:
         """Show what a replica has begun."""
@@ -274,6 +280,8 @@ def _cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTiers) ->
     return Cluster(
         world=world,
         requests=requests,
+        order=np.full(len(trace), NOBODY),
+        known=np.full(len(trace), NOBODY),
         replicas=_replicas(setup, prefixes),
         tenants=_tenants(trace, setup, requests),
         pins=_pins(trace, setup, requests),
@@ -295,10 +303,23 @@ def _requests(trace: Trace, setup: Setup) -> Records:
         requests[name] = np.nan
     requests["queue"], requests["matched"] = NOWHERE, -1
     requests["receiver"] = requests["sender"] = NOBODY
+    requests["leader"] = requests["follower"] = requests["sibling"] = NOBODY
+    if setup.sessions == "closed":
+        _lead(requests, followers(trace))
     if setup.prefill_gpus:
         state = SentState(setup.policy, setup.rank)
         requests["sent"] = [state.bytes_of(tokens) for tokens in trace.prompt_tokens.tolist()]
     return requests
+
+
+def _lead(requests: Records, waits: Followers) -> None:
+    """Let requests arrive after those that they waited for."""
+    for name in ("leader", "delay_s", "after_end"):
+        requests[name] = getattr(waits, name)
+    for index in np.flatnonzero(waits.leader != NOBODY).tolist()[::-1]:
+        leader = requests[waits.leader[index]]
+        requests[index]["arrival_s"], requests[index]["sibling"] = np.nan, leader["follower"]
+        leader["follower"] = index
 
 
 def _tenants(trace: Trace, setup: Setup, requests: Records) -> Records:
@@ -363,4 +384,5 @@ def _world(setup: Setup, clock: Clock) -> Record:
     world["pcie_latency_s"] = rates.pcie_latency_s
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
     world["ddr_Bps"], world["switch_Bps"] = host.ddr_Bps, host.switch_Bps
+    world["routed"] = NOBODY
     return world

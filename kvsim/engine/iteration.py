@@ -110,7 +110,7 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
             join(cluster, index, 1)
         else:
             finish(replica, request, now_s)
-            leave(replica, request)
+            leave(cluster, index, now_s)
     request["chunk_tokens"] = 0
     if first and replica["cached"]:
         cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_STORE, index

@@ -14,6 +14,7 @@ from kvsim.engine.neighbours import share
 from kvsim.engine.preemption import make_room
 from kvsim.engine.runs import begin_run, cut_run, end_run, steps_by
 from kvsim.engine.scheduling import admit, continue_prompts, next_ready_s
+from kvsim.engine.sessions import has_arrived, next_arrival
 from kvsim.engine.state import (
     ADMITTING,
     DECODING,
@@ -55,9 +56,9 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
             for i in range(len(cluster.replicas)):
                 if cluster.replicas[i]["wake_s"] < now_s:
                     number, now_s = i, cluster.replicas[i]["wake_s"]
-            arrived = world["arrived"]
-            if arrived < len(requests) and requests[arrived]["arrival_s"] <= now_s:
-                arrive(cluster, arrived, requests[arrived]["arrival_s"])
+            arriving = next_arrival(cluster)
+            if arriving != NOBODY and requests[arriving]["arrival_s"] <= now_s:
+                arrive(cluster, arriving, requests[arriving]["arrival_s"])
                 continue
             if number == NOBODY:
                 return False
@@ -117,7 +118,7 @@ def arrive(cluster: Cluster, index: int, now_s: float) -> int:
     May make a detour.
     """
     number, request = _route(cluster, index), cluster.requests[index]
-    cluster.world["arrived"] = index + 1
+    has_arrived(cluster, index)
     replica = cluster.replicas[number]
     request["replica"] = number
     replica["outstanding_tokens"] += request["prompt_tokens"] + request["output_tokens"]
@@ -140,7 +141,7 @@ def _route(cluster: Cluster, index: int) -> int:
         pin["arrived"] += 1
         return int(chosen + (pin["arrived"] - 1) % pin["n_replicas"])
     if world["router"] > LEAST_LOADED:  # it looks into prefix caches
-        if world["routed"] <= index:
+        if world["routed"] != index:
             world["wanted"][0], world["wanted"][1] = WANT_ROUTE, index
             raise Detour
         return int(cluster.requests[index]["replica"])

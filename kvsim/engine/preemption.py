@@ -201,7 +201,7 @@ def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> Non
     withdraw(cluster, index)  # leaves its amounts in VECTOR
     set_need(cluster)
     if not fits_alone(cluster, index, 1):
-        reject(replica, request)
+        reject(cluster, index, now_s)
         return
     request["preemptions"] += 1
     request["last_token_s"] = now_s
@@ -218,7 +218,7 @@ def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> Non
         _begin_anew(cluster, index, generated)
 
 
-def reject(replica: Record, request: Record) -> None:
+def reject(cluster: Cluster, index: int, now_s: float) -> None:
     """A request could never run."""
-    request["rejected"] = 1
-    leave(replica, request)
+    cluster.requests[index]["rejected"] = 1
+    leave(cluster, index, now_s)

@@ -113,7 +113,7 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     set_prefill_need(cluster, target, past, chunk)
     if never_fits(cluster, index):
         pick(cluster, number, index)
-        reject(replica, request)
+        reject(cluster, index, now_s)
         return True
     if not _find_room(cluster, number, index, now_s):
         return bool(cluster.tenants[number, request["tenant"]]["over_quota"])

@@ -73,6 +73,7 @@ REQUEST = np.dtype(
         "prefix_s",  # for how long it waited for that
         "hit_landed_s",  # when what is on its way to DDR will be there
         "stream_s",  # from when on some of its state could be sent to another replica
+        "delay_s",  # after its leader
     )
     + _ints(
         "prompt_tokens",
@@ -83,6 +84,10 @@ REQUEST = np.dtype(
         "chunk_tokens",  # of its prompt in this iteration
         "preemptions",
         "rejected",
+        "leader",  # after whose end, or else arrival, it arrives
+        "after_end",
+        "follower",  # the first of those that it leads itself, and the next of those that have its leader
+        "sibling",
         "replica",
         "tenant",  # its number among those that the scheduler tells apart
         "pin",  # to which replicas it may go
@@ -217,7 +222,9 @@ WORLD = np.dtype(
         "gpus_per_switch",
         "head_bytes",
         "arrived",  # requests so far
-        "routed",  # by a look into prefix caches
+        "recorded",  # the next that waits for nobody
+        "known",  # size of the heap of those that waited
+        "routed",  # the last by a look into prefix caches
         "notes",  # rows written
         "gaps",
         "aways",
@@ -285,7 +292,9 @@ class Cluster(NamedTuple):
     """Everything else that the inner loop reads and writes."""
 
     world: Record
-    requests: Records  # in order of arrival
+    requests: Records  # in the order of the trace
+    order: Ints  # of arrival
+    known: Ints  # a heap: those that waited for others and have a time of arrival now
     replicas: Records
     tenants: Records  # (replicas, tenants)
     pins: Records
