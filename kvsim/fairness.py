@@ -141,7 +141,9 @@ class _Contention:
 
 
 def _union(starts: Floats, stops: Floats) -> tuple[Floats, Floats]:
-    """The union of intervals, given by ascending starts, as disjoint ones."""
+    """The union of intervals as disjoint ones, in order."""
+    order = np.argsort(starts, kind="stable")
+    starts, stops = starts[order], stops[order]
     latest = np.maximum.accumulate(stops)
     first = np.concatenate([[True], starts[1:] > latest[:-1]])
     return starts[first], latest[np.concatenate([first[1:], [True]])]

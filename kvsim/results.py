@@ -29,7 +29,7 @@ LATENCIES = ("ttft_s", "tpot_s", "e2e_s", "queue_s")
 class Result:
     """One finished simulation.
 
-    `requests` are columns with one row per submitted request, in order of arrival: request, tenant, session, replica,
+    `requests` are columns with one row per submitted request, in the trace's order: request, tenant, session, replica,
     arrival_s, admitted_s, first_token_s, finish_s (NaN for what did not happen), prompt_tokens, cached_tokens,
     output_tokens, preemptions, status (`finished`, `rejected` or `unfinished`), and seconds by cause
     (`kvsim.attribution.columns`); where replicas either process prompts or decode, `replica` is the one that decoded,
@@ -173,12 +173,14 @@ def _uncertainty(
         runs = (replace(result, repeats=None), *result.repeats)
         return over_seeds([summarize(run, slo, warmup_s) for run in runs], (*LATENCIES, "itl_s"))
     columns = result.requests
+    arrival_s = columns["arrival_s"]
+    order = np.argsort(arrival_s, kind="stable")[: len(arrival_s) - int(np.isnan(arrival_s).sum())]
     return over_blocks(
-        columns["arrival_s"],
+        arrival_s[order],
         result.makespan_s,
-        np.where(outcome.finished, columns["output_tokens"], 0),
-        outcome.good,
-        {name: np.where(outcome.measured, values, np.nan) for name, values in outcome.latencies.items()},
+        np.where(outcome.finished, columns["output_tokens"], 0)[order],
+        outcome.good[order],
+        {name: np.where(outcome.measured, values, np.nan)[order] for name, values in outcome.latencies.items()},
         int(result.inputs["seed"]),
     )
 

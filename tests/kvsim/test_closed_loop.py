@@ -8,10 +8,18 @@ from scenarios import SMALL, TOKEN_BYTES, with_room
 from simulated import setup, trace
 
 import traces
+from kvsim.results import summarize
 from kvsim.simulate import simulate
 from traces.sessions import followers
 
 FIDELITIES = ("step", "op")
+
+
+def flat(value, name=""):
+    """The figures of nested mappings by their path."""
+    if not isinstance(value, dict):
+        return {name: value} if isinstance(value, int | float) else {}
+    return {path: figure for key, inner in value.items() for path, figure in flat(inner, f"{name}.{key}").items()}
 
 
 def sessions_trace(seed: int, n: int = 40):
@@ -113,3 +121,29 @@ def test_bad_options(options, message):
 def test_a_trace_without_sessions():
     with pytest.raises(ValueError, match="'test' has no sessions; replay it with sessions=open"):
         simulate(replace(trace([0.0], 10, 5)), setup(sessions="closed"))
+
+
+def test_results_do_not_depend_on_the_order_of_rows():
+    """The same requests as a trace in the order in which they came give the same figures."""
+    rng = np.random.default_rng(4)
+    tr = trace(
+        np.sort(rng.uniform(0, 5, 80)),
+        rng.integers(100, 4000, 80),
+        rng.integers(1, 60, 80),
+        session=np.arange(80) % 8,
+        think_s=np.where(np.arange(80) < 8, np.nan, rng.exponential(1, 80)),
+        tenant=np.arange(80) % 2,
+        tenants=("a", "b"),
+    )
+    options = {"model": SMALL, "max_num_seqs": 4, "scheduler": "fair"}
+    closed = simulate(tr, setup(sessions="closed", **options))
+    order = np.argsort(closed.requests["arrival_s"], kind="stable")
+    assert (order != np.arange(80)).any()
+    columns = {name: getattr(tr, name)[order] for name in ("prompt_tokens", "output_tokens", "session", "tenant")}
+    recorded = trace(closed.requests["arrival_s"][order], **columns, tenants=tr.tenants)
+    got, expected = (
+        summarize(replace(result, repeats=(), inputs={**result.inputs, "seed": 0}))
+        for result in (closed, simulate(recorded, setup(**options)))
+    )
+    for name in ("makespan_s", "ttft_s", "e2e_s", "tenants", "fairness", "uncertainty"):
+        assert flat(got[name]) == pytest.approx(flat(expected[name]), rel=1e-9)
