@@ -10,6 +10,7 @@ from scenarios import POLICIES, SMALL, faster, scenarios, squeezes, with_room
 from simulated import GPU, HOST, setup, trace
 
 from kvsim.attribution import spent_s
+from kvsim.setup import CACHE_ROUTERS
 from kvsim.simulate import simulate
 from traces import Trace
 
@@ -32,6 +33,8 @@ RATES_AND_TIMES = sorted(
 def test_in_a_world_twice_as_fast_everything_takes_half_as_long(scenario, scheduling):
     """Every rate and every rate of arrival doubled, every fixed time halved: powers of two, so to the last digits."""
     requests, s = scenario
+    if scheduling["router"] in CACHE_ROUTERS and not any(s.prefix_cache_bytes.values()):
+        scheduling = {**scheduling, "router": "least-loaded"}
     s = replace(s, **scheduling)
     slow = simulate(requests, s)
     gpu = replace(s.gpu, rates=faster(s.gpu.rates, 2.0))
