@@ -47,7 +47,8 @@ def any_trace(draw):
         session=column(st.integers(-1, 2**31 - 1)),
         think_s=column(st.one_of(st.just(np.nan), st.floats(0, 1e6))),
         block_tokens=block,
-        block_ids=draw(st.lists(st.integers(0, 2**31 - 1), min_size=sum(counts), max_size=sum(counts))),
+        # Repeated to the size that is needed, which can be beyond the longest list that Hypothesis draws.
+        block_ids=np.resize(draw(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=50)), sum(counts)),
         block_counts=counts,
     )
 
