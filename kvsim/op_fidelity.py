@@ -82,18 +82,14 @@ class _Arrivals:
         while True:
             self._next = self.engine.next_arrival()
             arrival_s = math.inf if self._next == NOBODY else float(requests[self._next]["arrival_s"])
-            if (
-                arrival_s <= self.env.now
-            ):  # not after the first wait where now + (arrival - now) rounds below the arrival
+            if arrival_s <= self.env.now:
                 self.replicas[self.engine.arrive(self._next, self.env.now)].look()
-            else:
-                self._other = self.env.event()
-                waits = (
-                    [self._other]
-                    if arrival_s == math.inf
-                    else [self._other, self.env.timeout(arrival_s - self.env.now)]
-                )
-                yield self.env.any_of(waits)
+                continue
+            self._other = self.env.event()
+            waits = [self._other]
+            if arrival_s < math.inf:  # twice where now + (arrival - now) rounds below the arrival
+                waits.append(self.env.timeout(arrival_s - self.env.now))
+            yield self.env.any_of(waits)
 
 
 class _Replica:

@@ -4,48 +4,32 @@ It is kept beside the sources, or in the user's cache where that folder cannot b
 """
 
 import inspect
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import numba
 from numba.extending import register_jitable
 
-from kvsim.engine import (
-    attribution,
-    books,
-    decoding,
-    handoff,
-    iteration,
-    loop,
-    memory,
-    neighbours,
-    plans,
-    preemption,
-    pricing,
-    queues,
-    runs,
-    scheduling,
-    sessions,
-    tenants,
-)
+from kvsim.engine import loop
 
 _KERNELS = (
-    attribution,
-    books,
-    decoding,
-    handoff,
-    iteration,
-    loop,
-    memory,
-    neighbours,
-    plans,
-    preemption,
-    pricing,
-    queues,
-    runs,
-    scheduling,
-    sessions,
-    tenants,
+    "attribution",
+    "books",
+    "decoding",
+    "handoff",
+    "iteration",
+    "loop",
+    "memory",
+    "neighbours",
+    "plans",
+    "preemption",
+    "pricing",
+    "queues",
+    "runs",
+    "scheduling",
+    "sessions",
+    "tenants",
 )
 
 
@@ -53,7 +37,7 @@ def _functions(module: ModuleType) -> list[Any]:
     return [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
 
 
-for _module in _KERNELS:
-    for _function in _functions(_module):
+for _name in _KERNELS:
+    for _function in _functions(import_module(f"kvsim.engine.{_name}")):
         register_jitable(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)(_function)
 play: Any = numba.njit(cache=True, _nrt=False)(loop.play)  # type: ignore[call-overload]  # an option without a type
