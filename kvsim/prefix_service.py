@@ -3,16 +3,13 @@
 import math
 from collections import deque
 from collections.abc import Sequence
-from functools import lru_cache
 
-from kvsim.derive import PlanTable
 from kvsim.engine.state import NOBODY, Cluster
-from kvsim.machine import Sharing
-from kvsim.makespan import Clock
+from kvsim.machine import Machine, Sharing
 from kvsim.prefix_cache import DDR, HBM, Hit, PrefixCache, Tier
 from kvsim.prefix_reuse import cheapest
 from kvsim.prefix_tiers import PrefixTiers
-from kvsim.routing import estimated_prefill_s
+from kvsim.routing import PrefillEstimate
 from kvsim.setup import Setup
 from traces import Trace
 
@@ -25,9 +22,16 @@ class PrefixService:
     """
 
     def __init__(
-        self, trace: Trace, setup: Setup, prefixes: PrefixTiers, cluster: Cluster, table: PlanTable, clock: Clock
+        self,
+        trace: Trace,
+        setup: Setup,
+        machine: Machine,
+        prefixes: PrefixTiers,
+        cluster: Cluster,
+        prefill_s: PrefillEstimate,
     ) -> None:
-        self._trace, self._setup, self._prefixes, self._machine = trace, setup, prefixes, clock.machine
+        self._trace, self._setup, self._prefixes, self._machine = trace, setup, prefixes, machine
+        self._prefill_s = prefill_s
         self._world, requests, self._replicas = cluster.world, cluster.requests, cluster.replicas
         self._order, self._arrival_s = cluster.order, requests["arrival_s"]
         self._replica_of, self._sender_of = requests["replica"], requests["sender"]
@@ -44,12 +48,6 @@ class PrefixService:
         self._ahead: dict[int, deque[int]] = {}  # by DDR tier: waiting requests for which nothing has been fetched
         self._taken_bytes: dict[int, int] = {}  # by DDR tier: for waiting requests
         self._coming_bytes: dict[int, int] = {}  # by request
-
-        @lru_cache(maxsize=1 << 16)
-        def prefill_s(prompt_tokens: int, cached_tokens: int) -> float:
-            return estimated_prefill_s(table, clock, setup.max_num_batched_tokens, prompt_tokens, cached_tokens)
-
-        self._prefill_s = prefill_s
 
     def match(self, index: int) -> None:
         """Look up what a request would hit."""

@@ -3,20 +3,23 @@
 A router sees each replica as a `Candidate`, looked at when the request arrives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from kvsim.derive import PlanTable
 from kvsim.engine.state import ITERATING, PREFILLING, STALLED, WAITING, Cluster
+from kvsim.machine import Machine
 from kvsim.makespan import Clock, Load
 from kvsim.prefix_tiers import PrefixTiers
 from kvsim.setup import CACHE_ROUTERS, Setup
 from traces import Trace
 
 BALANCE_REQUESTS, BALANCE_RATIO = 64, 1.5  # defaults of SGLang's cache-aware router: balance_abs_ and _rel_threshold
+PrefillEstimate: TypeAlias = Callable[[int, int], float]
+"""Seconds that a prompt's prefill takes by itself, from its tokens and those of them that are cached."""
 
 
 class Candidate(NamedTuple):
@@ -55,19 +58,15 @@ _CHOOSE = dict(zip(CACHE_ROUTERS, (prefix_affinity, kv_aware), strict=True))
 class Router:
     """Chooses by a look into the prefix caches of all replicas."""
 
-    def __init__(self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, prefixes: PrefixTiers) -> None:
-        self._trace, self._prefixes, self._machine = trace, prefixes, clock.machine
+    def __init__(
+        self, trace: Trace, setup: Setup, machine: Machine, prefixes: PrefixTiers, prefill_s: PrefillEstimate
+    ) -> None:
+        self._trace, self._prefixes, self._machine, self._estimate = trace, prefixes, machine, prefill_s
         self._choose = _CHOOSE[setup.router]
         self._prefill_s = np.zeros(len(trace))  # of each request where it went
         self._front = setup.prefill_replicas or setup.replicas  # that take requests
         self._oldest = 0  # all requests before it have left
         self._newest = 0  # none after it has arrived
-
-        @lru_cache(maxsize=1 << 16)
-        def prefill_s(prompt_tokens: int, cached_tokens: int) -> float:
-            return estimated_prefill_s(table, clock, setup.max_num_batched_tokens, prompt_tokens, cached_tokens)
-
-        self._estimate = prefill_s
 
     def choose(self, cluster: Cluster, index: int) -> int:
         """The replica of a request that arrives, of those that its tenant may go to."""
@@ -120,23 +119,24 @@ class Router:
         return seconds
 
 
-def estimated_prefill_s(
-    table: PlanTable, clock: Clock, chunk_tokens: int, prompt_tokens: int, cached_tokens: int
-) -> float:
-    """Time of a prompt's prefill alone: exact in one chunk, and the first and the last whole one averaged for several.
+def prefill_estimate(table: PlanTable, clock: Clock, chunk_tokens: int) -> PrefillEstimate:
+    """Times of prefills alone: exact in one chunk, and the first and the last whole one averaged for several.
 
     (A chunk's time grows about evenly with what comes before it.)
     """
-    new = prompt_tokens - cached_tokens
-    whole, rest = divmod(new, chunk_tokens)
 
-    def chunk_s(past_tokens: int, new_tokens: int) -> float:
+    def chunk_s(prompt_tokens: int, past_tokens: int, new_tokens: int) -> float:
         last = past_tokens + new_tokens == prompt_tokens
         load = Load(*table.prefill(prompt_tokens, past_tokens, new_tokens))
         return clock.iteration([load], new_tokens, int(last))[0]
 
-    seconds = chunk_s(prompt_tokens - rest, rest) if rest else 0.0
-    if whole:
-        ends = cached_tokens, cached_tokens + (whole - 1) * chunk_tokens
-        seconds += whole * (chunk_s(ends[0], chunk_tokens) + chunk_s(ends[1], chunk_tokens)) / 2
-    return seconds
+    @lru_cache(maxsize=1 << 16)
+    def prefill_s(prompt_tokens: int, cached_tokens: int) -> float:
+        whole, rest = divmod(prompt_tokens - cached_tokens, chunk_tokens)
+        seconds = chunk_s(prompt_tokens, prompt_tokens - rest, rest) if rest else 0.0
+        if whole:
+            ends = cached_tokens, cached_tokens + (whole - 1) * chunk_tokens
+            seconds += whole * sum(chunk_s(prompt_tokens, past, chunk_tokens) for past in ends) / 2
+        return seconds
+
+    return prefill_s

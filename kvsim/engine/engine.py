@@ -53,7 +53,7 @@ from kvsim.machine import HEAD_KERNELS, Sharing
 from kvsim.makespan import Clock, Load
 from kvsim.prefix_service import PrefixService
 from kvsim.prefix_tiers import PrefixTiers
-from kvsim.routing import Router
+from kvsim.routing import Router, prefill_estimate
 from kvsim.setup import CACHE_ROUTERS, ROUTERS, SCHEDULERS, Setup
 from kvsim.tenants import Tenant, terms_of
 from kvsim.timeline import Span, Timeline
@@ -71,8 +71,9 @@ class Engine:
 
     def __init__(self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, prefixes: PrefixTiers) -> None:
         self.table, self.clock = table, clock
+        prefill_s = prefill_estimate(table, clock, setup.max_num_batched_tokens)
         routes = setup.router in CACHE_ROUTERS
-        self._router = Router(trace, setup, table, clock, prefixes) if routes else None
+        self._router = Router(trace, setup, clock.machine, prefixes, prefill_s) if routes else None
         self._derived: tuple[int, ...] = ()  # what plan was asked for last
         self._structures: list[Structure] = []
         self._structure_index: dict[int, int] = {}
@@ -83,7 +84,7 @@ class Engine:
         self._model, self._model_s = model_arrays(clock, max(setup.max_num_batched_tokens, setup.max_num_seqs))
         self.cluster = _cluster(trace, setup, clock, prefixes)
         self._wanted = self.cluster.world["wanted"]
-        self._prefixes = PrefixService(trace, setup, prefixes, self.cluster, table, clock)
+        self._prefixes = PrefixService(trace, setup, clock.machine, prefixes, self.cluster, prefill_s)
         self._lay_out_plans()
         self._lay_out_prices()
         for number in range(setup.replicas):
