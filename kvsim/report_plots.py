@@ -19,7 +19,7 @@ from kvsim.units import format_bytes, format_s
 Figure: TypeAlias = dict[str, Any]
 
 # Okabe and Ito's palette for the colour-blind, without black, light colours darker, and more: 3:1 on light and dark.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c5659a", "#b8860b", "#8a63d2", "#2f97d4", "#7f8790", "#a0522d")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#c5659a", "#b8860b", "#8a63d2", "#2f97d4", "#7f8790", "#a0522d", "#6b8e23")
 _DASHES = {"solid": "solid", "dash": "dashed", "dot": "dotted"}  # Plotly's name and that of CSS
 
 _CDF_POINTS = 400

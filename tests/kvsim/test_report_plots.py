@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvsim.attribution import CAUSES
 from kvsim.report_plots import COLOURS, cdf, occupancy, stacked_bytes, stacked_shares, style, thin, total_over_replicas
 
 GIB = 2**30
@@ -89,6 +90,10 @@ def test_shares_fill_their_axis() -> None:
 
 def test_two_dozen_runs_look_different() -> None:
     assert len({style(index) for index in range(24)}) == 24
+
+
+def test_causes_of_latency_have_a_colour_each():
+    assert len(set(COLOURS)) == len(COLOURS) >= len(CAUSES)
 
 
 def contrast(colour: str, background: str) -> float:
