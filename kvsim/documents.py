@@ -1,6 +1,7 @@
 """Reading YAML documents and checking them against a schema, with errors that name the key and the fix."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -11,12 +12,35 @@ from kvsim.names import nearest_first
 T = TypeVar("T")
 
 
-def parse_yaml(document: str, origin: str) -> dict[str, Any]:
-    """The mapping that a YAML document holds; ValueError, naming `origin`, when it holds none."""
+class _Loader(yaml.SafeLoader):
+    """Plain values alone, and no key twice: of two values for one key, YAML itself would keep the last silently."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        first: dict[str, yaml.Node] = {}
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if first.setdefault(key.value, key) is not key:
+                lines = f"{first[key.value].start_mark.line + 1} and {key.start_mark.line + 1}"
+                raise ValueError(f"the key {key.value!r} stands twice, in lines {lines}; keep one of them")
+        return node
+
+
+def read_document(path: Path) -> str:
+    """The text of a user's file; ValueError when it is not UTF-8, OSError when it cannot be read."""
     try:
-        data = yaml.safe_load(document)
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
+
+
+def parse_yaml(document: str, origin: str) -> dict[str, Any]:
+    """The mapping that a YAML document holds; ValueError, naming `origin`, when it holds none or a key twice."""
+    try:
+        data = yaml.load(document, _Loader)  # noqa: S506 - a safe loader
     except yaml.YAMLError as error:
         raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
     match data:
         case dict():
             return data
@@ -38,7 +62,7 @@ def validated(schema: TypeAdapter[T], data: Mapping[str, Any], known: list[str],
 def _fault(location: tuple[int | str, ...], kind: str, message: str, value: object, known: list[str]) -> str:
     key = str(location[-1])
     where = ".".join(str(part) for part in location)
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+    if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
         return f"unknown key {where!r}; did you mean {nearest_first(key, known)[0]!r}?"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where} is missing"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from kvsim.documents import parse_yaml, validated
+from kvsim.documents import parse_yaml, read_document, validated
 from kvsim.gpu_file import PARAMETER_SETS, read_gpu_file
 from kvsim.names import unknown_name
 
@@ -191,4 +191,4 @@ def _document(folder: str, kind: str, text: str, names: Sequence[str]) -> tuple[
     path = Path(text).expanduser()
     if path.suffix not in (".yaml", ".yml") and len(path.parts) <= 1:
         raise unknown_name(kind, text, names)
-    return path.stem, parse_yaml(path.read_text(encoding="utf-8"), str(path)), str(path)
+    return path.stem, parse_yaml(read_document(path), str(path)), str(path)

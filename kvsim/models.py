@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from kvsim.documents import read_document
 from kvsim.names import unknown_name
 from policies.model import ModelShape
 
@@ -29,7 +30,7 @@ def load_model(text: str) -> ModelShape:
     elif path.suffix != ".json" and len(path.parts) == 1 and not path.exists():
         raise unknown_name("model", text, model_names())
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return _read(path.read_text(encoding="utf-8"), name, str(path))
+    return _read(read_document(path), name, str(path))
 
 
 def _read(document: str, name: str, origin: str) -> ModelShape:

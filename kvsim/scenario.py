@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, TypeAdapter
 
 import traces
-from kvsim.documents import parse_yaml, validated
+from kvsim.documents import parse_yaml, read_document, validated
 from kvsim.hardware import load_gpu, load_host
 from kvsim.models import load_model
 from kvsim.names import unknown_name
@@ -226,7 +226,7 @@ def scenario(options: Mapping[str, Any], file: Path | None = None) -> Scenario:
 
     Raises ValueError that names every key that is unknown (with the nearest known one), missing, or has a bad value.
     """
-    written = {} if file is None else parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    written = {} if file is None else parse_yaml(read_document(file), str(file))
     origin = " and ".join([*([str(file)] if file else []), *(["command line"] if options or not file else [])])
     return validated(_SCHEMA, {**written, **options}, list(Scenario.model_fields), origin)
 

@@ -80,12 +80,21 @@ def terms_of(tenants: Mapping[str, Tenant], names: Sequence[str]) -> list[Tenant
     """The terms of each tenant of a trace, in order: those of its own name, else of the first pattern that matches.
 
     Patterns are those of shells: * stands for any text, ? for one character, [ab] for one of these. Who matches none
-    has the default terms. Raises ValueError for a name or pattern that no tenant of the trace has.
+    has the default terms. Raises ValueError for a name or pattern that no tenant of the trace has, and for an SLO class
+    that none of them ends up with.
     """
     for key in tenants:
         if key not in names and not any(fnmatchcase(name, key) for name in names):
             raise unknown_name("tenant", key, names)
-    return [tenants[name] if name in tenants else _by_pattern(tenants, name) for name in names]
+    terms = [tenants[name] if name in tenants else _by_pattern(tenants, name) for name in names]
+    have = {one.slo_class for one in terms}
+    for key, one in tenants.items():
+        if one.slo_class not in have:
+            raise ValueError(
+                f"no tenant has the SLO class {one.slo_class!r}: those that {key!r} matches have terms from a name or "
+                "pattern before it; set the class there, or leave it out"
+            )
+    return terms
 
 
 def check_classes(tenants: Mapping[str, Tenant], classes: Mapping[str, Mapping[str, float]]) -> None:

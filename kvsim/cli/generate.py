@@ -8,6 +8,7 @@ import typer
 from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import JsonFlag, print_facts, print_json
 from kvsim.cli.progress import progress_bar
+from kvsim.documents import read_document
 from kvsim.units import format_bytes, format_s, parse_tokens
 
 
@@ -33,7 +34,7 @@ def generate(
     """Continue a text greedily under a policy; then print its latency, its memory, and the bytes that it moved."""
     new_tokens = _positive("max-new-tokens", max_new_tokens)
     chunk_tokens = None if prefill_chunk is None else _positive("prefill-chunk", prefill_chunk)
-    prompt = _read(prompt_file)
+    prompt = read_document(prompt_file)
     require_runtime()
     from policies import parse_policy
     from runtime import offload
@@ -106,10 +107,3 @@ def _positive(name: str, text: str) -> int:
     if number < 1:
         raise ValueError(f"--{name} {text} must be at least 1")
     return number
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from None

@@ -34,3 +34,11 @@ def test_quotas_may_add_up_to_more_than_the_memory() -> None:
     weights = setup("full").rank.weight_bytes
     assert result.memory["gpu0.hbm"]["peak_bytes"] - weights <= capacity_bytes
     assert np.all(result.requests["status"] == "finished")
+
+
+def test_a_class_that_only_a_hidden_pattern_has_is_named() -> None:
+    """Whoever matches `*` has terms of its own, so the class would bound nobody and goodput count nothing by it."""
+    tenants = {"chat": Tenant(slo_class="fast"), "b*": Tenant(), "*": Tenant(slo_class="slow")}
+    with pytest.raises(ValueError, match=r"^no tenant has the SLO class 'slow': those that '\*' matches have terms"):
+        terms_of(tenants, ["chat", "batch"])
+    assert [one.slo_class for one in terms_of(tenants, ["chat", "batch", "other"])] == ["fast", None, "slow"]

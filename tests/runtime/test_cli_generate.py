@@ -145,7 +145,7 @@ def test_memory_that_is_not_there(
     [
         (["--prompt-file", "none.txt"], "none.txt: No such file or directory"),
         (["--prompt-file", "empty.txt"], "the prompt is empty; give it at least one token"),
-        (["--prompt-file", "binary.txt"], "binary.txt: not UTF-8 ("),
+        (["--prompt-file", "binary.txt"], "binary.txt is not UTF-8 text (byte 0: "),
         (["--prompt-file", "long.txt"], "exceed the 2048 positions of llama; cut the prompt"),
         (["--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
         (["--prefill-chunk", "-1"], "token count '-1' is not a finite number"),
