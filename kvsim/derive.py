@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvsim.guessing import Guesser
 from kvsim.machine import Cost, Machine, access_bytes
-from kvsim.symbolic import Condition, Floor, Monomial, Polynomial, Tape, evaluate, polynomial_of
+from kvsim.symbolic import Condition, Floor, Monomial, Polynomial, Tape, evaluate, polynomial_of, total
 from policies import LayerPlan, ModelShape, Policy, Step, plan_end, plan_layer
 from policies.plan import Buffer, Compute, Copy, Op, Processor, Tier, Work, stored_bytes
 
@@ -172,16 +173,30 @@ class PlanTable:
     """The plans of one policy on one rank of a model, on one machine, with data-dependent counts at their means.
 
     `shares` replaces the default mean of a count, as a share of its maximum; `drawn` collects the counts met so far.
+    With a `guesser`, a decode step verifies its guesses, and the attention of its draft ends every step.
     """
 
-    def __init__(self, policy: Policy, model: ModelShape, machine: Machine, shares: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        model: ModelShape,
+        machine: Machine,
+        shares: Mapping[str, float],
+        guesser: Guesser | None = None,
+    ) -> None:
         self.policy, self.model, self.machine, self.shares = policy, model, machine, shares
+        self._guesser = guesser
         self._decode: list[Piece] = []
         self._prefill: list[Piece] = []
         self._structures: dict[Structure, Structure] = {}
         self.drawn: set[str] = set()
         self._asked: tuple[int, int, int] | None = None
         self._answer: tuple[Structure, Vector]
+
+    @property
+    def _new_tokens(self) -> int:
+        """Of a decode step."""
+        return 1 if self._guesser is None else self._guesser.speculation.verified_tokens
 
     @property
     def pieces(self) -> list[Piece]:
@@ -232,7 +247,7 @@ class PlanTable:
         tape = Tape(inputs)
         if len(inputs) == 2:
             prompt, generated = tape.symbols()
-            step = Step(prompt_tokens=prompt, past_tokens=prompt + generated - 1, new_tokens=1)
+            step = Step(prompt_tokens=prompt, past_tokens=prompt + generated - 1, new_tokens=self._new_tokens)
         else:
             prompt, past, new = tape.symbols()
             step = Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
@@ -245,12 +260,18 @@ class PlanTable:
                 groups.append(group)
             group_of.append(groups.index(group))
         end = plan_end(self.policy, self.model, step) if step.last_chunk else ()
+        held = stored_bytes([plan.buffers for plan in plans])
         end_shapes, end_columns = self._amounts(LayerPlan(self.policy, (), end, ()))
+        stored = [polynomial_of(held[tier]) for tier in TIERS]
+        if self._guesser is not None and self._guesser.drafts:
+            flops, nbytes, cache = self._guesser.amounts(step)
+            end_shapes += (OpShape("draft", (), self._guesser.cost, LINKS.index("hbm->sm"), syncs=False),)
+            end_columns += [flops, nbytes, {}]
+            stored[0] = total(stored[0], cache)
         structure = Structure(tuple(shapes for shapes, _ in groups), tuple(group_of), end_shapes)
         structure = self._structures.setdefault(structure, structure)
-        stored = stored_bytes([plan.buffers for plan in plans])
         columns = [column for _, group in groups for column in group] + end_columns
-        columns += [polynomial_of(stored[tier]) for tier in TIERS]
+        columns += stored
         return Piece(structure, len(inputs), tape.floors, tape.conditions, columns)
 
     def _amounts(self, plan: LayerPlan) -> tuple[tuple[OpShape, ...], list[Polynomial]]:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsim.derive import TIERS, PlanTable
+from kvsim.guessing import ARITHMETIC, COLLECTIVES, WEIGHTS, Guesser
 from kvsim.hardware import Gpu, Host
-from kvsim.machine import Machine
-from kvsim.makespan import BUSY, Clock, Load
+from kvsim.machine import NVLINK, SM, Machine
+from kvsim.makespan import BUSY, HBM, WORK, Clock, Load
 from kvsim.program import Floats
+from kvsim.speculation import Speculation
 from policies import ModelShape, Policy
 
 PAPER_PCIE_Bps = 20e9
@@ -21,7 +23,10 @@ PAPER_PCIE_Bps = 20e9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What one sequence of `context_tokens` costs, all ranks together; `batch` such sequences decode at a time."""
+    """What one sequence of `context_tokens` costs, all ranks together; `batch` such sequences decode at a time.
+
+    Where guesses are verified, `tokens_per_step` are emitted at a time, and every figure is of all that decodes.
+    """
 
     context_tokens: int
     kv_bytes: int
@@ -34,13 +39,15 @@ class Costs:
     bound_by: str
     batch: int
     output_tokens_per_s: float | None  # None where the batch does not fit
+    tokens_per_step: float = 1.0
 
 
 class Explainer:
     """Prices one policy on one model, `tp` GPUs and their host.
 
     An engine may use `utilization` of the HBM. Raises ValueError where the host does not hold as many GPUs, the
-    model does not divide by `tp`, or (when a context is priced) the policy cannot take the model.
+    model does not divide by `tp`, the policy cannot verify guesses, or (when a context is priced) the policy cannot
+    take the model.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class Explainer:
         tp: int = 1,
         utilization: float = 0.9,
         shares: Mapping[str, float] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         if not 1 <= tp <= host.gpus_max:
             raise ValueError(f"tp={tp} does not fit host {host.name!r}; it takes 1 to {host.gpus_max} GPUs")
@@ -61,9 +69,16 @@ class Explainer:
         rank = model.shard(tp)
         self.tp = tp
         self.machine = Machine(gpu=gpu, host=host, tp=tp)
-        self.table = PlanTable(policy, rank, self.machine, shares or {})
+        self._guesser = None
+        if speculation is not None:
+            speculation.check(policy)
+            self._guesser = Guesser(speculation, rank, self.machine)
+        self._tokens_per_step = speculation.tokens_per_step if speculation is not None else 1.0
+        self._new_tokens = speculation.verified_tokens if speculation is not None else 1
+        self.table = PlanTable(policy, rank, self.machine, shares or {}, self._guesser)
         self.clock = Clock(rank, self.machine)
         hbm_bytes = int(gpu.memory_bytes * utilization) - rank.weight_bytes
+        hbm_bytes -= self._guesser.weight_bytes if self._guesser else 0
         # One rank's part of each tier.
         self.capacity_bytes = (max(0, hbm_bytes), host.ddr_bytes // tp, host.nvme_bytes // tp)
 
@@ -83,7 +98,8 @@ class Explainer:
         batch = concurrency if batch is None else batch
         rate: float | None = None
         if batch <= concurrency:
-            rate = batch / self._decode(context_tokens, batch)[0] if batch else 0.0
+            emitted = batch * self._tokens_per_step
+            rate = emitted / self._decode(context_tokens, batch)[0] if batch else 0.0
         machine = self.machine
         return Costs(
             context_tokens=context_tokens,
@@ -92,20 +108,35 @@ class Explainer:
             ddr_bytes=self.tp * ddr_bytes,
             concurrency=concurrency,
             prefill_s=self._prefill_s(context_tokens),
-            decode_s_per_token=decode_s,
+            decode_s_per_token=decode_s / self._tokens_per_step,
             context_switch_s=machine.transfer_s(hbm_bytes, to_hbm=False) + machine.transfer_s(hbm_bytes, to_hbm=True),
             bound_by=bound_by(busy),
             batch=batch,
             output_tokens_per_s=rate,
+            tokens_per_step=self._tokens_per_step,
         )
 
     def _prefill_s(self, tokens: int) -> float:
-        return self.clock.iteration([Load(*self.table.prefill(tokens, 0, tokens))], tokens=tokens, logits=1)[0]
+        load = Load(*self.table.prefill(tokens, 0, tokens))
+        return self._iteration(load, tokens=tokens, logits=1, sequences=0)[0]
 
     def _decode(self, tokens: int, batch: int) -> tuple[float, Floats]:
         segment = self.table.decode(tokens - 1, 1)
         load = Load(segment.piece.structure, segment.start * batch)
-        return self.clock.iteration([load], tokens=batch, logits=batch)
+        new = batch * self._new_tokens
+        return self._iteration(load, tokens=new, logits=new, sequences=batch)
+
+    def _iteration(self, load: Load, tokens: int, logits: int, sequences: int) -> tuple[float, Floats]:
+        """That of the clock, and what guessing adds to it."""
+        seconds, busy = self.clock.iteration([load], tokens=tokens, logits=logits)
+        if self._guesser is None:
+            return seconds, busy
+        causes = self._guesser.seconds(sequences, 0 if sequences else tokens)
+        busy[SM] += causes.sum() - causes[COLLECTIVES]
+        busy[HBM] += causes[WEIGHTS]
+        busy[WORK] += causes[ARITHMETIC]
+        busy[NVLINK] += causes[COLLECTIVES]
+        return seconds + float(causes.sum()), busy
 
 
 def bound_by(busy: Floats) -> str:

@@ -95,13 +95,13 @@ class Symbol:
 
     def _pin(self) -> int:
         value = evaluate(self.polynomial, self.tape.values)
-        self.tape.decide(_sum(self.polynomial, {(): value}, -1), equal=True)
+        self.tape.decide(total(self.polynomial, {(): value}, -1), equal=True)
         return value
 
     def __add__(self, other: Number) -> Number:
         if isinstance(other, float):
             return self._pin() + other
-        return Symbol(self.tape, _sum(self.polynomial, polynomial_of(other), 1))
+        return Symbol(self.tape, total(self.polynomial, polynomial_of(other), 1))
 
     __radd__ = __add__
 
@@ -151,7 +151,7 @@ class Symbol:
     def __lt__(self, other: Number) -> bool:
         if isinstance(other, float):
             return self._pin() < other
-        return self.tape.decide(_sum(self.polynomial, polynomial_of(other), -1), equal=False)
+        return self.tape.decide(total(self.polynomial, polynomial_of(other), -1), equal=False)
 
     def __ge__(self, other: Number) -> bool:
         return not self < other
@@ -159,7 +159,7 @@ class Symbol:
     def __gt__(self, other: Number) -> bool:
         if isinstance(other, float):
             return self._pin() > other
-        return self.tape.decide(_sum(polynomial_of(other), self.polynomial, -1), equal=False)
+        return self.tape.decide(total(polynomial_of(other), self.polynomial, -1), equal=False)
 
     def __le__(self, other: Number) -> bool:
         return not self > other
@@ -169,7 +169,7 @@ class Symbol:
             return self._pin() == other
         if not isinstance(other, int | Symbol):
             return NotImplemented
-        return self.tape.decide(_sum(self.polynomial, polynomial_of(other), -1), equal=True)
+        return self.tape.decide(total(self.polynomial, polynomial_of(other), -1), equal=True)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -207,8 +207,9 @@ def polynomial_of(value: int | Symbol) -> Polynomial:
     return {(): value} if value else {}
 
 
-def _sum(left: Polynomial, right: Polynomial, sign: int) -> Polynomial:
-    total = dict(left)
+def total(left: Polynomial, right: Polynomial, sign: int = 1) -> Polynomial:
+    """The sum of two polynomials, or their difference where `sign` is -1."""
+    added = dict(left)
     for monomial, k in right.items():
-        total[monomial] = total.get(monomial, 0) + sign * k
-    return {m: k for m, k in total.items() if k}
+        added[monomial] = added.get(monomial, 0) + sign * k
+    return {m: k for m, k in added.items() if k}

@@ -216,17 +216,22 @@ def plan_end(policy: Policy, model: ModelShape, step: Step) -> Plan:
     return tuple(op for end in plan_ends(policy, model, step) for op in end.ops)
 
 
+def leaves(policy: Policy) -> list[Policy]:
+    """The policies that a composition is made of; any other policy alone."""
+    if isinstance(policy, ByLayer):
+        parts = [p for *_, p in policy.parts] + [policy.otherwise]
+    elif isinstance(policy, ByContext):
+        parts = [policy.short, policy.long]
+    elif isinstance(policy, ByHeads):
+        parts = [p for _, p in policy.parts]
+    else:
+        return [policy]
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
 def reuse_of(policy: Policy) -> Reuse:
     """What a prefix cache may keep: the least that any part of a composition allows."""
-    if isinstance(policy, ByLayer):
-        parts = [reuse_of(p) for *_, p in policy.parts] + [reuse_of(policy.otherwise)]
-    elif isinstance(policy, ByContext):
-        parts = [reuse_of(policy.short), reuse_of(policy.long)]
-    elif isinstance(policy, ByHeads):
-        parts = [reuse_of(p) for _, p in policy.parts]
-    else:
-        return policy.reuse
-    return max(parts, key=list(Reuse).index)
+    return max((leaf.reuse for leaf in leaves(policy)), key=list(Reuse).index)
 
 
 def _joined(parts: Sequence[tuple[str, Plan]]) -> Plan:

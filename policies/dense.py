@@ -9,6 +9,15 @@ def causal_pairs(past_tokens: int, new_tokens: int) -> int:
     return new_tokens * past_tokens + new_tokens * (new_tokens + 1) // 2
 
 
+def held_pairs(step: Step, held_tokens: int) -> int:
+    """Query-key pairs of a decode step that leaves `held_tokens` in the cache, its own among them.
+
+    Where a window has dropped tokens, each of several new ones counts one key more than the one before it did: at the
+    most half their square too many.
+    """
+    return causal_pairs(held_tokens - step.new_tokens, step.new_tokens)
+
+
 def windowed_pairs(past_tokens: int, new_tokens: int, window_tokens: int) -> int:
     """Query-key pairs when each new token attends to itself and at most `window_tokens` - 1 before it."""
     inside = max(0, min(new_tokens, window_tokens - past_tokens))  # queries that still see every earlier token

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.dense import activations, append, attend, causal_pairs, kv_row, windowed_pairs
+from policies.dense import activations, append, attend, causal_pairs, held_pairs, kv_row, windowed_pairs
 from policies.model import LayerShape, ModelShape
 from policies.plan import Access, Buffer, Compute, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, Reuse
@@ -21,6 +21,7 @@ class Full(Policy):
     paper: ClassVar[str] = "Vaswani et al. 2017, arXiv:1706.03762; read once per step as in FlashDecoding"
     reuse: ClassVar[Reuse] = Reuse.BLOCKS
     kinds: ClassVar[tuple[str, ...]] = ("full", "sliding", "mla", "linear")
+    verifies: ClassVar[bool] = True
 
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
         """`kv`: one row per token that the layer keeps; `state`: one row for a linear layer."""
@@ -49,7 +50,7 @@ class Full(Policy):
         if shape.kind == "linear":
             return _update_state(shape, step.new_tokens)
         kept = _kept(shape, step)
-        return _dense(shape, step, kept, kept)
+        return _dense(shape, step, held_pairs(step, kept), kept)
 
 
 def _kept(layer: LayerShape, step: Step) -> int:

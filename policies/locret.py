@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.dense import activations, append, attend
+from policies.dense import activations, append, attend, held_pairs
 from policies.model import LayerShape, ModelShape
 from policies.plan import Access, Buffer, Compute, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, Reuse, at_least
@@ -22,6 +22,7 @@ class Locret(Policy):
     paper: ClassVar[str] = "Locret, Huang et al. 2024, arXiv:2410.01805"
     trained: ClassVar[str] = "retaining heads: two linear layers in each layer, trained for the model"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
+    verifies: ClassVar[bool] = True
 
     budget_tokens: int = 6000
     local_tokens: int = 100
@@ -123,7 +124,7 @@ class Locret(Policy):
         rows = Rows(heads * held)
         reads = (Access("keys", rows), Access("values", rows))
         new = append(step, ("keys", "values"), ("new_k", "new_v"), heads)
-        return (new, rotate, attend(shape, step, Rows(held), reads, after=("rotate",)))
+        return (new, rotate, attend(shape, step, Rows(held_pairs(step, held)), reads, after=("rotate",)))
 
     def _head_params(self, shape: LayerShape) -> int:
         inputs = (shape.heads + shape.kv_heads) * shape.head_dim + shape.kv_heads * shape.v_head_dim

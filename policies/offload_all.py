@@ -20,6 +20,7 @@ class OffloadAll(Policy):
     name: ClassVar[str] = "offload-all"
     paper: ClassVar[str] = "FlexGen, Sheng et al. 2023, arXiv:2303.06865; Hugging Face OffloadedCache"
     reuse: ClassVar[Reuse] = Reuse.BLOCKS
+    verifies: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("full", "mla")
 
     staging_layers: int = 2

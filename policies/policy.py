@@ -30,6 +30,7 @@ class Policy:
     trained: ClassVar[str] = ""  # what must have been trained beside the model, if anything
     reuse: ClassVar[Reuse] = Reuse.NOTHING
     kinds: ClassVar[tuple[str, ...]] = ("full",)
+    verifies: ClassVar[bool] = False  # whether `decode` plans steps of several new tokens, as verifying guesses takes
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:
         """The shortest prompt for which the policy differs from the dense cache."""
@@ -48,7 +49,7 @@ class Policy:
         return ()
 
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        """The layer's operations for one generated token."""
+        """The layer's operations for one generated token, or for several at once where the policy `verifies`."""
         raise NotImplementedError
 
     def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:

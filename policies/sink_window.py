@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.dense import activations, append, attend, kv_row, windowed_pairs
+from policies.dense import activations, append, attend, held_pairs, kv_row, windowed_pairs
 from policies.model import ModelShape
 from policies.plan import Access, Buffer, Compute, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, Reuse, at_least, one_of
@@ -22,6 +22,7 @@ class SinkWindow(Policy):
         "StreamingLLM, Xiao et al. 2023, arXiv:2309.17453; LM-Infinite, Han et al. 2023, arXiv:2308.16137"
     )
     reuse: ClassVar[Reuse] = Reuse.NOTHING
+    verifies: ClassVar[bool] = True
 
     sink_tokens: int = 4
     window_tokens: int = 2000
@@ -43,7 +44,7 @@ class SinkWindow(Policy):
 
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Drop the oldest token after the sinks, append, attend to what is left."""
-        return self._attend(model, step, layer, self._kept(step))
+        return self._attend(model, step, layer, held_pairs(step, self._kept(step)))
 
     def _kept(self, step: Step) -> int:
         return min(step.tokens, self.sink_tokens + self.window_tokens + step.new_tokens - 1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.dense import activations, append, attend, raw_buffers, raw_prefill
+from policies.dense import activations, append, attend, held_pairs, raw_buffers, raw_prefill
 from policies.model import ModelShape
 from policies.plan import Access, Buffer, Compute, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, at_least, one_of
@@ -21,6 +21,7 @@ class SnapKV(Policy):
 
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV, Li et al. 2024, arXiv:2404.14469"
+    verifies: ClassVar[bool] = True
 
     budget_tokens: int = 2048
     observation_tokens: int = 32
@@ -120,7 +121,12 @@ class SnapKV(Policy):
         held = self.budget_tokens + step.generated_tokens
         return (
             append(step, ("keys", "values"), ("new_k", "new_v"), heads),
-            attend(shape, step, Rows(held), (Access("keys", Rows(heads * held)), Access("values", Rows(heads * held)))),
+            attend(
+                shape,
+                step,
+                Rows(held_pairs(step, held)),
+                (Access("keys", Rows(heads * held)), Access("values", Rows(heads * held))),
+            ),
         )
 
     def _early_queries(self, step: Step) -> int:

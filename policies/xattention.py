@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from policies.dense import activations, append, attend, causal_pairs, kv_row, pair_flops
+from policies.dense import activations, append, attend, causal_pairs, held_pairs, kv_row, pair_flops
 from policies.model import ModelShape
 from policies.plan import Access, Buffer, Compute, Count, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, Reuse, at_least, multiple_of, share_of
@@ -21,6 +21,7 @@ class XAttention(Policy):
     name: ClassVar[str] = "xattention"
     paper: ClassVar[str] = "XAttention, Xu et al. 2025, arXiv:2503.16428"
     reuse: ClassVar[Reuse] = Reuse.BLOCKS
+    verifies: ClassVar[bool] = True
 
     block_tokens: int = 128
     stride_tokens: int = 16
@@ -92,7 +93,7 @@ class XAttention(Policy):
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Dense."""
         cache = (Access("kv", Rows(step.tokens)),)
-        return (append(step), attend(model.layers[layer], step, Rows(step.tokens), cache))
+        return (append(step), attend(model.layers[layer], step, Rows(held_pairs(step, step.tokens)), cache))
 
     def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
         """`kept`: blocks computed beside the forced ones, per query head."""

@@ -21,6 +21,7 @@ PAPER_OPTIONS = ("paper", "model", "gpu", "context", "policy", "batch", "tp", "k
 SP_OPTIONS = ("sp", "model", "gpu", "host", "context", "kv_dtype", "weight_dtype", "json")
 PP_OPTIONS = ("pp", "micro_batches", "tp", "batch", "gpu_memory_utilization", *SP_OPTIONS[1:])
 BATCH_COLUMNS = ("batch", "output_tokens_per_s")
+SPECULATION_COLUMNS = ("tokens_per_step",)
 
 
 def explain(
@@ -67,10 +68,26 @@ def explain(
         str | None,
         typer.Option(metavar="NAME=SHARE,...|FILE", help="What data decide, as shares of its maximum, or a recording."),
     ] = None,
+    speculate: Annotated[
+        int | None, typer.Option(metavar="K", help="Guess K tokens ahead and verify them in one step.")
+    ] = None,
+    acceptance: Annotated[
+        str | None, typer.Option(metavar="P|P,P,...", help="That a guess holds if those before it did.")
+    ] = None,
+    tree: Annotated[
+        int | None, typer.Option(metavar="N", help="Guesses verified at once. Default: K, a chain.")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who guesses: a model, medusa, hidden-transfer or lookup.")
+    ] = None,
+    draft_share: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Or what a run of a draft takes of one of the model.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Compare what a long context costs under each policy: memory, prefill, decode, and switching between sequences."""
     from kvsim.models import load_model
+    from kvsim.speculation import parse_acceptance, speculation
 
     contexts = [parse_tokens(part) for part in context.split(",")]
     shape = load_model(model)
@@ -92,7 +109,7 @@ def explain(
         from kvsim.cli.pipeline import print_pipeline
 
         _refuse_others(ctx, "--pp", PP_OPTIONS)
-        options = {"pp": pp, "tp": tp, "utilization": gpu_memory_utilization}
+        options: dict[str, Any] = {"pp": pp, "tp": tp, "utilization": gpu_memory_utilization}
         print_pipeline(shape, gpu, host, contexts, micro_batches or pp, size, options, json=json)
         return
     if micro_batches is not None:
@@ -101,13 +118,15 @@ def explain(
         _refuse_others(ctx, "--paper", PAPER_OPTIONS)
         rows = _paper_rows(policy or ["full"], shape, gpu, contexts, tp, size)
     else:
-        options = {"tp": tp, "utilization": gpu_memory_utilization}
+        guesses = speculation(shape, speculate, parse_acceptance(acceptance or ""), tree, draft, draft_share)
+        options = {"tp": tp, "utilization": gpu_memory_utilization, "speculation": guesses}
         rows = list(
             _rows(
                 policy, shape, gpu, host, contexts, size, options, parse_shares([counts]) if counts is not None else {}
             )
         )
-    _print(rows, with_batch=batch is not None, json=json)
+    left_out = (*(BATCH_COLUMNS if batch is None else ()), *(SPECULATION_COLUMNS if speculate is None else ()))
+    _print(rows, left_out, json=json)
 
 
 def _paper_rows(
@@ -139,7 +158,8 @@ def _rows(
 
     card, server = load_gpu(gpu), load_host(host)
     drawn: set[str] = set()
-    for name in names or POLICIES:
+    known = [name for name, kind in POLICIES.items() if kind.verifies or options["speculation"] is None]
+    for name in names or known:
         explainer = Explainer(parse_policy(name), model, card, server, shares=shares, **options)
         try:
             priced = [explainer.costs(tokens, batch) for tokens in contexts]
@@ -155,12 +175,12 @@ def _rows(
             raise unknown_name("count", name, sorted(drawn))
 
 
-def _print(rows: Sequence[tuple[str, "Costs"]], *, with_batch: bool, json: bool) -> None:
+def _print(rows: Sequence[tuple[str, "Costs"]], left_out: Sequence[str], *, json: bool) -> None:
+    with_batch = "batch" not in left_out
     for name, costs in rows:
         if with_batch and costs.output_tokens_per_s is None:
             _warn(f"note: {name} at {costs.context_tokens:,} tokens: {costs.concurrency} fit, not {costs.batch}")
     if json:
-        left_out = () if with_batch else BATCH_COLUMNS
         shown = [
             {"schema_version": SCHEMA_VERSION, "policy": name}
             | {key: value for key, value in asdict(costs).items() if key not in left_out}
@@ -170,14 +190,14 @@ def _print(rows: Sequence[tuple[str, "Costs"]], *, with_batch: bool, json: bool)
         return
     headings = ["context", "KV", "HBM", "DDR", "fit", "prefill", "decode/token", "switch"]
     columns: Columns = {"policy": "left", **dict.fromkeys(headings, "right"), "bound by": "left"}
-    if with_batch:
-        columns = {**columns, "batch": "right", "tokens/s": "right"}
-    print_table(columns, ([name, *_cells(costs)][: len(columns)] for name, costs in rows))
+    further = {"batch": "batch", "output_tokens_per_s": "tokens/s", "tokens_per_step": "tokens/step"}
+    columns = {**columns, **{heading: "right" for name, heading in further.items() if name not in left_out}}
+    print_table(columns, ([name, *_cells(costs, left_out)] for name, costs in rows))
 
 
-def _cells(costs: "Costs") -> list[str]:
+def _cells(costs: "Costs", left_out: Sequence[str]) -> list[str]:
     rate = costs.output_tokens_per_s
-    return [
+    cells = [
         format_count(costs.context_tokens),
         format_bytes(costs.kv_bytes),
         format_bytes(costs.hbm_bytes),
@@ -187,9 +207,13 @@ def _cells(costs: "Costs") -> list[str]:
         format_s(costs.decode_s_per_token),
         format_s(costs.context_switch_s),
         costs.bound_by,
-        f"{costs.batch:,}",
-        "does not fit" if rate is None else f"{rate:.4g}",
     ]
+    further = {
+        "batch": f"{costs.batch:,}",
+        "output_tokens_per_s": "does not fit" if rate is None else f"{rate:.4g}",
+        "tokens_per_step": f"{costs.tokens_per_step:.3g}",
+    }
+    return cells + [cell for name, cell in further.items() if name not in left_out]
 
 
 def _print_schemes(
