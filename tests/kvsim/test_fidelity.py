@@ -12,7 +12,8 @@ from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.derive import PlanTable
 from kvsim.engine import runs
-from kvsim.engine.state import MOST_PARTS, OPEN_SPANS, PART, REPLICA
+from kvsim.engine.records import PART, REPLICA
+from kvsim.engine.state import MOST_PARTS, OPEN_SPANS
 from kvsim.machine import Machine
 from kvsim.makespan import Clock, Load
 from kvsim.models import load_model

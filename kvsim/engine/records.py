@@ -1,0 +1,217 @@
+"""The layouts of the records that the state of a simulation is made of, field by field."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvsim.engine.state import BOUNDS, BUSY, LINKS, QUEUES, TENANT_QUEUES, TIERS
+from kvsim.machine import LANES
+
+
+def _ints(*names: str) -> list[Any]:
+    return [(name, np.int64) for name in names]
+
+
+def _floats(*names: str) -> list[Any]:
+    return [(name, np.float64) for name in names]
+
+
+def _seconds(*names: str) -> list[Any]:
+    return [(name, np.float64, (len(BUSY),)) for name in names]
+
+
+REQUEST = np.dtype(
+    _floats(
+        "arrival_s",
+        "admitted_s",
+        "first_token_s",
+        "finish_s",
+        "last_token_s",  # before it was preempted
+        "ready_s",  # when its cached prefix has come up, or its state has come from another replica
+        "since_s",  # when it began to wait for the former, or was preempted
+        "prefix_s",  # for how long it waited for that
+        "hit_landed_s",  # when what is on its way to DDR will be there
+        "stream_s",  # from when on some of its state could be sent to another replica
+        "delay_s",  # after its leader
+    )
+    + _ints(
+        "prompt_tokens",
+        "output_tokens",
+        "cached_tokens",
+        "past_tokens",  # of its prompt that are done
+        "recomputed_tokens",  # output tokens that a preemption made part of its prompt
+        "chunk_tokens",  # of its prompt in this iteration
+        "preemptions",
+        "rejected",
+        "leader",  # after whose end, or else arrival, it arrives
+        "after_end",
+        "follower",  # the first of those that it leads itself, and the next of those that have its leader
+        "sibling",
+        "replica",
+        "tenant",  # its number among those that the scheduler tells apart
+        "pin",  # to which replicas it may go
+        "ticket",  # its place in the order of its replica's queue
+        "queue",  # the list that it is in, and its neighbours there
+        "before",
+        "after",
+        "piece",  # while it decodes: its plan, the iteration and the generated token with which that began, and
+        "joined",  # the iteration at which it ends
+        "generated_at_join",
+        "due",
+        "loading",  # whether it waits for its cached prefix
+        "matched",  # the version of the cache in which these were its hits
+        "hit_tokens",
+        "hit_load_bytes",
+        "hit_slow",  # whether blocks are in tiers below DDR alone
+    )
+    + _ints("receiver", "sender")  # replicas: where memory for its decoding is reserved, and who had its prompt
+    + [
+        ("held", np.int64, (TIERS,)),  # bytes reserved for its prefill, or taken while it is swapped out or on its way
+        ("sent", np.int64, (TIERS,)),  # of its state after the prompt
+        ("reserved", np.int64, (TIERS,)),  # at its receiver, before it is on its way
+        ("lent", np.int64, (TIERS,)),  # at its sender, until it has arrived
+    ]
+    + [(name, np.float64, (len(BOUNDS),)) for name in ("bound_s", "ttft_bound_s")]  # all of it, up to its first token
+)
+REPLICA = np.dtype(
+    _floats(
+        "wake_s",  # when it next does something by itself
+        "end_s",  # of the run under way
+        "began_s",
+        "stall_s",  # swaps that the next iteration waits for
+        "run_stall_s",
+        "loader_free_s",
+        "link_free_s",  # when all state that it sends or receives has moved
+        "nic_s",  # for which it sends to other hosts
+    )
+    + _ints(
+        "phase",
+        "iteration",  # decode iterations so far
+        "next_due",
+        "batch_tokens",  # what is left of an iteration's
+        "chunks",
+        "decoding_now",  # sequences that decode in this iteration or run
+        "late",  # the last so many of them have been swapped in: their next token comes after a longer gap
+        "outstanding_tokens",  # of requests that have not left, for the router
+        "expected",  # sequences to come for which memory is reserved
+        "left",  # requests that finished or were rejected
+        "n_parts",
+        "cut",  # whether the run under way has been shortened
+        "first_neighbour",  # the replicas of its host
+        "n_neighbours",
+        "busy_now",
+        "on_host",  # GPUs that are busy on its host and on its most crowded switch
+        "on_switch",
+        "first_ticket",  # the smallest and the largest of its queue so far
+        "last_ticket",
+        "left_queue",  # the tenant whose request left the queue last
+        "cached",  # whether it has a prefix cache, and how often that has changed
+        "cache_version",
+        "weight_bytes",
+        "collective_bytes",
+        "handoff_peer_bytes",
+        "handoff_nic_bytes",
+        "prefix_up_bytes",
+        "prefix_down_bytes",
+        "swap_up_bytes",
+        "swap_down_bytes",
+        "swaps",
+    )
+    + [
+        ("first", np.int64, (QUEUES,)),
+        ("last", np.int64, (QUEUES,)),
+        ("length", np.int64, (QUEUES,)),
+        ("held_bytes", np.int64, (TIERS,)),  # by sequences in prefill and by swapped ones
+        ("stored_bytes", np.int64, (TIERS,)),  # by decoding sequences in the next iteration
+        ("growth_bytes", np.int64, (TIERS,)),  # and how much more in each further one
+        ("used_bytes", np.int64, (TIERS,)),  # at the start of this iteration or run
+        ("cache_bytes", np.int64, (TIERS,)),
+        ("plan_bytes", np.int64, (LINKS,)),
+        ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
+        ("shared_s", np.float64, (2,)),  # copies, and CPU work, of the iteration under way, if alone on the host
+        *_seconds("busy_s"),
+    ]
+)
+TENANT = np.dtype(  # one tenant at one replica
+    _floats(
+        "weight",
+        "lift",  # what its counter has been raised by, beyond its service
+    )
+    + _ints(
+        "priority",
+        "quota_bytes",  # of HBM
+        "watermark_bytes",
+        "over_quota",  # its next request has to wait for its own ones; of this turn
+        "decoding",  # sequences
+        "prompt_tokens",  # served: computed by prefill, and generated
+        "output_tokens",
+        "held_bytes",  # of HBM: as those of a replica
+        "stored_bytes",
+        "growth_bytes",
+        "peak_bytes",
+    )
+    + [(name, np.int64, (TENANT_QUEUES,)) for name in ("first", "last", "length")]
+)
+PIN = np.dtype(_ints("first", "n_replicas", "arrived"))  # neighbours that requests may go to, and how many have arrived
+PART = np.dtype(  # iterations whose durations lie on a line, and while a run is split, a span that may not yet
+    _ints("low", "steps") + _floats("first_s", "last_s", "slope_s") + _seconds("busy_s", "last_busy_s", "busy_slope_s")
+)
+NOTE = np.dtype(
+    _floats("time_s") + _ints("hbm_bytes", "ddr_bytes") + [(n, np.int32) for n in ("replica", "running", "waiting")]
+)
+AWAY = np.dtype(_ints("request") + _floats("from_s", "to_s"))  # while it was preempted
+GAP = np.dtype(_floats("first_s", "slope_s") + _ints("steps", "tokens"))
+
+# Compiled code is kept for the types of its arguments as long as the file of the compiled function is unchanged. A type
+# that names a digest of this package makes a change to any of its files count.
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+WORLD = np.dtype(
+    _ints(
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "watermark_bytes",
+        "swaps",  # what was preempted, rather than recomputing it
+        "step_by_step",  # whoever runs the replicas takes every iteration by itself and shares the host by itself
+        "router",
+        "scheduler",
+        "prefill_replicas",  # the first so many process prompts, the others decode; 0: all do both
+        "streams_chunks",  # whether state is final once it is computed, so that chunks can be sent
+        "layers",
+        "tp",
+        "gpus_per_switch",
+        "head_bytes",
+        "arrived",  # requests so far
+        "recorded",  # the next that waits for nobody
+        "known",  # size of the heap of those that waited
+        "routed",  # the last by a look into prefix caches
+        "notes",  # rows written
+        "gaps",
+        "aways",
+        "loads",  # of the batch, which was priced last, its tokens and its rows of the head
+        "tokens",
+        "logits",
+    )
+    + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
+    + _floats("peer_latency_s", "peer_byte_s", "nic_latency_s", "nic_byte_s")  # between replicas
+    + _floats("ddr_Bps", "switch_Bps")
+    + _floats("now_s")  # of a detour to the prefix caches
+    + _floats("prompt_weight", "output_weight")  # service of a token
+    + _floats("window_from_s", "window_to_s")  # what begins within is shown
+    + _floats("look_s")  # when that began, swaps aside
+    + _floats("head_s", "logit_s")  # of the output head: once, and for each position
+    + _floats("head_launch_s")  # the part of the former that is no transfer
+    + [
+        ("capacity_bytes", np.int64, (TIERS,)),
+        ("need_bytes", np.int64, (TIERS,)),  # scratch
+        ("asked_bytes", np.int64, (TIERS,)),  # scratch: a need for which others are preempted
+        ("wanted", np.int64, (5,)),  # by a detour: what, and its arguments
+        ("first_piece", np.int64, (2,)),  # the one found last, for decode steps and chunks of prompts
+        *_seconds("busy_s"),  # of the batch priced last
+        ("free_s", np.float64, (len(LANES),)),  # when each lane is free, and was one layer earlier
+        ("before_s", np.float64, (len(LANES),)),
+        ("used", np.int64, (len(LANES),)),  # whether a lane has work in these layers
+        (f"sources_{_SOURCES.hexdigest()[:16]}", np.int8),
+    ]
+)
