@@ -104,7 +104,7 @@ class Machine:
             return 1 / rates.topk_elements_per_s
         return 1 / rates.flops("fp32")
 
-    def linear_s(self, weight_bytes: int, flops: int, kernels: int, dtype: str) -> float:
+    def linear_s(self, weight_bytes: int, flops: int, kernels: float, dtype: str) -> float:
         """Time of dense layers: weights stream in and then multiply.
 
         The two are added, not overlapped: decode GEMMs of few rows run below either roofline, and the sum reproduces
@@ -116,14 +116,21 @@ class Machine:
         return kernels * rates.launch_s + weight_bytes / rates.hbm_Bps + flops / peak
 
     def layer_s(self, model: ModelShape, layer: LayerShape, tokens: int) -> tuple[float, float, float]:
-        """Times of a layer's own parts for a batch of `tokens`: before the policy, output projection, MLP."""
-        dtype = model.weight_dtype
-        qkv = self.linear_s(model.bytes_of(layer.qkv_params), 2 * layer.qkv_params * tokens, QKV_KERNELS, dtype)
-        out = self.linear_s(model.bytes_of(layer.out_params), 2 * layer.out_params * tokens, OUT_KERNELS, dtype)
+        """Times of a layer's own parts for a batch of `tokens`: before the policy, output projection, MLP.
+
+        A block layer's are means over where in its block each sequence is.
+        """
+        share, every = layer.share_run(tokens), layer.tokens_per_run
+
+        def part(nbytes: int, params: int, kernels: int) -> float:
+            flops = 2 * params * tokens // every
+            return self.linear_s(round(share * nbytes), flops, share * kernels, model.weight_dtype)
+
+        qkv = part(model.bytes_of(layer.qkv_params), layer.qkv_params, QKV_KERNELS)
+        out = part(model.bytes_of(layer.out_params), layer.out_params, OUT_KERNELS)
         if not layer.mlp_params:
             return qkv, out, 0.0
-        mlp_bytes = model.mlp_bytes_touched(layer, tokens)
-        return qkv, out, self.linear_s(mlp_bytes, 2 * layer.mlp_active_params * tokens, MLP_KERNELS, dtype)
+        return qkv, out, part(model.mlp_bytes_touched(layer, tokens), layer.mlp_active_params, MLP_KERNELS)
 
     def head_s(self, model: ModelShape, logits: int) -> float:
         """Time of the output head for `logits` positions."""

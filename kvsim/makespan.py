@@ -159,7 +159,10 @@ class Clock:
     def own_bounds_s(self, tokens: int) -> tuple[float, float]:
         """Of the model's own layers: seconds of arithmetic and of streaming weights; the rest are launches."""
         _, busy, _ = self.own_layers(tokens)
-        kernels = sum(QKV_KERNELS + OUT_KERNELS + (MLP_KERNELS if x.mlp_params else 0) for x in self.model.layers)
+        kernels = sum(
+            x.share_run(tokens) * (QKV_KERNELS + OUT_KERNELS + (MLP_KERNELS if x.mlp_params else 0))
+            for x in self.model.layers
+        )
         hbm_s = float(busy[HBM])
         return float(busy[SM]) - hbm_s - kernels * self.machine.gpu.rates.launch_s, hbm_s
 
@@ -235,4 +238,5 @@ class Clock:
 
 def model_bytes(model: ModelShape, layer: LayerShape, tokens: int) -> int:
     """Bytes of weights that one layer reads for a batch of `tokens`."""
-    return model.bytes_of(layer.qkv_params + layer.out_params) + model.mlp_bytes_touched(layer, tokens)
+    nbytes = model.bytes_of(layer.qkv_params + layer.out_params) + model.mlp_bytes_touched(layer, tokens)
+    return round(layer.share_run(tokens) * nbytes)

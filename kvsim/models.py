@@ -33,6 +33,14 @@ def load_model(text: str) -> ModelShape:
     return _read(read_document(path), name, str(path))
 
 
+def model_source(name: str) -> str:
+    """Where a catalogue model's figures are from, and what its design needs to be trained for; none for any other."""
+    if name not in model_names():
+        return ""
+    source = json.loads((_CATALOGUE / f"{name}.json").read_text(encoding="utf-8"))["_source"]
+    return str(source)
+
+
 def _read(document: str, name: str, origin: str) -> ModelShape:
     try:
         config = json.loads(document)

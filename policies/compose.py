@@ -155,8 +155,9 @@ class ByHeads(Policy):
 def resolve(policy: Policy, model: ModelShape, step: Step, layer: int) -> Policy:
     """The policy that plans this layer: a part of a composition, or the dense cache where the policy has no say.
 
-    Raises ValueError for an MLA layer under a policy that needs keys per head, for a layer that reads the cache of one
-    whose policy moves it, and for parts that the model has no layers for.
+    Raises ValueError for an MLA layer under a policy that needs keys per head, for a layer whose rows stand for several
+    tokens under any other than the dense cache, for a layer that reads the cache of one whose policy moves it, and for
+    parts that the model has no layers for.
     """
     shape = model.layers[layer]
     if shape.share_kv_with is not None:
@@ -174,6 +175,11 @@ def resolve(policy: Policy, model: ModelShape, step: Step, layer: int) -> Policy
             raise ValueError(
                 f"{policy.name} needs keys per KV head, but layer {layer} of {model.name} caches an MLA latent; "
                 "use full or offload-all"
+            )
+        if shape.kind in ("block", "core"):
+            raise ValueError(
+                f"{policy.name} needs a key of every token, but layer {layer} of {model.name} caches one row for "
+                f"{shape.block_tokens} tokens; use full"
             )
         return DENSE
     if step.prompt_tokens < policy.minimum_prompt_tokens(model, layer):

@@ -24,6 +24,18 @@ def windowed_pairs(past_tokens: int, new_tokens: int, window_tokens: int) -> int
     return causal_pairs(past_tokens, inside) + (new_tokens - inside) * window_tokens
 
 
+def core_pairs(past_tokens: int, new_tokens: int, window_tokens: int, group_tokens: int) -> int:
+    """Query-row pairs of a core layer: what has left a token's window is one row for each group of tokens."""
+
+    def before(tokens: int) -> int:  # groups that the first `tokens` queries see, all together
+        left = max(0, tokens - window_tokens)
+        groups = left // group_tokens
+        return groups * (left + 1) - group_tokens * groups * (groups + 1) // 2
+
+    groups = before(past_tokens + new_tokens) - before(past_tokens)
+    return causal_pairs(past_tokens, new_tokens) - (group_tokens - 1) * groups
+
+
 def pair_flops(layer: LayerShape, step: Step) -> int:
     """FLOPs of one query-key pair over all query heads: the score and the weighted value."""
     if layer.kind == "mla" and not step.prefilling:

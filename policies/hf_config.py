@@ -7,6 +7,7 @@ from typing import Any
 
 from policies.hf_keys import Keys
 from policies.hf_layers import LINEAR, Experts, Family, attention, dense_mlp, layer, mla, sparse_mlp
+from policies.hf_nemotron import NEMOTRON_H, common_keys, nemotron_layers
 from policies.model import LayerShape, ModelShape
 
 _QWEN_EXPERTS = Experts(count="num_experts", width="moe_intermediate_size")
@@ -63,6 +64,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             linear="mamba2",
             experts=replace(_LOCAL_EXPERTS, shared_width="shared_intermediate_size"),
         ),
+        "gpt_neox": Family(
+            norms=4, last_norms=2, qkv_bias=True, out_bias=True, gated_mlp=False, mlp_bias=True
+        ),  # LayerNorm has a bias
+        "nemotron_h": NEMOTRON_H,
         "llama4_text": replace(_LLAMA, experts=replace(_LOCAL_EXPERTS, always_shared=1)),
     }
 )
@@ -78,6 +83,8 @@ _KIND_OF_LAYER_TYPE = {
     "chunked_attention": "sliding",
     "linear_attention": "linear",
     "mamba": "linear",
+    "block_attention": "block",  # these two are of no published config: Block Transformer, CCA
+    "core_attention": "core",
 }
 
 
@@ -97,11 +104,16 @@ def read(config: Mapping[str, Any], name: str) -> ModelShape:
     model_type = model_type or config.get("model_type") or ""
     if model_type == "chatglm":
         config = _from_chatglm(config)
+    elif model_type == "nemotron_h":
+        config = common_keys(config)
     family = FAMILIES.get(model_type) or _unknown_family(config, model_type, name)
     keys = Keys(config, name, family.defaults)
     hidden, vocab = keys.number("hidden_size"), keys.number("vocab_size")
-    kinds = _layer_kinds(keys, model_type)
-    layers = tuple(_layer(keys, family, model_type, index, kind) for index, kind in enumerate(kinds))
+    if model_type == "nemotron_h":
+        layers = nemotron_layers(keys)
+    else:
+        kinds = _layer_kinds(keys, model_type)
+        layers = tuple(_layer(keys, family, model_type, index, kind) for index, kind in enumerate(kinds))
     tied = keys.flag("tie_word_embeddings", family.tied)
     in_layers = sum(x.qkv_params + x.out_params + x.mlp_params for x in layers)
     weights, experts = keys.quantised_dtypes()
@@ -113,7 +125,7 @@ def read(config: Mapping[str, Any], name: str) -> ModelShape:
         layers=layers,
         embedding_params=vocab * hidden,
         head_params=vocab * hidden,
-        params=in_layers + hidden + vocab * hidden * (1 if tied else 2),  # hidden: the last norm
+        params=in_layers + family.last_norms * hidden + vocab * hidden * (1 if tied else 2),
         dtype=keys.dtype(),
         kv_dtype=keys.dtype(),
         weight_dtype=weights or keys.dtype(),
@@ -200,14 +212,16 @@ def _layer(keys: Keys, family: Family, model_type: str, index: int, kind: str) -
         first = mla(keys)
     else:
         window = 0
-        if kind == "sliding":
+        if kind in ("sliding", "core"):
             window = keys.number("attention_chunk_size" if model_type == "llama4_text" else "sliding_window")
         # A window that holds every position is no window (Phi-3-mini-128k has one of 262,144).
         first = attention(keys, family, window if window < keys.number("max_position_embeddings") else 0)
+        if kind in ("block", "core"):
+            first |= {"kind": kind, "block_tokens": keys.number("block_length", least=2)}
     if family.experts and _is_sparse(keys, model_type, index):
-        second = sparse_mlp(keys, family.experts)
+        second = sparse_mlp(keys, family, family.experts)
     else:
-        second = dense_mlp(keys, keys.number(_DENSE_WIDTH.get(model_type, "intermediate_size")))
+        second = dense_mlp(keys, family, keys.number(_DENSE_WIDTH.get(model_type, "intermediate_size")))
     return layer({**first, **second}, family.norms * keys.number("hidden_size"))
 
 

@@ -35,6 +35,13 @@ class Keys:
             raise self.error(key, f"must be a whole number of at least {least}")
         return value
 
+    def text(self, key: str) -> str:
+        """Text that is not empty."""
+        value = self._values.get(key)
+        if not isinstance(value, str) or not value:
+            raise self.error(key, "must be text")
+        return value
+
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self._values.get(key, default)

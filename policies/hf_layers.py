@@ -31,12 +31,15 @@ class Family:
 
     kv: str = "full"  # of the layers that are no linear ones: "full" (or a window) or "mla"
     norms: int = 2  # vectors of hidden_dim weights in a layer
+    last_norms: int = 1  # and after the last one
     qkv_bias: bool | None = False
     out_bias: bool | None = False
     qk_norm: str = ""  # "head": one norm for each head's dimensions; "heads": a norm for every head of its own
     gated: bool = False  # the query projection also makes an output gate
     sinks: bool = False  # one learned attention sink for each head
     tied: bool = False  # default of tie_word_embeddings
+    gated_mlp: bool = True  # three matrices, not two
+    mlp_bias: bool = False  # default of mlp_bias
     experts: Experts | None = None
     linear: str = ""  # the linear layers: "mamba", "mamba2" or "gated_delta_net"
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -78,12 +81,14 @@ def mla(keys: Keys) -> dict[str, Any]:
     latent, rope = keys.number("kv_lora_rank"), keys.number("qk_rope_head_dim")
     nope, v_dim = keys.number("qk_nope_head_dim"), keys.number("v_head_dim")
     q_dim = heads * (nope + rope)
+    down = hidden * (latent + rope) + latent
     if "q_lora_rank" in keys:
         q_rank = keys.number("q_lora_rank")
-        qkv = hidden * q_rank + q_rank + q_rank * q_dim
+        down += hidden * q_rank + q_rank
+        up = q_rank * q_dim
     else:
-        qkv = hidden * q_dim
-    qkv += hidden * (latent + rope) + latent + latent * heads * (nope + v_dim)
+        up = hidden * q_dim
+    up += latent * heads * (nope + v_dim)
     return {
         "kind": "mla",
         "heads": heads,
@@ -91,7 +96,8 @@ def mla(keys: Keys) -> dict[str, Any]:
         "head_dim": nope + rope,
         "v_head_dim": v_dim,
         "latent_dim": latent + rope,
-        "qkv_params": qkv,
+        "qkv_params": down + up,
+        "whole_params": down,
         "out_params": heads * v_dim * hidden,
     }
 
@@ -117,12 +123,15 @@ def mamba(keys: Keys) -> dict[str, Any]:
 
 
 def mamba2(keys: Keys) -> dict[str, Any]:
-    """Mamba-2 (Bamba, Granite 4): a (head_dim, state) matrix for each head, and the convolution's last inputs."""
+    """Mamba-2 (Bamba, Granite 4, Nemotron-H): a (head_dim, state) matrix a head, and the convolution's last inputs."""
     hidden, state, width = keys.number("hidden_size"), keys.number("mamba_d_state"), keys.number("mamba_d_conv")
     heads, groups = keys.number("mamba_n_heads"), keys.number("mamba_n_groups")
-    inner = keys.number("mamba_expand") * hidden
-    if inner % heads:
-        raise keys.error("mamba_n_heads", f"does not divide mamba_expand * hidden_size = {inner}")
+    if "mamba_head_dim" in keys:
+        inner = heads * keys.number("mamba_head_dim")
+    else:
+        inner = keys.number("mamba_expand") * hidden
+        if inner % heads:
+            raise keys.error("mamba_n_heads", f"does not divide mamba_expand * hidden_size = {inner}")
     conv_dim = inner + 2 * groups * state
     conv = conv_dim * (width + (1 if keys.flag("mamba_conv_bias", True) else 0))
     bias = (inner + conv_dim + heads, hidden) if keys.flag("mamba_proj_bias", False) else (0, 0)
@@ -159,24 +168,28 @@ def gated_delta_net(keys: Keys) -> dict[str, Any]:
 LINEAR = {"mamba": mamba, "mamba2": mamba2, "gated_delta_net": gated_delta_net}
 
 
-def dense_mlp(keys: Keys, width: int) -> dict[str, Any]:
-    """A gated MLP: three matrices between hidden_size and `width`."""
-    hidden = keys.number("hidden_size")
-    params = 3 * hidden * width + (2 * width + hidden if keys.flag("mlp_bias", False) else 0)
+def dense_mlp(keys: Keys, family: Family, width: int) -> dict[str, Any]:
+    """An MLP: three matrices between hidden_size and `width` where it is gated, else two."""
+    params = _mlp_params(keys, family, width, keys.flag("mlp_bias", family.mlp_bias))
     return {"mlp_params": params, "mlp_active_params": params}
 
 
-def sparse_mlp(keys: Keys, experts: Experts) -> dict[str, Any]:
-    """Routed experts, each a gated MLP, with their router and the experts that every token uses."""
+def _mlp_params(keys: Keys, family: Family, width: int, biased: bool) -> int:
+    hidden, matrices = keys.number("hidden_size"), 3 if family.gated_mlp else 2
+    return matrices * hidden * width + ((matrices - 1) * width + hidden if biased else 0)
+
+
+def sparse_mlp(keys: Keys, family: Family, experts: Experts) -> dict[str, Any]:
+    """Routed experts, each an MLP, with their router and the experts that every token uses."""
     hidden, width = keys.number("hidden_size"), keys.number(experts.width)
     count, per_token = keys.number(experts.count), keys.number("num_experts_per_tok")
-    expert = 3 * hidden * width + (2 * width + hidden if experts.biased else 0)
+    expert = _mlp_params(keys, family, width, experts.biased)
     shared = experts.always_shared * width
     if experts.shared_width:
         shared = keys.number(experts.shared_width)
     elif experts.shared_count:
         shared = keys.number(experts.shared_count, 0, least=0) * width
-    rest = count * hidden + 3 * hidden * shared
+    rest = count * hidden + _mlp_params(keys, family, shared, False)
     rest += count if experts.biased or experts.correction_bias else 0
     rest += hidden if experts.shared_gate else 0
     return {
@@ -189,8 +202,8 @@ def sparse_mlp(keys: Keys, experts: Experts) -> dict[str, Any]:
 
 
 def layer(parts: Mapping[str, Any], norm_params: int) -> LayerShape:
-    """Join the two parts of a layer; half of its norm weights count with each."""
-    first = norm_params // 2
+    """Join the two parts of a layer; half of its norm weights count with each, all with one that has no MLP."""
+    first = norm_params // 2 if parts["mlp_params"] else 0
     return LayerShape(
         **{
             **parts,

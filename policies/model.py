@@ -8,7 +8,15 @@ from typing import Any
 
 from policies.dtypes import check_dtype, row_bytes
 
-LAYER_KINDS = ("full", "sliding", "mla", "linear")
+LAYER_KINDS = ("full", "sliding", "mla", "linear", "block", "core")
+
+
+_OWN_FIELDS = {
+    "window_tokens": ("sliding", "core"),
+    "latent_dim": ("mla",),
+    "state_elements": ("linear",),
+    "block_tokens": ("block", "core"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +24,11 @@ class LayerShape:
     """One decoder layer: its attention, what that caches, and the weights of each part.
 
     `kind` is `full`, `sliding` (a window, or local chunks), `mla` (one latent vector per token, which all heads share:
-    `kv_heads` is 1) or `linear` (a state of constant size: Mamba, gated delta net; `heads` are those of the state).
-    Norm weights count with `qkv_params` and `mlp_params`. `mlp_params` holds every routed expert, `mlp_active_params`
+    `kv_heads` is 1), `linear` (a state of constant size: Mamba, gated delta net; `heads` are those of the state),
+    `block` (a dense layer over blocks of `block_tokens`, run once a block: Block Transformer, arXiv:2406.02657) or
+    `core` (the last `window_tokens`, and one row for each `block_tokens` before them: CCA, arXiv:2412.12465).
+    Norm weights count with `qkv_params` and `mlp_params`. `whole_params` are those of `qkv_params` that every
+    tensor-parallel rank has whole: MLA's down-projections. `mlp_params` holds every routed expert, `mlp_active_params`
     the ones that a single token uses.
 
     Raises ValueError when the numbers contradict each other.
@@ -31,8 +42,10 @@ class LayerShape:
     window_tokens: int = 0
     latent_dim: int = 0
     state_elements: int = 0
+    block_tokens: int = 0
     share_kv_with: int | None = None
     qkv_params: int
+    whole_params: int = 0
     out_params: int
     mlp_params: int
     mlp_active_params: int
@@ -48,9 +61,10 @@ class LayerShape:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
-        for kind, name in (("sliding", "window_tokens"), ("mla", "latent_dim"), ("linear", "state_elements")):
-            if (getattr(self, name) > 0) != (self.kind == kind):
-                raise ValueError(f"{name}={getattr(self, name)} in a {self.kind} layer; {kind} layers alone have it")
+        for name, kinds in _OWN_FIELDS.items():
+            if (getattr(self, name) > 0) != (self.kind in kinds):
+                alone = " and ".join(kinds)
+                raise ValueError(f"{name}={getattr(self, name)} in a {self.kind} layer; {alone} layers alone have it")
         if not 0 <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token={self.experts_per_token} is not within 0 and experts={self.experts}")
 
@@ -58,6 +72,15 @@ class LayerShape:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads
+
+    @property
+    def tokens_per_run(self) -> int:
+        """Tokens of a sequence for which the layer runs once."""
+        return self.block_tokens if self.kind == "block" else 1
+
+    def share_run(self, tokens: int) -> float:
+        """The chance that any of `tokens`, each of another sequence, makes the layer run: it ends a block."""
+        return 1 - (1 - 1 / self.tokens_per_run) ** tokens
 
     @property
     def routed_params(self) -> int:
@@ -84,18 +107,34 @@ class LayerShape:
             return tokens * row_bytes((self.latent_dim,), kv_dtype)
         token_bytes = row_bytes((self.kv_heads, self.head_dim), kv_dtype)
         token_bytes += row_bytes((self.kv_heads, self.v_head_dim), kv_dtype)
-        return token_bytes * (min(tokens, self.window_tokens) if self.kind == "sliding" else tokens)
+        return token_bytes * self.rows(tokens, tokens)
+
+    def rows(self, tokens: int, first: int) -> int:
+        """Cached rows of a sequence of `tokens`, of which the one numbered `first` (from 1) still needs its window."""
+        if self.kind == "sliding":
+            return min(tokens, self.window_tokens + tokens - first)
+        if self.kind == "block":
+            return -(-tokens // self.block_tokens)
+        if self.kind == "core":
+            return tokens - self.cores(first) * (self.block_tokens - 1)
+        return tokens
+
+    def cores(self, tokens: int) -> int:
+        """Rows of a core layer that stand for a group of tokens each: those that the window has left behind."""
+        return max(0, tokens - self.window_tokens) // self.block_tokens
 
     def with_heads(self, heads: int, kv_heads: int) -> LayerShape:
         """The same attention with fewer heads; its weights shrink in proportion to the vectors they produce."""
         before = self.heads * self.head_dim + self.kv_heads * (self.head_dim + self.v_head_dim)
         after = heads * self.head_dim + kv_heads * (self.head_dim + self.v_head_dim)
+        if self.kind == "mla":  # what is made of the latent belongs to query heads
+            before, after = self.heads, heads
         return replace(
             self,
             heads=heads,
             kv_heads=kv_heads,
             state_elements=-(-self.state_elements * heads // self.heads),
-            qkv_params=-(-self.qkv_params * after // before),
+            qkv_params=self.whole_params - (-(self.qkv_params - self.whole_params) * after // before),
             out_params=-(-self.out_params * heads // self.heads),
         )
 
@@ -164,8 +203,9 @@ class ModelShape:
 
     @property
     def active_params(self) -> int:
-        """Weights that one token multiplies: the layers with their active experts, and the head."""
-        return self.head_params + sum(x.qkv_params + x.out_params + x.mlp_active_params for x in self.layers)
+        """Weights that one token multiplies: the layers with their active experts, and the head; on average."""
+        layers = ((x.qkv_params + x.out_params + x.mlp_active_params) // x.tokens_per_run for x in self.layers)
+        return self.head_params + sum(layers)
 
     @property
     def weight_bytes(self) -> int:
@@ -191,9 +231,13 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one more token adds to an unbounded cache: full and MLA layers only."""
-        growing = (layer for layer in self.layers if layer.kind in ("full", "mla"))
-        return sum(layer.kv_bytes(1, self.kv_dtype, self.dtype) for layer in growing)
+        """Bytes that one more token adds to an unbounded cache, on average over a block where rows stand for blocks."""
+        sizes = (
+            layer.kv_bytes(1, self.kv_dtype, self.dtype) // (layer.block_tokens or 1)
+            for layer in self.layers
+            if layer.kind not in ("sliding", "linear")
+        )
+        return sum(sizes)
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes that one sequence of `tokens` keeps: windows capped, linear states constant, shared layers nothing."""
@@ -204,8 +248,8 @@ class ModelShape:
     def shard(self, tp: int) -> ModelShape:
         """One rank's part under tensor parallelism: heads, experts, MLP and vocabulary divided by `tp`.
 
-        KV heads are replicated once `tp` exceeds them, and an MLA latent always. Weights are divided with rounding up;
-        MLA's down-projections too, though engines replicate them (0.14 % of DeepSeek-V3).
+        KV heads are replicated once `tp` exceeds them, an MLA latent and the down-projections to it always. Weights are
+        divided with rounding up.
 
         Raises ValueError when `tp` does not divide the heads.
         """

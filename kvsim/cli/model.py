@@ -46,7 +46,7 @@ def show_model(
     json: JsonFlag = False,
 ) -> None:
     """Show a model's layers, weights and KV-cache sizes."""
-    from kvsim.models import load_model
+    from kvsim.models import load_model, model_source
 
     shape = load_model(model)
     kv_bytes = {context: shape.kv_bytes(parse_tokens(context)) for context in SHOWN_CONTEXTS}
@@ -64,6 +64,8 @@ def show_model(
         "KV bytes per token": f"{shape.kv_bytes_per_token:,} in {shape.kv_dtype}, once all windows are full",
     }
     facts |= {f"KV at {context} tokens": format_bytes(size) for context, size in kv_bytes.items()}
+    if source := model_source(model):
+        facts["source"] = source
     print_facts(shape.name, facts)
     used = [name for name in groups[0] if any(group[name] for group in groups)]
     rows = ([str(group[name]) for name in used] for group in groups)
@@ -99,6 +101,6 @@ def _summary(model: ModelShape) -> dict[str, Any]:
 
 def _group(layer: LayerShape) -> tuple[tuple[str, str | int], ...]:
     """What tells groups of like layers apart, as (name, value) pairs."""
-    names = ("kind", "heads", "kv_heads", "head_dim", "window_tokens", "latent_dim", "state_elements")
+    names = ("kind", "heads", "kv_heads", "head_dim", "window_tokens", "latent_dim", "state_elements", "block_tokens")
     routing = ("experts", "experts_per_token")
     return tuple((name, getattr(layer, name)) for name in (*names, *routing))

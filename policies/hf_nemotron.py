@@ -1,0 +1,86 @@
+"""Layers of Nemotron-H (arXiv:2504.03624), whose config writes mixers and MLPs as blocks of their own."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from policies.hf_keys import Keys
+from policies.hf_layers import Experts, Family, attention, dense_mlp, layer, mamba2, sparse_mlp
+from policies.model import LayerShape
+
+_EXPERTS = Experts(
+    count="n_routed_experts",
+    width="moe_intermediate_size",
+    shared_width="moe_shared_expert_intermediate_size",
+    correction_bias=True,
+)
+NEMOTRON_H = Family(norms=1, qkv_bias=None, out_bias=None, gated_mlp=False, experts=_EXPERTS)  # a norm for each block
+
+_COMMON = {  # the common name of each key that is named otherwise
+    "attention_head_dim": "head_dim",
+    "mamba_num_heads": "mamba_n_heads",
+    "n_groups": "mamba_n_groups",
+    "ssm_state_size": "mamba_d_state",
+    "conv_kernel": "mamba_d_conv",
+    "use_conv_bias": "mamba_conv_bias",
+}
+_BLOCKS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
+_BLOCK_TYPES = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+_MIXERS = "M*"
+
+
+def common_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's keys under the names that other architectures have for them."""
+    return {_COMMON.get(key, key): value for key, value in config.items()}
+
+
+def nemotron_layers(keys: Keys) -> tuple[LayerShape, ...]:
+    """One layer for each mixer; the MLP that follows it is its own, and where none does it has none.
+
+    Raises ValueError for a pattern that is not understood, and for experts in a latent space.
+    """
+    if "moe_latent_size" in keys:
+        raise keys.error("moe_latent_size", "is not supported: experts are read as MLPs of hidden_size")
+    hidden = keys.number("hidden_size")
+    layers = []
+    for mixer, mlp in _pairs(keys):
+        first = mamba2(keys) if mixer == "M" else attention(keys, NEMOTRON_H, 0)
+        second = {"mlp_params": 0, "mlp_active_params": 0}
+        if mlp == "-":
+            second = dense_mlp(keys, NEMOTRON_H, keys.number("intermediate_size"))
+        elif mlp == "E":
+            second = sparse_mlp(keys, NEMOTRON_H, _EXPERTS)
+        layers.append(layer({**first, **second}, 2 * hidden if mlp else hidden))
+    return tuple(layers)
+
+
+def _pairs(keys: Keys) -> Iterator[tuple[str, str]]:
+    """Mixers and the MLPs after them, as letters of the pattern; no letter for no MLP."""
+    pattern = _pattern(keys)
+    if len(pattern) != keys.number("num_hidden_layers", len(pattern)):
+        raise keys.error("num_hidden_layers", f"differs from the {len(pattern)} blocks of the pattern")
+    for before, here in zip(" " + pattern, pattern, strict=False):
+        if here not in _MIXERS and before not in _MIXERS:
+            raise keys.error("hybrid_override_pattern", "has an MLP that follows no mixer")
+    for here, after in zip(pattern, pattern[1:] + " ", strict=True):
+        if here in _MIXERS:
+            yield here, "" if after in _MIXERS + " " else after
+
+
+def _pattern(keys: Keys) -> str:
+    names = keys.sequence("layers_block_type")
+    for name in names:
+        if name not in _BLOCK_TYPES:
+            raise keys.error("layers_block_type", f"has {name!r}; known: {', '.join(_BLOCK_TYPES)}")
+    pattern = "".join(_BLOCK_TYPES[name] for name in names) or keys.text("hybrid_override_pattern")
+    for letter in pattern:
+        if letter not in _BLOCKS:
+            known = ", ".join(f"{letter} ({what})" for letter, what in _BLOCKS.items())
+            raise keys.error("hybrid_override_pattern", f"has {letter!r}; known: {known}")
+    return pattern
