@@ -21,6 +21,7 @@ from kvsim.prefix_tiers import PrefixTiers
 from kvsim.results import Array, Result
 from kvsim.setup import Setup
 from kvsim.tenants import terms_of
+from kvsim.token_gaps import TenantGaps, expanded
 from kvsim.version import __version__
 from policies import describe
 from traces import Trace
@@ -54,7 +55,8 @@ class Outcome:
         """Everything that was recorded, and the three times that the simulator itself took."""
         # What the engine hands over is freed as soon as it has been turned into columns.
         series = self.engine.take_notes()
-        gaps = _token_gaps(self.engine.take_gaps())
+        gaps = self.engine.take_gaps()
+        several, token_gaps = len(self.trace.tenants) > 1, expanded(gaps)
         requests = self._columns(self.engine.take_requests())
         ends = np.concatenate([requests["finish_s"], requests["first_token_s"]])
         start_s = float(self.trace.arrival_s[0])
@@ -67,7 +69,8 @@ class Outcome:
             requests=requests,
             preempted=_away(self.engine.take_aways()),
             operations=None if self.engine.timeline is None else self.engine.timeline.columns(),
-            token_gaps=gaps,
+            token_gaps=token_gaps,
+            tenant_gaps=TenantGaps(gaps, self.trace.tenants) if several else None,
             series=self._series(series),
             memory=memory,
             links=self._links(traffic, makespan_s) | self._slow_links(makespan_s),
@@ -240,15 +243,6 @@ def _away(rows: Array) -> dict[str, Array]:
 def _prefill_replica(requests: Array) -> Array:
     """Where each prompt was processed; a request that decodes nowhere else has that in `replica`."""
     return np.where(requests["sender"] == NOBODY, requests["replica"], requests["sender"])
-
-
-def _token_gaps(gaps: Array) -> tuple[Array, Array]:
-    """All gaps as (seconds, how many tokens)."""
-    steps = gaps["steps"]
-    ends = np.cumsum(steps)
-    step = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - steps, steps)
-    seconds = np.repeat(gaps["first_s"], steps) + np.repeat(gaps["slope_s"], steps) * step
-    return seconds, np.repeat(gaps["tokens"], steps)
 
 
 def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:

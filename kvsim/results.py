@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from kvsim.attribution import attribution, bottleneck
 from kvsim.fairness import Tenancy, fairness
 from kvsim.names import unknown_name
+from kvsim.token_gaps import TenantGaps
 from kvsim.uncertainty import over_blocks, over_seeds
 
 SCHEMA_VERSION = 1
@@ -54,6 +55,7 @@ class Result:
     cpu_s: float
     setup_cpu_s: float
     tenancy: Tenancy = field(default_factory=Tenancy)
+    tenant_gaps: TenantGaps | None = None  # of each of several; None: not recorded
     # Of a window, in order of replica, lane and time: replica, lane, operation, layer, begin_s, end_s.
     operations: dict[str, Array] | None = None
     # The same run on traces of other seeds; () where the trace is recorded, None where nobody asked.
@@ -123,8 +125,6 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
     everything = _group(result, outcome, np.arange(len(outcome.finished)), statistics(*result.token_gaps))
     # Sorted by tenant, so that each one's requests are a run of rows, however many tenants there are.
     rows = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1]) if len(members) else []
-    # The gaps are not recorded per tenant: theirs are known only where one tenant has all of them.
-    itl_s = everything["itl_s"] if len(names) == 1 else dict.fromkeys(everything["itl_s"])
     fair = fairness(result.requests, names, members, result.tenancy)
     served = fair.pop("tenants")
     return {
@@ -134,7 +134,11 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
         "makespan_s": float(result.makespan_s),
         "fairness": fair,
         "tenants": {
-            name: {**_group(result, outcome, own, itl_s), **_terms(result.tenancy, name, within), **served[name]}
+            name: {
+                **_group(result, outcome, own, _tenant_itl_s(result, name, len(names))),
+                **_terms(result.tenancy, name, within),
+                **served[name],
+            }
             for name, own, within in zip(names, rows, bounds, strict=True)
         },
         "memory": plain(result.memory),
@@ -232,6 +236,13 @@ def _group(result: Result, outcome: _Outcome, rows: NDArray[np.intp], itl_s: Sta
         "queue_s": spread["queue_s"],
         "attribution": attribution(columns, measured),
     }
+
+
+def _tenant_itl_s(result: Result, name: str, tenants: int) -> Statistics:
+    """Inter-token latencies of a tenant: all of them where there is no other."""
+    if tenants == 1:
+        return statistics(*result.token_gaps)
+    return statistics(*result.tenant_gaps.of(name)) if result.tenant_gaps else statistics(np.empty(0))
 
 
 def _terms(tenancy: Tenancy, name: str, bounds: Mapping[str, float]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from kvsim.engine.state import (
     AMOUNTS,
     DDR,
     DECODING,
+    EVERYBODY,
     HANDING,
     HBM,
     IDLE,
@@ -69,22 +70,34 @@ def charge_model(world: Record, replica: Record, prices: Prices, iterations: int
 def emit(cluster: Cluster, number: int, first_s: float) -> None:
     """Record the gaps before the tokens of an iteration; a sequence swapped in for it had waited for longer."""
     replica = cluster.replicas[number]
-    gap(cluster, first_s, 0.0, 1, replica["decoding_now"] - replica["late"])
+    gap(cluster, number, EVERYBODY, first_s, 0.0, 1, replica["decoding_now"] - replica["late"])
     index = replica["last"][DECODING]
     for _ in range(replica["late"]):
         request = cluster.requests[index]
-        gap(cluster, first_s + replica["began_s"] - request["last_token_s"], 0.0, 1, 1)
+        late_s = first_s + replica["began_s"] - request["last_token_s"]
+        gap(cluster, number, request["whose"], late_s, 0.0, 1, 1)
+        note_member(cluster, index, 1)
         index = request["before"]
     replica["late"] = 0
 
 
-def gap(cluster: Cluster, first_s: float, slope_s: float, steps: int, tokens: int) -> None:
+def gap(cluster: Cluster, number: int, whose: int, first_s: float, slope_s: float, steps: int, tokens: int) -> None:
     """Before each of `steps` steps so many tokens waited `first_s`, and `slope_s` longer each time."""
     if steps <= 0 or tokens <= 0:
         return
     row = cluster.gaps[cluster.world["gaps"]]
     cluster.world["gaps"] += 1
     row["first_s"], row["slope_s"], row["steps"], row["tokens"] = first_s, slope_s, steps, tokens
+    row["replica"], row["whose"] = number, whose
+
+
+def note_member(cluster: Cluster, index: int, change: int) -> None:
+    """Record that from here on a batch's gaps are before one token more, or less, of this request's tenant."""
+    if not cluster.world["several_tenants"]:
+        return
+    row, request = cluster.gaps[cluster.world["gaps"]], cluster.requests[index]
+    cluster.world["gaps"] += 1
+    row["steps"], row["tokens"], row["replica"], row["whose"] = 0, change, request["replica"], request["whose"]
 
 
 def away(cluster: Cluster, index: int, now_s: float) -> None:

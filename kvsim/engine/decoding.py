@@ -1,6 +1,7 @@
 """The sequences of a replica that decode: what they amount to together, and when one of them ends or changes."""
 
 from kvsim.engine.attribution import finish
+from kvsim.engine.books import note_member
 from kvsim.engine.plans import DECODE, NEVER, amounts, evaluate, find, slopes, steps_until_change
 from kvsim.engine.queues import push_last, take_out
 from kvsim.engine.sessions import has_left
@@ -34,6 +35,7 @@ def withdraw(cluster: Cluster, index: int) -> None:
     """Let a request decode no further."""
     replica = cluster.replicas[cluster.requests[index]["replica"]]
     take_out(cluster.requests, replica, index)
+    note_member(cluster, index, -1)
     _subtract(cluster, index)
     replica["next_due"] = _next_due(cluster, replica)
 
@@ -132,6 +134,7 @@ def settle(cluster: Cluster, replica_index: int, leave_s: float) -> None:
         after = requests[index]["after"]
         if requests[index]["due"] <= replica["iteration"] and not renew(cluster, index):
             take_out(requests, replica, index)
+            note_member(cluster, index, -1)
             _subtract(cluster, index)
             leave(cluster, index, leave_s)
             finish(replica, requests[index], leave_s)

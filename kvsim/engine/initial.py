@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 1 << 20  # so large that their memory is given back when they are
 
 def initial_cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTiers) -> Cluster:
     """The state before anything has happened, without plans."""
-    world, requests = _world(setup, clock), _requests(trace, setup)
+    world, requests = _world(trace, setup, clock), _requests(trace, setup)
     return Cluster(
         world=world,
         requests=requests,
@@ -36,7 +36,7 @@ def initial_cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTi
         rows=np.zeros((0, 0), np.int64),
         parts=np.zeros((setup.replicas, MOST_PARTS + OPEN_SPANS), dtype=PART),
         notes=np.zeros(ROWS_AT_ONCE + 6 * setup.max_num_seqs, dtype=NOTE),
-        gaps=np.zeros(ROWS_AT_ONCE + 4 * setup.max_num_seqs, dtype=GAP),
+        gaps=np.zeros(ROWS_AT_ONCE + 8 * setup.max_num_seqs, dtype=GAP),
         aways=np.zeros(4 * setup.max_num_seqs, dtype=AWAY),
         plans=plan_arrays([], {}, world),
     )
@@ -48,7 +48,7 @@ def _requests(trace: Trace, setup: Setup) -> Records:
         requests[name] = getattr(trace, name)
     for name in ("admitted_s", "first_token_s", "finish_s", "last_token_s", "stream_s"):
         requests[name] = np.nan
-    requests["queue"], requests["matched"] = NOWHERE, -1
+    requests["queue"], requests["matched"], requests["whose"] = NOWHERE, -1, trace.tenant
     requests["receiver"] = requests["sender"] = NOBODY
     requests["leader"] = requests["follower"] = requests["sibling"] = NOBODY
     if setup.sessions == "closed":
@@ -110,7 +110,7 @@ def _replicas(setup: Setup, prefixes: PrefixTiers) -> Records:
     return replicas
 
 
-def _world(setup: Setup, clock: Clock) -> Record:
+def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:
     world = np.zeros(1, dtype=WORLD)[0]
     rates, host, capacity = setup.gpu.rates, setup.host, setup.capacity()
     world["max_num_seqs"], world["max_num_batched_tokens"] = setup.max_num_seqs, setup.max_num_batched_tokens
@@ -132,4 +132,5 @@ def _world(setup: Setup, clock: Clock) -> Record:
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
     world["ddr_Bps"], world["switch_Bps"] = host.ddr_Bps, host.switch_Bps
     world["routed"] = NOBODY
+    world["several_tenants"] = len(trace.tenants) > 1
     return world

@@ -3,7 +3,7 @@
 import math
 
 from kvsim.engine.attribution import contend, finish, first_token, note_shared
-from kvsim.engine.books import charge_model, charge_plans, emit, gap, look, note, note_now
+from kvsim.engine.books import charge_model, charge_plans, emit, gap, look, note, note_member, note_now
 from kvsim.engine.decoding import advance, join, last_generated, leave, target_tokens
 from kvsim.engine.handoff import first_layer_s, hand_over, hands_over
 from kvsim.engine.memory import release
@@ -101,13 +101,14 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     if first:
         first_token(replica, request, now_s)
     else:
-        gap(cluster, now_s - request["last_token_s"], 0.0, 1, 1)
+        gap(cluster, number, request["whose"], now_s - request["last_token_s"], 0.0, 1, 1)
     if hands_over(cluster, request):
         hand_over(cluster, number, index, now_s)
     else:
         release(cluster, index)
         if decodes:
             join(cluster, index, 1)
+            note_member(cluster, index, 1)
         else:
             finish(replica, request, now_s)
             leave(cluster, index, now_s)

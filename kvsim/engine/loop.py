@@ -154,11 +154,13 @@ def _route(cluster: Cluster, index: int) -> int:
 def _check_rows(cluster: Cluster) -> None:
     """A turn must find room for all that it may note: each sequence that joins or returns may leave a gap.
 
+    Where tenants are told apart, so does each that joins or leaves a batch.
+
     And each that goes from one replica to another changes what two idle ones hold.
     """
     world = cluster.world
     returns = 2 * world["max_num_seqs"]
-    gaps = returns + MOST_PARTS + 2
+    gaps = returns + MOST_PARTS + 2 + (2 * returns if world["several_tenants"] else 0)
     notes = MOST_NOTES + (3 * returns if world["prefill_replicas"] else 0)
     full = world["notes"] + notes > len(cluster.notes) or world["gaps"] + gaps > len(cluster.gaps)
     if full or world["aways"] + returns > len(cluster.aways):

@@ -51,6 +51,7 @@ REQUEST = np.dtype(
         "sibling",
         "replica",
         "tenant",  # its number among those that the scheduler tells apart
+        "whose",  # its number among all of the trace
         "pin",  # to which replicas it may go
         "ticket",  # its place in the order of its replica's queue
         "queue",  # the list that it is in, and its neighbours there
@@ -162,7 +163,10 @@ NOTE = np.dtype(
     _floats("time_s") + _ints("hbm_bytes", "ddr_bytes") + [(n, np.int32) for n in ("replica", "running", "waiting")]
 )
 AWAY = np.dtype(_ints("request") + _floats("from_s", "to_s"))  # while it was preempted
-GAP = np.dtype(_floats("first_s", "slope_s") + _ints("steps", "tokens"))
+# Before a token of `whose`, or those of a batch (EVERYBODY); without steps, who joined or left that.
+GAP = np.dtype(
+    _floats("first_s", "slope_s") + _ints("steps", "tokens") + [(name, np.int32) for name in ("replica", "whose")]
+)
 
 # Compiled code is kept for the types of its arguments as long as the file of the compiled function is unchanged. A type
 # that names a digest of this package makes a change to any of its files count.
@@ -176,6 +180,7 @@ WORLD = np.dtype(
         "step_by_step",  # whoever runs the replicas takes every iteration by itself and shares the host by itself
         "router",
         "scheduler",
+        "several_tenants",  # have sent requests
         "prefill_replicas",  # the first so many process prompts, the others decode; 0: all do both
         "streams_chunks",  # whether state is final once it is computed, so that chunks can be sent
         "layers",

@@ -20,6 +20,7 @@ from kvsim.engine.state import (
     COUNT,
     DDR,
     DECODING,
+    EVERYBODY,
     HBM,
     MOST_PARTS,
     RUNNING,
@@ -75,7 +76,7 @@ def end_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None
         whole = 1  # the first iteration has been recorded by itself
     for i in range(replica["n_parts"]):
         first_s, slope_s = parts[i]["first_s"], parts[i]["slope_s"]
-        gap(cluster, first_s + whole * slope_s, slope_s, parts[i]["steps"] - whole, decoding)
+        gap(cluster, number, EVERYBODY, first_s + whole * slope_s, slope_s, parts[i]["steps"] - whole, decoding)
         whole = 0
     advance(cluster, number, steps)
 

@@ -29,6 +29,7 @@ COUNT, STORED, OPS, AMOUNTS = 0, 1, 1 + TIERS, 3
 VECTOR, SLOPE, PROMPTS = range(3)  # rows of `rows`: scratch, then prompts by structure, then the loads of a batch
 
 NOBODY = -1  # no request
+EVERYBODY = -1  # all tenants
 # Lists that a request can be in: the first two are a tenant's at a replica, the others a replica's. Where replicas
 # process prompts or decode, HANDING are those whose state waits for a receiver, and INCOMING those whose state comes.
 WAITING, SWAPPED, PREFILLING, DECODING, HANDING, INCOMING, NOWHERE = range(7)

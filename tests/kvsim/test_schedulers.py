@@ -114,11 +114,16 @@ def test_two_tenants_on_separate_halves_are_two_separate_runs(policy: str, gpus:
     requests = mixed(11, 120, 2, span_s=5.0, prompts=(500, 9000), outputs=(1, 80))
     half = gpus // 2
     tenants = {"a": Tenant(replicas=(0, half - 1)), "b": Tenant(replicas=(half, gpus - 1))}
-    together = simulate(requests, setup(policy, gpus=gpus, router=router, tenants=tenants)).requests
+    both = simulate(requests, setup(policy, gpus=gpus, router=router, tenants=tenants))
+    together, itl_s = both.requests, {name: own["itl_s"] for name, own in summarize(both)["tenants"].items()}
     for code in (0, 1):
         rows = requests.tenant == code
-        by_itself = simulate(alone(requests, code), setup(policy, gpus=half, router=router)).requests
+        lone = simulate(alone(requests, code), setup(policy, gpus=half, router=router))
+        by_itself, gaps = lone.requests, summarize(lone)["itl_s"]
         own = {name: column[rows] for name, column in together.items()}
         assert np.array_equal(own["replica"] - code * half, by_itself["replica"])
         exact = [name for name in own if name not in ("request", "tenant", "replica", "session", "status")]
         assert same(own, by_itself, names=exact)
+        mean_s, lone_mean_s = itl_s["ab"[code]].pop("mean"), gaps.pop("mean")
+        assert itl_s["ab"[code]] == gaps
+        assert mean_s == pytest.approx(lone_mean_s, rel=1e-12)  # summed in another order
