@@ -3,18 +3,14 @@
 For queries that no index saw: recall of the exact top 100 and the attention mass captured, against the inner products
 computed as a share of the keys (centroids, entry points and upper layers included).
 
-    python benchmarks/retrieval_index.py [--context 32768] [--layers 7 6] [--capture FILE] [--out FILE]
+    python benchmarks/retrieval_index.py [--context 32768] [--layers 7 6] [--out FILE]
 
 Two sets of keys:
-- needle-28m on one niah_multiquery prompt. Indexed: the prompt without 128 sinks and its last 512 tokens, with the
-  queries of the same tokens; asked: the queries of the last 32 tokens (the question and the answer). A head is
-  concentrated when its exact top 100 hold half of its attention to these keys, diffuse otherwise. Queries and keys are
-  rounded to 16 bits, as a cache holds them. The graph's defaults were chosen on layers 4 and 6; layer 7 was not looked
-  at before.
-- synthetic, queries out of distribution: hidden states x = topic (one of 512, normal) + 0.7 noise, d = 64; keys
-  x Wk + bk and queries x Wq + bq with independent random W of spectrum i^-0.5 and independent normal offsets of half
-  the topics' size, 16,384 keys, 8,192 queries to build from, 32 to ask with. Seed 0 was for tuning; seeds 1 to 3 are
-  reported.
+- needle-28m on one niah_multiquery prompt (`attention_data.needle`). A head is concentrated when its exact top 100
+  hold half of its attention to these keys, diffuse otherwise. The graph's defaults were chosen on layers 4 and 6;
+  layer 7 was not looked at before.
+- synthetic, queries out of distribution: 16,384 keys, 8,192 queries to build from, 32 to ask with
+  (`attention_data.synthetic` describes them). Seed 0 was for tuning; seeds 1 to 3 are reported.
 
 The tuning of each method (lists; links of HNSW) is chosen for each share of keys as the best one on the very queries
 asked, which favours the baselines: the graph has its defaults throughout. Where a method cannot scan as few keys as a
@@ -34,24 +30,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import faiss
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from attention_data import ASKED, DEVICE, examples, needle, synthetic
+
 from runtime.index import Flat, Graph, GraphParameters, Index, Ivf
 from runtime.index.measure import Quality, measure, quality
-from runtime.needle import expand, load_evals
 
 OUT = Path(__file__).parent / "results" / "retrieval_index.json"
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.1)
-TOP_K, ASKED, SINKS, WINDOW = 100, 32, 128, 512
+TOP_K = 100
 CONCENTRATED = 0.5
 LISTS, PROBED = (64, 128, 256, 512), (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12)
 LINKS, EFFORTS = (8, 16, 32), (100, 200, 400, 800)  # HNSW: M, efSearch
@@ -70,9 +63,15 @@ def curve(points: list[Quality]) -> dict[str, np.ndarray]:
     }
 
 
+def best_mass(keys: torch.Tensor, asked: torch.Tensor) -> np.ndarray:
+    """The attention that the exact top 100 hold, the mean for each head."""
+    nothing = (torch.full((len(asked), TOP_K), -1), torch.zeros(len(asked)))
+    return quality([nothing] * asked.shape[1], keys, asked, TOP_K).best_mass.numpy()
+
+
 def graph_curve(keys: torch.Tensor, queries: torch.Tensor, asked: torch.Tensor) -> list[dict[str, np.ndarray]]:
     """The graph, told how many keys it may scan."""
-    index = Graph.build(keys, queries)
+    index = Graph.build(keys.to(DEVICE), queries.to(DEVICE))
     points = []
     for share in SHARES:
         index.parameters = replace(GraphParameters(), scanned=share)
@@ -92,7 +91,7 @@ def times(keys: torch.Tensor, queries: torch.Tensor, asked: torch.Tensor) -> dic
         return statistics.median(spent[1:])
 
     begun = time.perf_counter()
-    graph = Graph.build(keys, queries)
+    graph = Graph.build(keys.to(DEVICE), queries.to(DEVICE))
     found = {"build_s": time.perf_counter() - begun, "flat_s": median(Flat.build(keys, queries))}
     for share in SHARES:
         graph.parameters = replace(GraphParameters(), scanned=share)
@@ -172,53 +171,6 @@ def compare(keys: torch.Tensor, queries: torch.Tensor, asked: torch.Tensor) -> d
     }
 
 
-def synthetic(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys (1, n, d), queries to build from and to ask with, as the head of this file says."""
-    d, topics, random = 64, 512, torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random)
-
-    def projection() -> torch.Tensor:
-        left, right = torch.linalg.qr(normal(d, d))[0], torch.linalg.qr(normal(d, d))[0]
-        return left * torch.arange(1, d + 1) ** -0.5 @ right * d**0.25
-
-    centres, w_k, w_q, b_k, b_q = normal(topics, d), projection(), projection(), normal(d) / 2, normal(d) / 2
-
-    def hidden(rows: int) -> torch.Tensor:
-        return centres[torch.randint(topics, (rows,), generator=random)] + 0.7 * normal(rows, d)
-
-    keys, build, asked = hidden(16384) @ w_k + b_k, hidden(8192) @ w_q + b_q, hidden(ASKED) @ w_q + b_q
-    return keys[None], build[None], asked[None]
-
-
-def needle(context: int, layers: list[int]) -> dict[str, torch.Tensor]:
-    """Rotated queries (layers, heads, n, d) and keys (layers, kv_heads, n, d) of one prompt and its answer."""
-    example = next(e for e in load_evals(("niah_multiquery",)) if e.length_tokens == context and e.depth >= 0.45)
-    ids = torch.from_numpy(np.concatenate([example.prompt, example.answer]))[None]
-    with TemporaryDirectory() as folder, torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(expand(Path(folder)), dtype=torch.float32)
-        kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def keep(layer: int, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            normed = model.model.layers[layer].input_layernorm(arguments[0])
-            shape = (1, normed.shape[1], -1, module.head_dim)
-            q, k = (p(normed).view(shape).transpose(1, 2) for p in (module.q_proj, module.k_proj))
-            angles = model.model.rotary_emb(normed, torch.arange(normed.shape[1])[None])
-            q, k = apply_rotary_pos_emb(q, k, *angles)
-            kept[layer] = (q[0], k[0])
-
-        for number in layers:
-            layer = model.model.layers[number]
-            layer.register_forward_pre_hook(lambda _, a, n=number, m=layer.self_attn: keep(n, m, a))
-        model.model(ids, use_cache=False)
-    return {
-        "q": torch.stack([kept[n][0] for n in layers]).half(),
-        "k": torch.stack([kept[n][1] for n in layers]).half(),
-        "prompt": torch.tensor(len(example.prompt)),
-    }
-
-
 def rows(label: str, compared: dict[str, dict[str, np.ndarray]], heads: np.ndarray) -> list[dict[str, object]]:
     """Means over those of `heads` that have a figure, as records; how far the graph is ahead, head by head."""
     records: list[dict[str, object]] = []
@@ -274,15 +226,16 @@ def needle_rows(
     return records
 
 
-def setup(context: int, layers: Sequence[int]) -> dict[str, object]:
+def setup(command: str) -> dict[str, object]:
     """What the figures hang on."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"], check=True, capture_output=True, text=True
     )
     return {
-        "command": f"python benchmarks/retrieval_index.py --context {context} --layers {' '.join(map(str, layers))}",
+        "command": f"python {command}",
         "commit": described.stdout.strip(),
         "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "model_and_graph_built_on": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "the same",
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "faiss-cpu", "numba", "numpy", "transformers")},
         "top_k": TOP_K,
@@ -294,25 +247,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=32768, help="tokens of the needle-28m prompt")
     parser.add_argument("--layers", type=int, nargs="+", default=[7, 6])
-    parser.add_argument("--capture", type=Path, help="keep the model's queries and keys here, or read them from here")
     parser.add_argument("--out", type=Path, default=OUT)
     given = parser.parse_args()
-    if given.capture and given.capture.exists():
-        captured = load_file(given.capture)
-    else:
-        captured = needle(given.context, given.layers)
-        if given.capture:
-            save_file(captured, given.capture)
-    measured: dict[str, object] = {"schema_version": 1, **setup(given.context, given.layers)}
+    measured: dict[str, object] = {"schema_version": 1, **setup(" ".join(sys.argv))}
     synthetic_rows = rows("synthetic", join([compare(*synthetic(seed)) for seed in SEEDS]), np.arange(len(SEEDS)))
-    end, parts, best, asked_nothing = int(captured["prompt"]) - WINDOW, [], [], torch.full((1, TOP_K), -1)
-    for q, k in zip(captured["q"].float(), captured["k"].float(), strict=True):
-        keys, queries, asked = k[:, SINKS:end].contiguous(), q[:, SINKS:end], q[:, -ASKED:]
+    parts, best = [], []
+    for keys, queries, asked in needle(examples(given.context)[0], given.layers):
         if not parts:
             measured["seconds"] = times(keys, queries, asked)
         parts.append(compare(keys, queries, asked))
-        none = (asked_nothing.expand(len(asked), -1), torch.zeros(len(asked)))
-        best.append(quality([none] * ASKED, keys, asked, TOP_K).best_mass.numpy())
+        best.append(best_mass(keys, asked))
         measured["rows"] = records = synthetic_rows + needle_rows(given.layers, parts, best)
         given.out.write_text(json.dumps(measured, indent=1) + "\n")  # after each layer: the next takes minutes
         sys.stdout.write(table(records) + "\n")
