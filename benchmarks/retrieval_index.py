@@ -226,14 +226,14 @@ def needle_rows(
     return records
 
 
-def setup(command: str) -> dict[str, object]:
-    """What the figures hang on."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], check=True, capture_output=True, text=True
-    )
+def setup(commit: str | None) -> dict[str, object]:
+    """What the figures hang on; `commit` is asked of git where it is not given."""
+    if commit is None:
+        ask = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
     return {
-        "command": f"python {command}",
-        "commit": described.stdout.strip(),
+        "command": f"python {' '.join(sys.argv)}",
+        "commit": commit,
         "device": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "model_and_graph_built_on": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "the same",
         "python": platform.python_version(),
@@ -248,8 +248,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=32768, help="tokens of the needle-28m prompt")
     parser.add_argument("--layers", type=int, nargs="+", default=[7, 6])
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--commit", help="of the code measured, where there is no repository to ask")
     given = parser.parse_args()
-    measured: dict[str, object] = {"schema_version": 1, **setup(" ".join(sys.argv))}
+    measured: dict[str, object] = {"schema_version": 1, **setup(given.commit)}
     synthetic_rows = rows("synthetic", join([compare(*synthetic(seed)) for seed in SEEDS]), np.arange(len(SEEDS)))
     parts, best = [], []
     for keys, queries, asked in needle(examples(given.context)[0], given.layers):

@@ -108,8 +108,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[7, 6])
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--commit", help="of the code measured, where there is no repository to ask")
     given = parser.parse_args()
-    measured: dict[str, object] = {"schema_version": 1, **setup(" ".join(sys.argv)), "rows": []}
+    measured: dict[str, object] = {"schema_version": 1, **setup(given.commit), "rows": []}
     records: list[dict[str, object]] = []
     for name, parts in sets(given.layers):
         records += rows(name, parts)
