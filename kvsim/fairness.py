@@ -84,7 +84,14 @@ def fairness(requests: Mapping[str, Array], names: list[str], members: Array, te
 
 
 PREFILL, DECODE = ("admitted_s", "first_token_s"), ("first_token_s", "finish_s")
-_NEEDED = ("arrival_s", "prompt_tokens", "cached_tokens", "output_tokens", *dict.fromkeys(PREFILL + DECODE))
+_NEEDED = (
+    "arrival_s",
+    "timed_out_s",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    *dict.fromkeys(PREFILL + DECODE),
+)
 
 
 def _contend(requests: Mapping[str, Array], members: Array, tenancy: Tenancy, seconds: Floats, service: Floats) -> None:
@@ -93,7 +100,9 @@ def _contend(requests: Mapping[str, Array], members: Array, tenancy: Tenancy, se
     A prompt is taken as evenly spread over its prefill, an output from its first token to its last.
     """
     arrival_s, admitted_s = requests["arrival_s"], requests["admitted_s"]
-    waited = admitted_s > arrival_s  # not so for those that were rejected, or never admitted
+    if "timed_out_s" in requests:
+        admitted_s = np.where(np.isnan(admitted_s), requests["timed_out_s"], admitted_s)  # until when they queued
+    waited = admitted_s > arrival_s  # not so for those that were rejected
     backlogs = {}
     for tenant in np.unique(members[waited]):
         rows = waited & (members == tenant)

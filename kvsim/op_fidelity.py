@@ -64,7 +64,7 @@ def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
 
 
 class _Arrivals:
-    """Hands each request to a replica when it arrives."""
+    """Hands each request to a replica when it arrives, and takes it away when it loses patience."""
 
     def __init__(self, env: simpy.Environment, engine: Engine, replicas: "Sequence[_Replica]") -> None:
         self.env, self.engine, self.replicas = env, engine, replicas
@@ -82,13 +82,17 @@ class _Arrivals:
         while True:
             self._next = self.engine.next_arrival()
             arrival_s = math.inf if self._next == NOBODY else float(requests[self._next]["arrival_s"])
+            leaving, departure_s = self.engine.next_departure()
             if arrival_s <= self.env.now:
                 self.replicas[self.engine.arrive(self._next, self.env.now)].look()
                 continue
+            if departure_s <= self.env.now:
+                self.replicas[self.engine.depart(leaving, self.env.now)].look()
+                continue
             self._other = self.env.event()
-            waits = [self._other]
-            if arrival_s < math.inf:  # twice where now + (arrival - now) rounds below the arrival
-                waits.append(self.env.timeout(arrival_s - self.env.now))
+            waits, next_s = [self._other], min(arrival_s, departure_s)
+            if next_s < math.inf:  # twice where now + (next - now) rounds below the next
+                waits.append(self.env.timeout(next_s - self.env.now))
             yield self.env.any_of(waits)
 
 

@@ -11,7 +11,7 @@ from kvsim.attribution import columns
 from kvsim.curves import peak_and_mean
 from kvsim.derive import LINKS, TIERS
 from kvsim.engine.engine import Engine
-from kvsim.engine.state import NOBODY
+from kvsim.engine.state import NOBODY, REJECTED, TIMED_OUT
 from kvsim.fairness import Tenancy
 from kvsim.machine import CPU, D2H, H2D, NVLINK
 from kvsim.makespan import HBM, WORK
@@ -103,7 +103,8 @@ class Outcome:
         trace = self.trace
         finish_s = requests["finish_s"].copy()
         prompts_at = {"prefill_replica": _prefill_replica(requests)} if self.setup.prefill_gpus else {}
-        unless_rejected = np.where(np.isnan(finish_s), "unfinished", "finished")
+        left, ended = requests["rejected"], np.where(np.isnan(finish_s), "unfinished", "finished")
+        timed_out_s = {"timed_out_s": _timed_out_s(requests, self.engine.cluster.patience)}
         return {
             "request": np.arange(len(requests)),
             "tenant": np.array(trace.tenants, dtype=object)[trace.tenant],
@@ -118,7 +119,8 @@ class Outcome:
             "cached_tokens": requests["cached_tokens"].copy(),
             "output_tokens": trace.output_tokens,
             "preemptions": requests["preemptions"].copy(),
-            "status": np.where(requests["rejected"] > 0, "rejected", unless_rejected),
+            "status": np.select([left == REJECTED, left == TIMED_OUT], ["rejected", "timed_out"], ended),
+            **(timed_out_s if len(self.engine.cluster.patience) else {}),
             **columns(requests),
         }
 
@@ -238,6 +240,14 @@ class Outcome:
 
 def _away(rows: Array) -> dict[str, Array]:
     return {name: rows[name].copy() for name in ("request", "from_s", "to_s")}
+
+
+def _timed_out_s(requests: Array, patience: Array) -> Array:
+    """When requests left because their first token had not come, NaN for the others."""
+    gone = requests["rejected"] == TIMED_OUT
+    timed_out_s = np.full(len(requests), np.nan)
+    timed_out_s[gone] = requests["arrival_s"][gone] + patience["timeout_s"][requests["patience"][gone]]
+    return timed_out_s
 
 
 def _prefill_replica(requests: Array) -> Array:

@@ -66,8 +66,10 @@ def _names(replicas: list[int], lanes: bool) -> Iterator[Event]:
 
 
 def _overlap(requests: dict[str, Array], window_s: tuple[float, float]) -> Array:
-    gone = (requests["status"] == "rejected") & np.isnan(requests["admitted_s"])
+    gone = np.isin(requests["status"], ("rejected", "timed_out")) & np.isnan(requests["admitted_s"])
     over_s = np.where(np.isnan(requests["finish_s"]), np.inf, requests["finish_s"])
+    if "timed_out_s" in requests:
+        over_s = np.fmin(over_s, requests["timed_out_s"])
     return np.asarray((requests["arrival_s"] < window_s[1]) & (over_s > window_s[0]) & ~gone)
 
 

@@ -142,8 +142,9 @@ def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float) -> st
         notes.append(f"Latencies leave out requests that arrived in the first {format_s(warmup_s)}.")
     notes += dict.fromkeys(f"Trace: {note}" for run in runs for note in run.summary["inputs"].get("trace_notes", ()))
     for run in runs:
-        submitted, done, rejected = (run.summary["requests"][name] for name in ("submitted", "finished", "rejected"))
-        note = f"{run.label}: {done:,} of {submitted:,} requests finished, {rejected:,} were rejected; "
+        counts = run.summary["requests"]
+        note = f"{run.label}: {counts['finished']:,} of {counts['submitted']:,} requests finished, "
+        note += f"{counts['rejected']:,} were rejected, {counts['timed_out']:,} timed out; "
         note += f"simulated {format_s(run.summary['makespan_s'])} in {format_s(run.summary['cpu_s'])} of CPU time."
         notes.append(note)
     return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"

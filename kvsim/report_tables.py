@@ -175,7 +175,7 @@ def tenants(runs: Sequence[Run]) -> str:
         f"The {_TENANTS_SHOWN} tenants with most requests of {most:,}." if most > _TENANTS_SHOWN else "All tenants."
     )
     caption += " Service is prompt tokens computed and output tokens, each at its weight."
-    headings = ["policy", "tenant", "SLO class", "submitted", "finished", "rejected", "output tokens/s"]
+    headings = ["policy", "tenant", "SLO class", "submitted", "finished", "rejected", "timed out", "output tokens/s"]
     headings += ["goodput req/s", "service / weight"]
     headings += [f"{figure} {rank}" for figure in ("TTFT", "TPOT", "queue") for rank in ("p50", "p99")]
     return table(caption, headings, rows, ["tenant", "SLO class"])

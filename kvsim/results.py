@@ -32,9 +32,9 @@ class Result:
 
     `requests` are columns with one row per submitted request, in the trace's order: request, tenant, session, replica,
     arrival_s, admitted_s, first_token_s, finish_s (NaN for what did not happen), prompt_tokens, cached_tokens,
-    output_tokens, preemptions, status (`finished`, `rejected` or `unfinished`), and seconds by cause
+    output_tokens, preemptions, status (`finished`, `rejected`, `timed_out` or `unfinished`), and seconds by cause
     (`kvsim.attribution.columns`); where replicas either process prompts or decode, `replica` is the one that decoded,
-    and prefill_replica the other.
+    and prefill_replica the other. With timeouts there is timed_out_s as well, when a request left.
     `series` are columns with one row per iteration boundary of a replica: time_s (ascending for each replica), replica,
     hbm_bytes, ddr_bytes, running, waiting. Values change linearly between rows; two rows of one time are a jump.
     """
@@ -113,7 +113,8 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
 
     `tokens` and rates count finished requests. `slo` bounds latencies of each request whose tenant has no SLO class, as
     {"ttft_s": 10, "tpot_s": 0.1}; `goodput_rps` counts the finished requests within all bounds, and a request without
-    the latency (a TPOT, for one output token) is within. `warmup_s` leaves requests that arrived earlier out of the
+    the latency (a TPOT, for one output token) is within; `slo_attainment` is their share of all that were submitted,
+    also of those that were rejected or timed out. `warmup_s` leaves requests that arrived earlier out of the
     latencies (`itl_s`, which knows no requests, keeps all tokens). Raises ValueError for an unknown bound and for
     negative numbers.
     """
@@ -213,7 +214,7 @@ def _group(result: Result, outcome: _Outcome, rows: NDArray[np.intp], itl_s: Sta
     columns = result.requests
     done = rows[outcome.finished[rows]]
     measured = rows[outcome.measured[rows]]
-    output_tokens = int(columns["output_tokens"][done].sum())
+    output_tokens, good = int(columns["output_tokens"][done].sum()), int(outcome.good[rows].sum())
     times = {name: values[measured] for name, values in outcome.latencies.items()}
     spread = {name: statistics(values[~np.isnan(values)]) for name, values in times.items()}
     return {
@@ -221,6 +222,7 @@ def _group(result: Result, outcome: _Outcome, rows: NDArray[np.intp], itl_s: Sta
             "submitted": len(rows),
             "finished": len(done),
             "rejected": int((columns["status"][rows] == "rejected").sum()),
+            "timed_out": int((columns["status"][rows] == "timed_out").sum()),
         },
         "tokens": {
             "prompt": int(columns["prompt_tokens"][done].sum()),
@@ -228,7 +230,8 @@ def _group(result: Result, outcome: _Outcome, rows: NDArray[np.intp], itl_s: Sta
             "prompt_cached": int(columns["cached_tokens"][done].sum()),
         },
         "output_tokens_per_s": _per_s(output_tokens, result.makespan_s),
-        "goodput_rps": _per_s(int(outcome.good[rows].sum()), result.makespan_s),
+        "goodput_rps": _per_s(good, result.makespan_s),
+        "slo_attainment": good / len(rows) if len(rows) else None,
         "ttft_s": spread["ttft_s"],
         "tpot_s": spread["tpot_s"],
         "itl_s": dict(itl_s),

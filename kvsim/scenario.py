@@ -136,6 +136,7 @@ class Scenario(BaseModel):
     prefix_cache_reuse: str = _default("prefix_cache_reuse")
     prefix_cache_prefetch: bool = _default("prefix_cache_prefetch")
     prefix_cache_quota: Annotated[Quota, PlainValidator(read_quota)] = _default("prefix_cache_quota")
+    timeout: Bound | None = _default("timeout_s")
     perfetto: Annotated[tuple[float, float], BeforeValidator(_window)] | None = _default("perfetto")
     kv_dtype: str | None = None
     weight_dtype: str | None = None
@@ -182,7 +183,11 @@ class Scenario(BaseModel):
         """
         gpu, model = load_gpu(self.gpu), self.load_model()
         host = load_host(self.host if self.host is not None else default_host(gpu.name))
-        options = {name: getattr(self, name.removesuffix("_bytes")) for name in _SETUP if name not in _LOADED}
+        options = {
+            name: getattr(self, name.removesuffix("_bytes").removesuffix("_s"))
+            for name in _SETUP
+            if name not in _LOADED
+        }
         policies = [parse_policy(text) for text in self.policy]
         setups = [Setup(model=model, policy=policy, gpu=gpu, host=host, **options) for policy in policies]
         for setup in setups:

@@ -10,7 +10,7 @@ from kvsim.names import unknown_name
 from kvsim.prefix_cache import SHARINGS, WRITES
 from kvsim.prefix_quota import Quota, read_quota
 from kvsim.prefix_reuse import REUSES
-from kvsim.tenants import Tenant, check_classes, check_pins
+from kvsim.tenants import Tenant, check_classes, check_pins, check_timeout
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
 
@@ -65,6 +65,7 @@ class Setup:
     slo_classes: dict[str, dict[str, float]] = field(default_factory=dict)
     prompt_token_weight: float = 1.0  # those of arXiv:2401.00588
     output_token_weight: float = 2.0
+    timeout_s: float | None = None  # for a first token, after which a request leaves; a tenant may have its own
     perfetto: tuple[float, float] | None = None  # seconds from and to which every operation is recorded
 
     def __post_init__(self) -> None:
@@ -104,6 +105,7 @@ class Setup:
         for name in ("prompt_token_weight", "output_token_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
+        check_timeout(self.timeout_s)
         check_classes(self.tenants, self.slo_classes)
         check_pins(self.tenants, self.replicas)
         if self.perfetto is not None and not 0 <= self.perfetto[0] < self.perfetto[1] < math.inf:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 
 from kvsim.names import nearest_first, unknown_name
+from kvsim.units import parse_duration_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,8 +15,9 @@ class Tenant:
 
     `weight` is its part where `fair` shares service out, a larger `priority` is more urgent, `slo_class` names the
     bounds that its goodput counts, `quota` is the share of a replica's HBM for KV state that its running sequences may
-    hold (quotas may add up to more than 1: they are limits, not reservations), and `replicas` are the first and the
-    last that its requests go to, None being all. Raises ValueError for a figure out of its range.
+    hold (quotas may add up to more than 1: they are limits, not reservations), `replicas` are the first and the last
+    that its requests go to, None being all, and `timeout_s` is for how long they wait for their first token, None being
+    as long as everybody's. Raises ValueError for a figure out of its range.
     """
 
     weight: float = 1.0
@@ -23,6 +25,7 @@ class Tenant:
     slo_class: str | None = None
     quota: float = 1.0
     replicas: tuple[int, int] | None = None
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -35,10 +38,11 @@ class Tenant:
             )
         if self.replicas is not None and not 0 <= self.replicas[0] <= self.replicas[1]:
             raise ValueError(f"replicas={_range(self.replicas)} must be a replica, or the first and the last: 0-3")
+        check_timeout(self.timeout_s)
 
 
 MOST_URGENT = 1_000_000
-TERMS = tuple(field.name for field in fields(Tenant))
+TERMS = tuple(field.name.removesuffix("_s") for field in fields(Tenant))
 
 
 def parse_tenant(terms: Mapping[str, object]) -> Tenant:
@@ -52,8 +56,12 @@ def parse_tenant(terms: Mapping[str, object]) -> Tenant:
         "slo_class": _class,
         "quota": lambda value: _number("quota", value),
         "replicas": _replicas,
+        "timeout": _seconds,
     }
-    return Tenant(**{name: parsed[name](value) for name, value in terms.items()})  # type: ignore[arg-type]
+    given = {name: parsed[name](value) for name, value in terms.items()}
+    if "timeout" in given:
+        given["timeout_s"] = given.pop("timeout")
+    return Tenant(**given)  # type: ignore[arg-type]
 
 
 def parse_named(flag: str, texts: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -108,6 +116,12 @@ def check_classes(tenants: Mapping[str, Tenant], classes: Mapping[str, Mapping[s
             raise ValueError(f"no tenant has the SLO class {name!r}; give it to one, or leave it out")
 
 
+def check_timeout(timeout_s: float | None) -> None:
+    """Raise ValueError for a timeout that is no finite time above 0."""
+    if timeout_s is not None and not 0 < timeout_s < math.inf:
+        raise ValueError(f"timeout={timeout_s:g} must be a finite time above 0, such as 30s; leave it out for none")
+
+
 def check_pins(tenants: Mapping[str, Tenant], replicas: int) -> None:
     """Raise ValueError for a tenant that is to go to replicas that the cluster lacks."""
     for name, one in tenants.items():
@@ -155,6 +169,10 @@ def _replicas(value: object) -> tuple[int, int]:
     elif isinstance(value, int) and not isinstance(value, bool):
         return value, value
     raise ValueError(f"replicas={value!r} must be a replica, or the first and the last: 0-3")
+
+
+def _seconds(value: object) -> float:
+    return parse_duration_s(value) if isinstance(value, str) else _number("timeout", value)
 
 
 def _range(replicas: tuple[int, int]) -> str:

@@ -107,6 +107,10 @@ def replay(
     prefix_cache_quota: Annotated[
         str | None, typer.Option(metavar="SHARE|NAME=SHARE,...", help="Of every tier, a tenant's own. Default: none.")
     ] = None,
+    timeout: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Leave when the first token has not come by then. Default: never."),
+    ] = None,
     perfetto: Annotated[
         str | None, typer.Option(metavar="FROM-TO", help="Record every operation in this window, as 10s-10.5s.")
     ] = None,
@@ -123,7 +127,7 @@ def replay(
         list[str] | None,
         typer.Option(
             metavar="NAME:KEY=VALUE,...",
-            help="A tenant's weight, priority (larger is more urgent), slo_class, quota, replicas; NAME may hold *.",
+            help="A tenant's weight, priority (larger first), slo_class, quota, replicas, timeout; NAME may hold *.",
         ),
     ] = None,
     slo_class: Annotated[

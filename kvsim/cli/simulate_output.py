@@ -114,7 +114,8 @@ def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:
     bounds = ", ".join(f"{name.removesuffix('_s')} <= {format_s(bound_s)}" for name, bound_s in slo_s.items())
     facts = {
         "trace": f"{summary['inputs']['trace']}, {requests['submitted']:,} requests",
-        "requests": f"{requests['finished']:,} finished, {requests['rejected']:,} rejected",
+        "requests": f"{requests['finished']:,} finished, {requests['rejected']:,} rejected"
+        + (f", {requests['timed_out']:,} timed out" if requests["timed_out"] else ""),
         "tokens": f"{format_count(tokens['prompt'])} of prompts ({_cached(run)} cached), "
         f"{format_count(tokens['output'])} of output",
         "makespan": format_s(summary["makespan_s"]),

@@ -22,6 +22,7 @@ _KERNELS = (
     "loop",
     "memory",
     "neighbours",
+    "patience",
     "plans",
     "preemption",
     "pricing",

@@ -143,7 +143,7 @@ def settle(cluster: Cluster, replica_index: int, leave_s: float) -> None:
 
 
 def leave(cluster: Cluster, index: int, now_s: float) -> None:
-    """A request is finished or rejected."""
+    """A request is finished, rejected or has timed out."""
     request = cluster.requests[index]
     replica = cluster.replicas[request["replica"]]
     replica["left"] += 1

@@ -7,6 +7,7 @@ from kvsim.engine.books import note_now
 from kvsim.engine.initial import initial_cluster
 from kvsim.engine.iteration import first_load
 from kvsim.engine.loop import arrive, play
+from kvsim.engine.patience import depart, departure_s, next_departure
 from kvsim.engine.plans import INPUTS
 from kvsim.engine.records import NOTE
 from kvsim.engine.sessions import next_arrival
@@ -102,6 +103,15 @@ class Engine:
         """The request that arrives next, as far as is known; -1 when no arrival is."""
         return next_arrival(self.cluster)
 
+    def next_departure(self) -> tuple[int, float]:
+        """The request that loses patience next, as far as is known, and when; -1 and never when none does."""
+        index = next_departure(self.cluster)
+        return index, departure_s(self.cluster, index)
+
+    def depart(self, index: int, now_s: float) -> int:
+        """Let a request leave without its first token; its replica is returned."""
+        return depart(self.cluster, index, now_s)
+
     def batch(self) -> tuple[list[Load], int, int]:
         """The iteration begun last: its loads, tokens and rows of the head."""
         world, first = self.cluster.world, first_load(self.cluster)
@@ -114,7 +124,7 @@ class Engine:
 
     @property
     def left(self) -> int:
-        """Requests that finished or were rejected."""
+        """Requests that finished, were rejected or timed out."""
         return int(self.cluster.replicas["left"].sum())
 
     def take_notes(self) -> dict[str, Records]:

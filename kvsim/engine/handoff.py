@@ -75,6 +75,22 @@ def hand_over(cluster: Cluster, number: int, index: int, now_s: float) -> None:
         push_last(cluster.requests, replica, HANDING, index)
 
 
+def take_back(cluster: Cluster, index: int, now_s: float) -> None:
+    """A prompt will not be complete: give back what is reserved for its decoding."""
+    request = cluster.requests[index]
+    receiver = request["receiver"]
+    if receiver == NOBODY:
+        return
+    replica = cluster.replicas[receiver]
+    for tier in range(TIERS):
+        replica["held_bytes"][tier] -= request["reserved"][tier]
+    cluster.tenants[receiver, request["tenant"]]["held_bytes"] -= request["reserved"][HBM]
+    replica["expected"] -= 1
+    replica["outstanding_tokens"] -= request["prompt_tokens"] + request["output_tokens"]
+    request["receiver"] = NOBODY
+    note_change(cluster, receiver, now_s)
+
+
 def take_over(cluster: Cluster, number: int, now_s: float) -> None:
     """Let states that wait for a receiver come to this replica while it has room, the longest waiting first."""
     sender = _next_sender(cluster)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from kvsim.engine.records import AWAY, GAP, NOTE, PART, PIN, REPLICA, REQUEST, TENANT, WORLD
+from kvsim.engine.records import AWAY, GAP, NOTE, PART, PATIENCE, PIN, REPLICA, REQUEST, TENANT, WORLD
 from kvsim.engine.state import IDLE, MOST_PARTS, NO_QUOTA, NOBODY, NOWHERE, OPEN_SPANS, Cluster, Record, Records
 from kvsim.engine.tables import plan_arrays
 from kvsim.handoff import SentState
@@ -32,6 +32,7 @@ def initial_cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTi
         replicas=_replicas(setup, prefixes),
         tenants=_tenants(trace, setup, requests),
         pins=_pins(trace, setup, requests),
+        patience=_patience(trace, setup, requests),
         sums=np.zeros((setup.replicas, 0, 2, 0), np.int64),
         rows=np.zeros((0, 0), np.int64),
         parts=np.zeros((setup.replicas, MOST_PARTS + OPEN_SPANS), dtype=PART),
@@ -95,6 +96,18 @@ def _pins(trace: Trace, setup: Setup, requests: Records) -> Records:
     pins["first"] = [first for first, _ in known]
     pins["n_replicas"] = [last - first + 1 for first, last in known]
     return pins
+
+
+def _patience(trace: Trace, setup: Setup, requests: Records) -> Records:
+    """The different times that requests wait for their first token."""
+    terms = terms_of(setup.tenants, trace.tenants)
+    own_s = [setup.timeout_s if one.timeout_s is None else one.timeout_s for one in terms]
+    known_s = [timeout_s for timeout_s in dict.fromkeys(own_s) if timeout_s is not None]
+    numbers = [NOBODY if timeout_s is None else known_s.index(timeout_s) for timeout_s in own_s]
+    requests["patience"], requests["later"] = np.array(numbers)[trace.tenant], NOBODY
+    patience = np.zeros(len(known_s), dtype=PATIENCE)
+    patience["timeout_s"], patience["first"] = known_s, NOBODY
+    return patience
 
 
 def _replicas(setup: Setup, prefixes: PrefixTiers) -> Records:

@@ -20,6 +20,7 @@ from kvsim.engine.state import (
     PREFILLING,
     PROMPTS,
     STALLED,
+    TIMED_OUT,
     VECTOR,
     WANT_STORE,
     Cluster,
@@ -85,7 +86,8 @@ def join_completed(cluster: Cluster, number: int, now_s: float) -> None:
     index = replica["first"][PREFILLING]
     while index != NOBODY:
         after = requests[index]["after"]
-        if requests[index]["chunk_tokens"] and requests[index]["past_tokens"] == target_tokens(requests[index]):
+        done = requests[index]["past_tokens"] == target_tokens(requests[index])
+        if done and requests[index]["chunk_tokens"] and requests[index]["rejected"] != TIMED_OUT:
             _complete(cluster, number, index, now_s)
         index = after
 

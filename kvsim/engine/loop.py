@@ -11,6 +11,7 @@ from kvsim.engine.decoding import settle
 from kvsim.engine.handoff import take_in, take_over
 from kvsim.engine.iteration import end_iteration, join_completed, launch, stall
 from kvsim.engine.neighbours import share
+from kvsim.engine.patience import depart, departure_s, drop_departed, has_come, next_departure
 from kvsim.engine.preemption import make_room
 from kvsim.engine.runs import begin_run, cut_run, end_run, steps_by
 from kvsim.engine.scheduling import admit, continue_prompts, next_ready_s
@@ -44,9 +45,10 @@ MOST_NOTES = 8  # of one turn
 def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: int) -> bool:
     """Give replicas their turns, at most so many, and requests their replicas; False when nothing is left to happen.
 
-    At equal times requests come first, then replicas in order. Whoever keeps the time by himself names the `only`
-    replica whose turn it is, and the time. May make detours. (One long function, because its parts would be compiled,
-    with all that they call, once by themselves and once more as parts of this.)
+    At equal times requests come first, then replicas in order, and last those leave who have lost patience. Whoever
+    keeps the time by himself names the `only` replica whose turn it is, and the time. May make detours. (One long
+    function, because its parts would be compiled, with all that they call, once by themselves and once more as parts of
+    this.)
     """
     world, requests = cluster.world, cluster.requests
     for _ in range(most_turns):
@@ -56,9 +58,13 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
             for i in range(len(cluster.replicas)):
                 if cluster.replicas[i]["wake_s"] < now_s:
                     number, now_s = i, cluster.replicas[i]["wake_s"]
-            arriving = next_arrival(cluster)
-            if arriving != NOBODY and requests[arriving]["arrival_s"] <= now_s:
-                arrive(cluster, arriving, requests[arriving]["arrival_s"])
+            arriving, leaving = next_arrival(cluster), next_departure(cluster)
+            arrival_s = math.inf if arriving == NOBODY else requests[arriving]["arrival_s"]
+            if departure_s(cluster, leaving) < min(now_s, arrival_s):
+                depart(cluster, leaving, departure_s(cluster, leaving))
+                continue
+            if arriving != NOBODY and arrival_s <= now_s:
+                arrive(cluster, arriving, arrival_s)
                 continue
             if number == NOBODY:
                 return False
@@ -90,6 +96,7 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
             replica["phase"] = SCHEDULING
         if replica["phase"] == SCHEDULING:
             begin_turn(cluster, number)
+            drop_departed(cluster, number, now_s)
             make_room(cluster, number, now_s)
             if 0 < world["prefill_replicas"] <= number:
                 take_in(cluster, number, now_s)
@@ -119,6 +126,7 @@ def arrive(cluster: Cluster, index: int, now_s: float) -> int:
     """
     number, request = _route(cluster, index), cluster.requests[index]
     has_arrived(cluster, index)
+    has_come(cluster, index)
     replica = cluster.replicas[number]
     request["replica"] = number
     replica["outstanding_tokens"] += request["prompt_tokens"] + request["output_tokens"]

@@ -11,6 +11,7 @@ from kvsim.engine.state import (
     NOBODY,
     PREFILLING,
     PRIORITY,
+    REJECTED,
     SWAPPED,
     TIERS,
     Cluster,
@@ -220,5 +221,5 @@ def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> Non
 
 def reject(cluster: Cluster, index: int, now_s: float) -> None:
     """A request could never run."""
-    cluster.requests[index]["rejected"] = 1
+    cluster.requests[index]["rejected"] = REJECTED
     leave(cluster, index, now_s)

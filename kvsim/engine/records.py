@@ -44,7 +44,9 @@ REQUEST = np.dtype(
         "recomputed_tokens",  # output tokens that a preemption made part of its prompt
         "chunk_tokens",  # of its prompt in this iteration
         "preemptions",
-        "rejected",
+        "rejected",  # or timed out
+        "patience",  # which of the different timeouts is its, and who came next with the same one
+        "later",
         "leader",  # after whose end, or else arrival, it arrives
         "after_end",
         "follower",  # the first of those that it leads itself, and the next of those that have its leader
@@ -97,7 +99,7 @@ REPLICA = np.dtype(
         "late",  # the last so many of them have been swapped in: their next token comes after a longer gap
         "outstanding_tokens",  # of requests that have not left, for the router
         "expected",  # sequences to come for which memory is reserved
-        "left",  # requests that finished or were rejected
+        "left",  # requests that finished, were rejected or timed out
         "n_parts",
         "cut",  # whether the run under way has been shortened
         "first_neighbour",  # the replicas of its host
@@ -155,6 +157,7 @@ TENANT = np.dtype(  # one tenant at one replica
     )
     + [(name, np.int64, (TENANT_QUEUES,)) for name in ("first", "last", "length")]
 )
+PATIENCE = np.dtype(_floats("timeout_s") + _ints("first", "last"))  # those who have come and may yet lose it
 PIN = np.dtype(_ints("first", "n_replicas", "arrived"))  # neighbours that requests may go to, and how many have arrived
 PART = np.dtype(  # iterations whose durations lie on a line, and while a run is split, a span that may not yet
     _ints("low", "steps") + _floats("first_s", "last_s", "slope_s") + _seconds("busy_s", "last_busy_s", "busy_slope_s")

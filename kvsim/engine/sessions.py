@@ -33,7 +33,7 @@ def has_arrived(cluster: Cluster, index: int) -> None:
 
 
 def has_left(cluster: Cluster, index: int, now_s: float) -> None:
-    """A request has ended or was rejected: those that waited for it have a time now."""
+    """A request has ended, was rejected or timed out: those that waited for it have a time now."""
     _lead(cluster, index, now_s, 1)
 
 

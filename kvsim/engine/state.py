@@ -30,6 +30,7 @@ VECTOR, SLOPE, PROMPTS = range(3)  # rows of `rows`: scratch, then prompts by st
 
 NOBODY = -1  # no request
 EVERYBODY = -1  # all tenants
+REJECTED, TIMED_OUT = 1, 2  # why a request has left without an end
 # Lists that a request can be in: the first two are a tenant's at a replica, the others a replica's. Where replicas
 # process prompts or decode, HANDING are those whose state waits for a receiver, and INCOMING those whose state comes.
 WAITING, SWAPPED, PREFILLING, DECODING, HANDING, INCOMING, NOWHERE = range(7)
@@ -91,6 +92,7 @@ class Cluster(NamedTuple):
     replicas: Records
     tenants: Records  # (replicas, tenants)
     pins: Records
+    patience: Records  # (different timeouts)
     sums: Ints  # (replicas, structures, 2, columns): vectors of decoding sequences in the next iteration, their growth
     rows: Ints  # (rows, columns)
     parts: Records  # (replicas, MOST_PARTS + OPEN_SPANS): of the run under way

@@ -59,6 +59,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
             "no tenant has the SLO class 'chat': those that '*' matches have terms from a name or pattern before it;",
         ),
         ("tenants: {'x*': {slo_class: a}}\nslo_classes: {a: {ttft: 1s}}\n", "unknown tenant 'x*'; known: default"),
+        ("timeout: 0\n", "FILE: timeout=0: Input should be greater than 0"),
+        ("timeout_s: 3\n", "FILE: unknown key 'timeout_s'; did you mean 'timeout'?"),
+        (
+            "tenants: {default: {timeout: 0s}}\n",
+            "FILE: tenants.default={'timeout': '0s'}: timeout=0 must be a finite time",
+        ),
         ("gpus: [\n", "FILE is not YAML: while parsing"),
     ],
 )

@@ -57,7 +57,7 @@ def test_simulate_prints_the_summary_of_the_scenario(capsys: pytest.CaptureFixtu
         assert printed[name] == expected[name], name
     # Every token of the trace's head is served, and no request is lost.
     head = traces.load("azure-2023-code", limit=60)
-    assert printed["requests"] == {"submitted": 60, "finished": 60, "rejected": 0}
+    assert printed["requests"] == {"submitted": 60, "finished": 60, "rejected": 0, "timed_out": 0}
     assert printed["tokens"]["prompt"] == head.prompt_tokens.sum()
     assert printed["tokens"]["output"] == head.output_tokens.sum()
 
@@ -116,7 +116,7 @@ def test_the_summary_has_every_name_of_the_contract(capsys: pytest.CaptureFixtur
     assert set(names.split()) <= set(summary)
     for name in ("ttft_s", "tpot_s", "itl_s", "e2e_s", "queue_s"):
         assert set(summary[name]) == {"mean", "p50", "p90", "p99", "max"}
-    assert set(summary["requests"]) == {"submitted", "finished", "rejected"}
+    assert set(summary["requests"]) == {"submitted", "finished", "rejected", "timed_out"}
     assert set(summary["tokens"]) == {"prompt", "output", "prompt_cached"}
     assert all({"capacity_bytes", "peak_bytes", "mean_bytes"} <= set(node) for node in summary["memory"].values())
     assert all({"bytes", "busy_s", "utilization"} <= set(link) for link in summary["links"].values())

@@ -238,7 +238,7 @@ def test_tenants_have_a_table_when_there_are_several(make_result: Make) -> None:
     rows = report([few]).table("All tenants.")
     for row in rows:
         own = summarize(few)["tenants"][row["tenant"]]
-        assert [row[x] for x in ("submitted", "finished", "rejected")] == list(own["requests"].values())
+        assert [row[x] for x in ("submitted", "finished", "rejected", "timed out")] == list(own["requests"].values())
         assert row["TTFT p99"] == own["ttft_s"]["p99"]
         assert row["output tokens/s"] == own["output_tokens_per_s"]
     assert [row["tenant"] for row in rows] == ["chat", "code"]

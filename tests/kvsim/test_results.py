@@ -54,7 +54,7 @@ BY_HAND: dict[str, Any] = {
 
 def test_figures_by_hand(make_result: Make) -> None:
     summary = summarize(make_result(**BY_HAND))
-    assert summary["requests"] == {"submitted": 4, "finished": 3, "rejected": 1}
+    assert summary["requests"] == {"submitted": 4, "finished": 3, "rejected": 1, "timed_out": 0}
     assert summary["tokens"] == {"prompt": 600, "output": 9, "prompt_cached": 150}  # without the rejected request's
     assert summary["output_tokens_per_s"] == 9 / 50
     assert summary["goodput_rps"] == 3 / 50
@@ -99,7 +99,7 @@ def test_attribution_by_hand(make_result: Make) -> None:
 def test_tenants_are_summarized_alike_and_in_order(make_result: Make) -> None:
     tenants = summarize(make_result(**BY_HAND))["tenants"]
     assert list(tenants) == ["a", "b"]
-    assert tenants["a"]["requests"] == {"submitted": 3, "finished": 2, "rejected": 1}
+    assert tenants["a"]["requests"] == {"submitted": 3, "finished": 2, "rejected": 1, "timed_out": 0}
     assert tenants["b"]["tokens"] == {"prompt": 100, "output": 5, "prompt_cached": 0}
     assert tenants["a"]["ttft_s"]["max"] == 6
     assert tenants["a"]["goodput_rps"] == 2 / 50
@@ -168,6 +168,7 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
         "tokens",
         "output_tokens_per_s",
         "goodput_rps",
+        "slo_attainment",
         "ttft_s",
         "tpot_s",
         "itl_s",

@@ -43,7 +43,7 @@ def test_every_default_is_that_of_a_setup() -> None:
 
 
 def test_every_option_of_a_setup_can_be_said() -> None:
-    said = {name.removesuffix("_bytes") for name in Setup.__dataclass_fields__}
+    said = {name.removesuffix("_bytes").removesuffix("_s") for name in Setup.__dataclass_fields__}
     assert said <= set(Scenario.model_fields)
 
 

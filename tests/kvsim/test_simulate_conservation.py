@@ -176,4 +176,4 @@ def test_a_request_that_can_never_fit_is_rejected_and_the_others_go_on():
     base = setup("full")
     result = simulate(trace([0.0, 0.0, 0.1], [1000, 900_000, 1000], 5), base)
     assert result.requests["status"].tolist() == ["finished", "rejected", "finished"]
-    assert summarize(result)["requests"] == {"submitted": 3, "finished": 2, "rejected": 1}
+    assert summarize(result)["requests"] == {"submitted": 3, "finished": 2, "rejected": 1, "timed_out": 0}
