@@ -60,7 +60,9 @@ def needle(example: Example, layers: Sequence[int]) -> list[Searched]:
     kept: dict[int, Searched] = {}
     end = len(example.prompt) - WINDOW
     with TemporaryDirectory() as folder:
-        model = AutoModelForCausalLM.from_pretrained(expand(Path(folder)), dtype=torch.float32).to(DEVICE)
+        # On a GPU attention in fp32 would hold all scores at once.
+        dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(expand(Path(folder)), dtype=dtype).to(DEVICE)
 
     def keep(number: int, layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         normed, attention = layer.input_layernorm(arguments[0]), layer.self_attn
