@@ -76,7 +76,7 @@ class Explainer:
         self._tokens_per_step = speculation.tokens_per_step if speculation is not None else 1.0
         self._new_tokens = speculation.verified_tokens if speculation is not None else 1
         self.table = PlanTable(policy, rank, self.machine, shares or {}, self._guesser)
-        self.clock = Clock(rank, self.machine)
+        self.clock = Clock(rank, self.machine, self._guesser)
         hbm_bytes = int(gpu.memory_bytes * utilization) - rank.weight_bytes
         hbm_bytes -= self._guesser.weight_bytes if self._guesser else 0
         # One rank's part of each tier.

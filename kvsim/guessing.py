@@ -23,6 +23,11 @@ DECODING, PROMPT = range(2)
 ONCE, EACH = range(2)
 LAUNCH, WEIGHTS, ARITHMETIC, COLLECTIVES = range(4)
 Parts = NDArray[np.float64]
+FIELDS = [  # of the inner loop's state: what stands in a `Guesser`
+    ("guess_parts_s", np.float64, (2, 2, 4)),
+    ("guess_weight_bytes", np.int64, (2,)),
+    ("guess_sent_bytes", np.int64, (2,)),
+]
 
 
 class Guesser:
@@ -40,6 +45,7 @@ class Guesser:
         self.parts: Parts = np.zeros((2, 2, 4))
         self.weight_bytes = 0  # of the rank
         self.read_bytes = (0, 0)  # of weights, in an iteration that decodes, and more in one with prompts
+        self.sent_bytes = (0, 0)  # in all-reduces, for each sequence that decodes and each token of a prompt
         if speculation.draft is not None:
             self._draft = speculation.draft.shard(machine.tp)
             self._set_draft(self._draft)
@@ -50,6 +56,11 @@ class Guesser:
     def drafts(self) -> bool:
         """Whether a model of its own guesses, with a cache of its own."""
         return self._draft is not None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """What a further token adds to the draft's cache."""
+        return 0 if self._draft is None else round(self.speculation.draft_share * self._draft.kv_bytes_per_token)
 
     @property
     def cost(self) -> Cost:
@@ -122,6 +133,9 @@ class Guesser:
             round(share * speculation.guesses * (layer_bytes + draft.head_bytes)),
             round(share * layer_bytes),
         )
+
+        sent_bytes = share * 2 * draft.n_layers * machine.allreduce_bytes(draft, 1)
+        self.sent_bytes = (round(speculation.guesses * sent_bytes), round(sent_bytes))
 
     def _set_heads(self) -> None:
         """One head for each guess, applied to all candidates, since any of them may be the last that holds."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.derive import AMOUNTS, LINKS, TIERS, Structure, Vector
+from kvsim.guessing import Guesser
 from kvsim.machine import (
     ALONE,
     CPU,
@@ -80,10 +81,10 @@ _NO_PRICES = Prices(
 
 
 class Clock:
-    """Times of batches of one rank of a model on one machine."""
+    """Times of batches of one rank of a model on one machine; what a `guesser` adds is not among them."""
 
-    def __init__(self, model: ModelShape, machine: Machine) -> None:
-        self.model, self.machine = model, machine
+    def __init__(self, model: ModelShape, machine: Machine, guesser: Guesser | None = None) -> None:
+        self.model, self.machine, self.guesser = model, machine, guesser
         self._programs: dict[tuple[int, ...], Program] = {}
         self._compilations: dict[tuple[Sharing, tuple[int, ...]], tuple[Program, Prices]] = {}
         self._prices: dict[int, Prices] = {}

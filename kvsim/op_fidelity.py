@@ -157,7 +157,7 @@ class _Rank:
         if self._timeline is not None:
             self._timeline.add(self._number, lane, *what, begin_s, end_s)
 
-    def execute(self, loads: list[Load], tokens: int, logits: int) -> Process:
+    def execute(self, loads: list[Load], tokens: int, logits: int, guess_s: float) -> Process:
         """Run one iteration from its first operation to its last."""
         work, layer = self.clock.work(loads, tokens), -1
         names = operation_names(self.clock, [load.structure for load in loads])
@@ -186,6 +186,10 @@ class _Rank:
             began_s = self.env.now
             yield self.env.timeout(self.clock.head_s(logits))
             self.note(SM, ("head", 0), began_s, self.env.now)
+        if guess_s:
+            began_s = self.env.now
+            yield self.env.timeout(guess_s)
+            self.note(SM, ("guess", 0), began_s, self.env.now)
 
     def _start(self, slot: Slot, what: _What, waits: Sequence[simpy.Event | None], work: Iteration) -> simpy.Event:
         alone_s, fixed_s, moved = (row[slot.time] for row in (work.seconds, work.fixed_s, work.nbytes))

@@ -86,7 +86,23 @@ class Outcome:
             cpu_s=cpu_s,
             setup_cpu_s=setup_cpu_s,
             tenancy=self._tenancy(),
+            speculation=self._speculation(requests, int(token_gaps[1].sum())),
         )
+
+    def _speculation(self, requests: dict[str, Array], steps: int) -> dict[str, float] | None:
+        """`steps` are those of single sequences; each is one wait for tokens."""
+        guesser = self.setup.guesser()
+        if guesser is None:
+            return None
+        later = requests["output_tokens"][requests["status"] == "finished"] - 1
+        tp = self.setup.tp
+        return {
+            "tokens_per_step": guesser.speculation.tokens_per_step,
+            "emitted_per_step": int(later.sum()) / steps if steps else 0.0,
+            "steps": steps,
+            "draft_weight_bytes": tp * guesser.weight_bytes,
+            "draft_kv_bytes_per_token": tp * guesser.kv_bytes_per_token,
+        }
 
     def _tenancy(self) -> Tenancy:
         setup, names, records = self.setup, self.trace.tenants, self.engine.cluster.tenants
@@ -257,6 +273,8 @@ def _prefill_replica(requests: Array) -> Array:
 
 def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:
     options = {name: getattr(setup, name) for name in setup.__slots__ if name not in ("model", "policy", "gpu", "host")}
+    if setup.speculation is not None:
+        options["speculation"] = setup.speculation.described()
     options["tenants"] = {name: asdict(terms) for name, terms in setup.tenants.items()}
     return {
         "trace": trace.name,

@@ -58,6 +58,9 @@ class Result:
     tenant_gaps: TenantGaps | None = None  # of each of several; None: not recorded
     # Of a window, in order of replica, lane and time: replica, lane, operation, layer, begin_s, end_s.
     operations: dict[str, Array] | None = None
+    # Where tokens are guessed: how many a decode step emits in the mean and emitted, steps of sequences, the draft's
+    # bytes of weights and of KV for each token, all ranks together.
+    speculation: dict[str, float] | None = None
     # The same run on traces of other seeds; () where the trace is recorded, None where nobody asked.
     repeats: "tuple[Result, ...] | None" = None
 
@@ -149,6 +152,7 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
         "swaps": plain(result.swaps),
         "busy": plain(result.busy),
         "bottleneck": bottleneck(everything["attribution"]["e2e"]["mean_s"]),
+        **({} if result.speculation is None else {"speculation": plain(result.speculation)}),
         "uncertainty": _uncertainty(result, outcome, slo, warmup_s),
         "wall_s": float(result.wall_s),
         "cpu_s": float(result.cpu_s),

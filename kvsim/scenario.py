@@ -16,6 +16,7 @@ from kvsim.prefix_quota import Quota, read_quota
 from kvsim.results import LATENCIES, Result
 from kvsim.shares import measured_shares
 from kvsim.simulate import Setup
+from kvsim.speculation import parse_acceptance, speculation
 from kvsim.tenants import Tenant, parse_tenant
 from kvsim.units import parse_bytes, parse_duration_s, parse_tokens
 from policies import ModelShape, parse_policy
@@ -78,6 +79,13 @@ def _window(value: object) -> object:
     return tuple(parse_duration_s(part) if isinstance(part, str) else part for part in parts)
 
 
+def _probabilities(value: object) -> object:
+    """One, several as a list, or text with commas between them."""
+    if isinstance(value, str):
+        return parse_acceptance(value)
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int | float) else value
+
+
 def _one_stage(stages: int) -> int:
     if stages != 1:
         raise ValueError("simulate has no pipeline parallelism; kvsim explain --pp prices it; tp splits layers")
@@ -137,6 +145,11 @@ class Scenario(BaseModel):
     prefix_cache_prefetch: bool = _default("prefix_cache_prefetch")
     prefix_cache_quota: Annotated[Quota, PlainValidator(read_quota)] = _default("prefix_cache_quota")
     timeout: Bound | None = _default("timeout_s")
+    speculate: Number | None = None
+    acceptance: Annotated[tuple[Share, ...], BeforeValidator(_probabilities)] = ()
+    tree: Number | None = None
+    draft: str | None = None
+    draft_share: Share | None = None
     perfetto: Annotated[tuple[float, float], BeforeValidator(_window)] | None = _default("perfetto")
     kv_dtype: str | None = None
     weight_dtype: str | None = None
@@ -188,6 +201,9 @@ class Scenario(BaseModel):
             for name in _SETUP
             if name not in _LOADED
         }
+        options["speculation"] = speculation(
+            model, self.speculate, self.acceptance, self.tree, self.draft, self.draft_share
+        )
         policies = [parse_policy(text) for text in self.policy]
         setups = [Setup(model=model, policy=policy, gpu=gpu, host=host, **options) for policy in policies]
         for setup in setups:
@@ -222,7 +238,7 @@ class Scenario(BaseModel):
         }
 
 
-_LOADED = ("model", "policy", "gpu", "host")  # these are objects in a Setup, and names in a Scenario
+_LOADED = ("model", "policy", "gpu", "host", "speculation")  # these are objects in a Setup, and names in a Scenario
 _SCHEMA = TypeAdapter(Scenario)
 
 

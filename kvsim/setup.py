@@ -4,12 +4,14 @@ import math
 from dataclasses import dataclass, field, fields
 
 from kvsim.eviction import EVICTIONS
+from kvsim.guessing import Guesser
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import Machine
 from kvsim.names import unknown_name
 from kvsim.prefix_cache import SHARINGS, WRITES
 from kvsim.prefix_quota import Quota, read_quota
 from kvsim.prefix_reuse import REUSES
+from kvsim.speculation import Speculation
 from kvsim.tenants import Tenant, check_classes, check_pins, check_timeout
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
@@ -66,6 +68,7 @@ class Setup:
     prompt_token_weight: float = 1.0  # those of arXiv:2401.00588
     output_token_weight: float = 2.0
     timeout_s: float | None = None  # for a first token, after which a request leaves; a tenant may have its own
+    speculation: Speculation | None = None  # tokens guessed and verified in each decode step
     perfetto: tuple[float, float] | None = None  # seconds from and to which every operation is recorded
 
     def __post_init__(self) -> None:
@@ -102,6 +105,7 @@ class Setup:
         if self.tp > self.host.gpus_max:
             raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {self.host.name!r}")
         self._check_prefix_cache()
+        self._check_speculation()
         for name in ("prompt_token_weight", "output_token_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
@@ -113,6 +117,20 @@ class Setup:
         for name, share in self.counts.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"counts: {name}={share} must be a share from 0 to 1 of the count's maximum")
+
+    def _check_speculation(self) -> None:
+        if self.speculation is None:
+            return
+        self.speculation.check(self.policy)
+        for what, given in (
+            ("prefill_gpus", self.prefill_gpus),
+            ("a prefix cache", any(self.prefix_cache_bytes.values())),
+        ):
+            if self.speculation.draft is not None and given:
+                raise ValueError(
+                    f"speculate with a draft model and {what}: neither hands over nor caches the draft's own KV; leave "
+                    "one out, or let draft=medusa, hidden-transfer or lookup guess"
+                )
 
     def _check_prefix_cache(self) -> None:
         host, nvme_bytes = self.host, self.prefix_cache_nvme_bytes
@@ -205,7 +223,21 @@ class Setup:
         mlp_width = max(layer.mlp_active_params for layer in rank.layers) // (3 * rank.hidden_dim)
         token_bytes = 2 * (4 * rank.hidden_dim + 2 * mlp_width)
         logits_bytes = 4 * (rank.head_params // rank.hidden_dim) * self.max_num_seqs
-        return self.max_num_batched_tokens * token_bytes + logits_bytes
+        return self.max_num_batched_tokens * token_bytes + logits_bytes * self.step_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a decode step of one sequence takes through the model."""
+        return 1 if self.speculation is None else self.speculation.verified_tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest iteration: a sequence that comes back needs but one of its own to be left."""
+        return max(self.max_num_batched_tokens, self.max_num_seqs * self.step_tokens) + self.step_tokens - 1
+
+    def guesser(self) -> Guesser | None:
+        """What guessing costs a rank; None where nothing is guessed."""
+        return None if self.speculation is None else Guesser(self.speculation, self.rank, self.machine())
 
     def machine(self) -> Machine:
         """One rank's place in its node."""
@@ -219,9 +251,16 @@ class Setup:
         ranks = self.replicas_per_host * self.tp
         usable = int(self.gpu.memory_bytes * self.gpu_memory_utilization)
         weights, cached = self.rank.weight_bytes, self.prefix_cache_hbm_bytes // ranks
-        hbm = usable - weights - self.activation_bytes - cached
+        guesser = self.guesser()
+        guessing = 0 if guesser is None else guesser.weight_bytes
+        hbm = usable - weights - guessing - self.activation_bytes - cached
         if hbm <= 0:
-            parts = [("weights", weights), ("activations", self.activation_bytes), ("prefix cache", cached)]
+            parts = [
+                ("weights", weights),
+                ("draft", guessing),
+                ("activations", self.activation_bytes),
+                ("prefix cache", cached),
+            ]
             needs = " + ".join(f"{format_bytes(n)} {what}" for what, n in parts if n)
             raise ValueError(
                 f"{self.model.name} does not fit: one of {self.tp} x {self.gpu.name} has {format_bytes(usable)} usable "

@@ -47,7 +47,9 @@ class _Cluster:
         if setup.sessions == "closed" and (trace.session < 0).all():
             raise ValueError(f"trace {trace.name!r} has no sessions; replay it with sessions=open, as it was recorded")
         machine = setup.machine()
-        table, clock = PlanTable(setup.policy, setup.rank, machine, setup.counts), Clock(setup.rank, machine)
+        guesser = setup.guesser()
+        table = PlanTable(setup.policy, setup.rank, machine, setup.counts, guesser)
+        clock = Clock(setup.rank, machine, guesser)
         lengths = np.quantile(trace.prompt_tokens, (0.0, 0.25, 0.5, 0.75, 1.0), method="nearest")
         table.warm([int(n) for n in lengths], setup.max_num_batched_tokens)
         blocks = (

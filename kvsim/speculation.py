@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvsim.models import load_model
 from kvsim.names import unknown_name
@@ -72,6 +73,18 @@ class Speculation:
         """Tokens that run through the model in a step of one sequence."""
         tokens = self.candidates + 1
         return tokens * (self.guesses + 1) if self.method == "hidden-transfer" else tokens
+
+    def described(self) -> dict[str, Any]:
+        """As the `inputs` of a result say it."""
+        return {
+            "guesses": self.guesses,
+            "acceptance": list(self.acceptance),
+            "candidates": self.candidates,
+            "method": self.method,
+            "draft": None if self.draft is None else self.draft.name,
+            "draft_share": self.draft_share,
+            "tokens_per_step": self.tokens_per_step,
+        }
 
     @property
     def _each(self) -> tuple[float, ...]:

@@ -27,6 +27,7 @@ class Span(NamedTuple):
     tokens: int
     logits: int
     sharing: Sharing
+    guess_s: float  # after the head, in each of them
 
 
 class Scheduled(NamedTuple):
@@ -116,10 +117,12 @@ class Timeline:
         head_s = self.clock.head_s(span.logits) if span.logits else 0.0
         makespan_s = max(row.end_s for row in rows)
         # Runs are priced in closed form, to 1e-7: stretched so that one iteration ends where the next begins.
-        stretch = seconds / (makespan_s + head_s)
+        stretch = seconds / (makespan_s + head_s + span.guess_s)
         for time, lane, layer, begin_s, end_s in rows:
             self.add(number, lane, names[time], layer, began_s + stretch * begin_s, began_s + stretch * end_s)
-        self.add(number, SM, "head", 0, began_s + stretch * makespan_s, began_s + seconds)
+        headed_s = began_s + seconds - stretch * span.guess_s
+        self.add(number, SM, "head", 0, began_s + stretch * makespan_s, headed_s)
+        self.add(number, SM, "guess", 0, headed_s, began_s + seconds)
 
 
 def operation_names(clock: Clock, structures: Sequence[Structure]) -> list[str]:

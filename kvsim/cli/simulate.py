@@ -111,6 +111,21 @@ def replay(
         str | None,
         typer.Option(metavar="TIME", help="Leave when the first token has not come by then. Default: never."),
     ] = None,
+    speculate: Annotated[
+        int | None, typer.Option(metavar="K", help="Guess K tokens ahead and verify them in one step. Default: none.")
+    ] = None,
+    acceptance: Annotated[
+        str | None, typer.Option(metavar="P|P,P,...", help="That a guess holds if those before it did.")
+    ] = None,
+    tree: Annotated[
+        int | None, typer.Option(metavar="N", help="Guesses verified at once. Default: K, a chain.")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who guesses: a model, medusa, hidden-transfer or lookup.")
+    ] = None,
+    draft_share: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Or what a run of a draft takes of one of the model.")
+    ] = None,
     perfetto: Annotated[
         str | None, typer.Option(metavar="FROM-TO", help="Record every operation in this window, as 10s-10.5s.")
     ] = None,

@@ -134,6 +134,9 @@ def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:
             facts[f"{tier.upper()} cache"] = f"{hits:.1%} of {lookups['lookup_blocks']:,} blocks looked up were there"
     if summary["swaps"]["count"]:
         facts["swaps"] = f"{summary['swaps']['count']:,}, {format_bytes(summary['swaps']['bytes'])}"
+    if guessed := summary.get("speculation"):
+        held = f", draft of {format_bytes(guessed['draft_weight_bytes'])}" if guessed["draft_weight_bytes"] else ""
+        facts["speculation"] = f"{guessed['emitted_per_step']:.3g} tokens a step{held}"
     facts["bottleneck"] = run.bottleneck()
     facts["simulated in"] = f"{format_s(summary['cpu_s'])} of CPU time, after {format_s(summary['setup_cpu_s'])}"
     return facts

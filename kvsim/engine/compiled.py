@@ -30,6 +30,7 @@ _KERNELS = (
     "runs",
     "scheduling",
     "sessions",
+    "speculation",
     "tenants",
 )
 

@@ -5,8 +5,9 @@ from kvsim.engine.books import note_member
 from kvsim.engine.plans import DECODE, NEVER, amounts, evaluate, find, slopes, steps_until_change
 from kvsim.engine.queues import push_last, take_out
 from kvsim.engine.sessions import has_left
+from kvsim.engine.speculation import pace, steps_over
 from kvsim.engine.state import COUNT, DECODING, HBM, NOBODY, SLOPE, STORED, TIERS, VECTOR, Cluster, Record
-from kvsim.engine.tenants import advance_tenants
+from kvsim.engine.tenants import advance_tenants, take_back_output
 
 
 def target_tokens(request: Record) -> int:
@@ -19,12 +20,12 @@ def last_generated(request: Record) -> int:
     return int(request["output_tokens"] - request["recomputed_tokens"] - 1)
 
 
-def generated_tokens(request: Record, iteration: int) -> int:
-    """The generated token that a decode iteration feeds."""
-    return int(request["generated_at_join"] + iteration - request["joined"])
+def generated_tokens(world: Record, request: Record, iteration: int) -> float:
+    """The generated token that a decode iteration feeds; a mean where steps emit several."""
+    return float(request["generated_at_join"] + (iteration - request["joined"]) * world["tokens_per_step"])
 
 
-def join(cluster: Cluster, index: int, generated: int) -> None:
+def join(cluster: Cluster, index: int, generated: float) -> None:
     """Let a request that is in no list decode from this generated token on; its plan is known."""
     replica = cluster.replicas[cluster.requests[index]["replica"]]
     push_last(cluster.requests, replica, DECODING, index)
@@ -44,10 +45,12 @@ def set_amounts(cluster: Cluster, index: int) -> None:
     """Set VECTOR to what a decoding request amounts to in the next iteration, and SLOPE to its growth."""
     request = cluster.requests[index]
     piece, plans = request["piece"], cluster.plans
-    evaluate(plans, piece, target_tokens(request), request["generated_at_join"], 0)
+    generated = request["generated_at_join"]
+    evaluate(plans, piece, target_tokens(request), int(generated), 0)
     rows = cluster.rows
     amounts(plans, piece, rows, VECTOR)
     slopes(plans, piece, rows, SLOPE)
+    pace(cluster.world, rows, plans.pieces[piece]["columns"], generated - int(generated))
     steps = cluster.replicas[request["replica"]]["iteration"] - request["joined"]
     for i in range(plans.pieces[piece]["columns"]):
         rows[VECTOR, i] += steps * rows[SLOPE, i]
@@ -72,10 +75,11 @@ def advance(cluster: Cluster, replica_index: int, steps: int) -> None:
 def renew(cluster: Cluster, index: int) -> bool:
     """Give a request that is due the plan of its next iterations; False when it is complete. May make a detour."""
     request = cluster.requests[index]
-    generated = generated_tokens(request, cluster.replicas[request["replica"]]["iteration"])
-    if generated > last_generated(request):
+    replica = cluster.replicas[request["replica"]]
+    generated = generated_tokens(cluster.world, request, replica["iteration"])
+    if int(generated) > last_generated(request):
         return False
-    find(cluster.plans, DECODE, target_tokens(request), generated, 0)
+    find(cluster.plans, DECODE, target_tokens(request), int(generated), 0)
     _subtract(cluster, index)
     _add(cluster, index, generated)
     return True
@@ -89,15 +93,17 @@ def _next_due(cluster: Cluster, replica: Record) -> int:
     return int(nearest)
 
 
-def _add(cluster: Cluster, index: int, generated: int) -> None:
+def _add(cluster: Cluster, index: int, generated: float) -> None:
     request, plans = cluster.requests[index], cluster.plans
     replica = cluster.replicas[request["replica"]]
-    piece = find(plans, DECODE, target_tokens(request), generated, 0)
+    fed = int(generated)
+    piece = find(plans, DECODE, target_tokens(request), fed, 0)
     amounts(plans, piece, cluster.rows, VECTOR)
     slopes(plans, piece, cluster.rows, SLOPE)
-    until = min(NEVER, generated + steps_until_change(plans, piece), last_generated(request) + 1)
+    until = min(NEVER, fed + steps_until_change(plans, piece), last_generated(request) + 1)
+    pace(cluster.world, cluster.rows, plans.pieces[piece]["columns"], generated - fed)
     request["piece"], request["joined"], request["generated_at_join"] = piece, replica["iteration"], generated
-    request["due"] = replica["iteration"] + until - generated
+    request["due"] = replica["iteration"] + steps_over(cluster.world, until - generated)
     replica["next_due"] = min(replica["next_due"], request["due"])
     _count(cluster, index, 1)
 
@@ -136,6 +142,8 @@ def settle(cluster: Cluster, replica_index: int, leave_s: float) -> None:
             take_out(requests, replica, index)
             note_member(cluster, index, -1)
             _subtract(cluster, index)
+            last = generated_tokens(cluster.world, requests[index], replica["iteration"])
+            take_back_output(cluster, replica_index, index, last - last_generated(requests[index]) - 1)
             leave(cluster, index, leave_s)
             finish(replica, requests[index], leave_s)
         index = after

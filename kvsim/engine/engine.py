@@ -60,7 +60,7 @@ class Engine:
         self._combinations: list[tuple[int, ...]] = []
         self._written: list[list[Records]] = [[], [], []]  # notes, gaps and aways that were full
         self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
-        self._model, self._model_s = model_arrays(clock, max(setup.max_num_batched_tokens, setup.max_num_seqs))
+        self._model, self._model_s = model_arrays(clock, setup.most_tokens)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
         self._wanted = self.cluster.world["wanted"]
         self._prefixes = PrefixService(trace, setup, clock.machine, prefixes, self.cluster, prefill_s)
@@ -112,11 +112,11 @@ class Engine:
         """Let a request leave without its first token; its replica is returned."""
         return depart(self.cluster, index, now_s)
 
-    def batch(self) -> tuple[list[Load], int, int]:
-        """The iteration begun last: its loads, tokens and rows of the head."""
+    def batch(self) -> tuple[list[Load], int, int, float]:
+        """The iteration begun last: its loads, tokens and rows of the head, and the seconds of guessing."""
         world, first = self.cluster.world, first_load(self.cluster)
         loads = [self._load(int(row[0]), row) for row in self.cluster.rows[first : first + world["loads"]]]
-        return loads, int(world["tokens"]), int(world["logits"])
+        return loads, int(world["tokens"]), int(world["logits"]), float(world["guess_s"])
 
     def _load(self, structure: int, row: Ints) -> Load:
         shape = self._structures[structure]
@@ -225,17 +225,18 @@ class Engine:
         cluster, replica, began_s = self.cluster, self.cluster.replicas[number], float(self.cluster.world["look_s"])
         sharing = Sharing(int(replica["on_host"]), int(replica["on_switch"]))
         if replica["phase"] == RUNNING:
-            sums, tokens = cluster.sums[number], int(replica["decoding_now"])
+            sums, tokens = cluster.sums[number], int(replica["decoding_now"] * cluster.world["step_tokens"])
             used = np.flatnonzero(sums[:, 0, COUNT])
             loads, growth = ([self._load(s, sums[s, i]) for s in used.tolist()] for i in (0, 1))
             parts = cluster.parts[number][: replica["n_parts"]]
             steps = [(int(part["steps"]), float(part["first_s"]), float(part["slope_s"])) for part in parts]
-            span = Span(began_s, float(replica["run_stall_s"]), steps, loads, growth, tokens, tokens, sharing)
+            stall_s, guess_s = float(replica["run_stall_s"]), float(cluster.world["guess_s"])
+            span = Span(began_s, stall_s, steps, loads, growth, tokens, tokens, sharing, guess_s)
         else:
-            loads, tokens, logits = self.batch()
+            loads, tokens, logits, guess_s = self.batch()
             steps = [(1, float(replica["wake_s"]) - began_s, 0.0)]
             stall_s = began_s - float(replica["began_s"])
-            span = Span(began_s - stall_s, stall_s, steps, loads, [], tokens, logits, sharing)
+            span = Span(began_s - stall_s, stall_s, steps, loads, [], tokens, logits, sharing, guess_s)
         self.timeline.begin(number, span)
 
     # -- arrays --------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def take_in(cluster: Cluster, number: int, now_s: float) -> None:
             take_out(requests, replica, index)
             release(cluster, index)
             replica["expected"] -= 1
-            join(cluster, index, 1)
+            join(cluster, index, 1.0)
             replica["late"] += 1
             taken_in(replica, request, now_s)
             sender = cluster.replicas[request["sender"]]

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvsim.engine.records import AWAY, GAP, NOTE, PART, PATIENCE, PIN, REPLICA, REQUEST, TENANT, WORLD
 from kvsim.engine.state import IDLE, MOST_PARTS, NO_QUOTA, NOBODY, NOWHERE, OPEN_SPANS, Cluster, Record, Records
-from kvsim.engine.tables import plan_arrays
+from kvsim.engine.tables import plan_arrays, set_guesses
 from kvsim.handoff import SentState
 from kvsim.machine import HEAD_KERNELS
 from kvsim.makespan import Clock
@@ -136,6 +136,7 @@ def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:
     world["head_s"], world["logit_s"] = clock.head_parts_s
     world["window_from_s"], world["window_to_s"] = setup.perfetto or (math.inf, -math.inf)
     world["head_launch_s"] = HEAD_KERNELS * rates.launch_s
+    set_guesses(world, clock.guesser)
     world["prefill_replicas"], world["layers"] = setup.prefill_replicas, setup.rank.n_layers
     world["streams_chunks"] = reuse_of(setup.policy) is Reuse.BLOCKS
     machine = clock.machine

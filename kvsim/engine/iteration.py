@@ -10,6 +10,7 @@ from kvsim.engine.memory import release
 from kvsim.engine.plans import DECODE, PREFILL, amounts, find
 from kvsim.engine.pricing import price
 from kvsim.engine.queues import take_out
+from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state import (
     BUSY,
     BY_SWAP,
@@ -49,12 +50,15 @@ def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
     set_batch(cluster, number)
     tokens, logits = world["tokens"], world["logits"]
     seconds = price(world, prices, rows, first, tokens, logits, replica["on_host"], replica["on_switch"])
+    prompt_tokens = tokens - decoding * world["step_tokens"]
+    seconds += guess(world, world["busy_s"], decoding, prompt_tokens)
     if replica["phase"] != STALLED:
         note_now(cluster, number, now_s)
         replica["began_s"] = now_s
     for row in range(first, first + world["loads"]):
         charge_plans(replica, prices, rows[row, 0], rows[row], 1)
     charge_model(world, replica, prices, 1, tokens, logits)
+    charge_guesses(world, replica, 1, decoding, prompt_tokens)
     for i in range(len(BUSY)):
         replica["busy_s"][i] += world["busy_s"][i]
     note_shared(replica, world["busy_s"])
@@ -109,7 +113,7 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     else:
         release(cluster, index)
         if decodes:
-            join(cluster, index, 1)
+            join(cluster, index, 1.0)
             note_member(cluster, index, 1)
         else:
             finish(replica, request, now_s)
@@ -134,7 +138,7 @@ def set_batch(cluster: Cluster, number: int) -> None:
     """
     replica, world, rows, plans = cluster.replicas[number], cluster.world, cluster.rows, cluster.plans
     n_structures = cluster.sums.shape[1]
-    tokens = logits = replica["length"][DECODING]
+    tokens = logits = replica["length"][DECODING] * world["step_tokens"]
     for structure in range(n_structures):
         for i in range(rows.shape[1]):
             rows[PROMPTS + structure, i] = 0

@@ -145,10 +145,10 @@ def _drop_swapped_below(cluster: Cluster, number: int, priority: int) -> bool:
     return True
 
 
-def _begin_anew(cluster: Cluster, index: int, generated: int) -> None:
+def _begin_anew(cluster: Cluster, index: int, generated: float) -> None:
     """Let a sequence that is in no list wait to be recomputed up to this generated token."""
     request = cluster.requests[index]
-    request["recomputed_tokens"] += generated
+    request["recomputed_tokens"] += int(generated)
     request["past_tokens"] = 0
     queue_again(cluster, request["replica"], index)
 
@@ -161,7 +161,7 @@ def _evict_below(cluster: Cluster, number: int, priority: int, now_s: float) -> 
     decoding = _least_urgent(cluster, number, DECODING, priority)
     if decoding != NOBODY:
         _preempt(cluster, cluster.replicas[number], decoding, now_s)
-        cluster.replicas[number]["batch_tokens"] += 1
+        cluster.replicas[number]["batch_tokens"] += cluster.world["step_tokens"]
     elif prefilling != NOBODY:
         _abandon(cluster, number, prefilling, now_s)
     return decoding != NOBODY or prefilling != NOBODY
@@ -198,7 +198,7 @@ def _abandon(cluster: Cluster, number: int, index: int, now_s: float) -> None:
 
 def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> None:
     request, world = cluster.requests[index], cluster.world
-    generated = generated_tokens(request, replica["iteration"])
+    generated = generated_tokens(world, request, replica["iteration"])
     withdraw(cluster, index)  # leaves its amounts in VECTOR
     set_need(cluster)
     if not fits_alone(cluster, index, 1):

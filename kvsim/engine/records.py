@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvsim.engine.state import BOUNDS, BUSY, LINKS, QUEUES, TENANT_QUEUES, TIERS
+from kvsim.guessing import FIELDS as GUESSING
 from kvsim.machine import LANES
 
 
@@ -35,6 +36,7 @@ REQUEST = np.dtype(
         "hit_landed_s",  # when what is on its way to DDR will be there
         "stream_s",  # from when on some of its state could be sent to another replica
         "delay_s",  # after its leader
+        "generated_at_join",  # the generated token that it fed then: a mean where steps emit several
     )
     + _ints(
         "prompt_tokens",
@@ -59,9 +61,8 @@ REQUEST = np.dtype(
         "queue",  # the list that it is in, and its neighbours there
         "before",
         "after",
-        "piece",  # while it decodes: its plan, the iteration and the generated token with which that began, and
-        "joined",  # the iteration at which it ends
-        "generated_at_join",
+        "piece",  # while it decodes: its plan, the iteration with which that began, and the one at which it ends
+        "joined",
         "due",
         "loading",  # whether it waits for its cached prefix
         "matched",  # the version of the cache in which these were its hits
@@ -141,6 +142,7 @@ TENANT = np.dtype(  # one tenant at one replica
     _floats(
         "weight",
         "lift",  # what its counter has been raised by, beyond its service
+        "output_tokens",  # served: generated
     )
     + _ints(
         "priority",
@@ -148,8 +150,7 @@ TENANT = np.dtype(  # one tenant at one replica
         "watermark_bytes",
         "over_quota",  # its next request has to wait for its own ones; of this turn
         "decoding",  # sequences
-        "prompt_tokens",  # served: computed by prefill, and generated
-        "output_tokens",
+        "prompt_tokens",  # served: computed by prefill
         "held_bytes",  # of HBM: as those of a replica
         "stored_bytes",
         "growth_bytes",
@@ -200,6 +201,7 @@ WORLD = np.dtype(
         "loads",  # of the batch, which was priced last, its tokens and its rows of the head
         "tokens",
         "logits",
+        "step_tokens",  # that run through the model in a decode step of one sequence
     )
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
     + _floats("peer_latency_s", "peer_byte_s", "nic_latency_s", "nic_byte_s")  # between replicas
@@ -210,6 +212,9 @@ WORLD = np.dtype(
     + _floats("look_s")  # when that began, swaps aside
     + _floats("head_s", "logit_s")  # of the output head: once, and for each position
     + _floats("head_launch_s")  # the part of the former that is no transfer
+    + _floats("tokens_per_step")  # that a decode step of one sequence emits
+    + _floats("guess_s")  # of the batch priced last
+    + GUESSING
     + [
         ("capacity_bytes", np.int64, (TIERS,)),
         ("need_bytes", np.int64, (TIERS,)),  # scratch

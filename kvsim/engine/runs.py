@@ -14,6 +14,7 @@ from kvsim.engine.memory import used
 from kvsim.engine.preemption import has_slot
 from kvsim.engine.pricing import price
 from kvsim.engine.scheduling import next_ready_s
+from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state import (
     BUSY,
     BY_SWAP,
@@ -68,7 +69,9 @@ def end_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None
         if sums[number, structure, 0, COUNT]:
             charge_plans(replica, prices, structure, sums[number, structure, 0], steps)
             charge_plans(replica, prices, structure, sums[number, structure, 1], steps * (steps - 1) // 2)
-    charge_model(cluster.world, replica, prices, steps, decoding, decoding)
+    tokens = decoding * cluster.world["step_tokens"]
+    charge_model(cluster.world, replica, prices, steps, tokens, tokens)
+    charge_guesses(cluster.world, replica, steps, decoding, 0)
     note(cluster, number, now_s, steps - 1)
     whole = 0
     if replica["run_stall_s"] > 0 or replica["late"]:
@@ -141,7 +144,9 @@ def _price_step(cluster: Cluster, prices: Prices, number: int, step: int, busy: 
     replica, world = cluster.replicas[number], cluster.world
     set_decoding_batch(cluster, number, step)
     n, on_host, on_switch = replica["length"][DECODING], replica["on_host"], replica["on_switch"]
-    seconds = price(world, prices, cluster.rows, first_load(cluster), n, n, on_host, on_switch)
+    tokens = n * world["step_tokens"]
+    seconds = price(world, prices, cluster.rows, first_load(cluster), tokens, tokens, on_host, on_switch)
+    seconds += guess(world, world["busy_s"], n, 0)
     for i in range(len(BUSY)):
         busy[i] = world["busy_s"][i]
     return seconds

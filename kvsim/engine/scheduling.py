@@ -41,7 +41,7 @@ from kvsim.engine.tenants import charge_prompt, next_request, pick, within_quota
 
 def continue_prompts(cluster: Cluster, replica: Record, now_s: float) -> None:
     """Begin a schedule: the next chunks of the prompts that are under way and not waiting for their prefix."""
-    left = cluster.world["max_num_batched_tokens"] - replica["length"][DECODING]
+    left = cluster.world["max_num_batched_tokens"] - replica["length"][DECODING] * cluster.world["step_tokens"]
     replica["chunks"] = 0
     index = replica["first"][PREFILLING]
     while index != NOBODY:
@@ -69,7 +69,8 @@ def admit(cluster: Cluster, number: int, now_s: float) -> None:
         swapped = request["queue"] == SWAPPED
         if ranked:
             priority = cluster.tenants[number, request["tenant"]]["priority"]
-            take_chunks_below(cluster, number, priority, 1 if swapped else target_tokens(request))
+            wanted = cluster.world["step_tokens"] if swapped else target_tokens(request)
+            take_chunks_below(cluster, number, priority, wanted)
         if replica["batch_tokens"] <= 0 or not (has_slot(cluster, replica) or outranks(cluster, number, index)):
             break
         if not (_swap_in(cluster, number, index, now_s) if swapped else _begin(cluster, number, index, now_s)):
@@ -152,7 +153,7 @@ def _swap_in(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     """Let a swapped sequence decode again; False when it and all others have to wait. May make a detour."""
     request, replica, plans, world = cluster.requests[index], cluster.replicas[number], cluster.plans, cluster.world
     generated = request["generated_at_join"]
-    amounts(plans, find(plans, DECODE, target_tokens(request), generated, 0), cluster.rows, VECTOR)
+    amounts(plans, find(plans, DECODE, target_tokens(request), int(generated), 0), cluster.rows, VECTOR)
     set_need(cluster)
     hbm_bytes = world["need_bytes"][HBM]
     for tier in range(TIERS):
@@ -164,7 +165,7 @@ def _swap_in(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     swap(world, replica, hbm_bytes, UP)
     join(cluster, index, generated)
     replica["late"] += 1
-    replica["batch_tokens"] -= 1
+    replica["batch_tokens"] -= world["step_tokens"]
     returned(cluster, index, now_s)
     enter_batch(replica, request)
     return True

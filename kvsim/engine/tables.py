@@ -8,6 +8,7 @@ from kvsim.derive import Piece, Structure
 from kvsim.engine.plans import FLOOR, INPUTS, MOST_FACTORS, PIECE, TERM, TEST
 from kvsim.engine.pricing import LAYERS, MODEL, OP, PROGRAM, SLOT, STRUCTURE, TIME, WAIT
 from kvsim.engine.state import NOBODY, TIERS, Floats, Plans, Prices, Record, Records
+from kvsim.guessing import Guesser
 from kvsim.makespan import Clock
 from kvsim.program import Slot
 from kvsim.symbolic import Polynomial
@@ -121,6 +122,16 @@ def price_arrays(
         model=model,
         model_s=model_s,
     )
+
+
+def set_guesses(world: Record, guesser: Guesser | None) -> None:
+    """How many tokens a decode step takes and emits, and what guessing them costs."""
+    world["tokens_per_step"] = world["step_tokens"] = 1
+    if guesser is not None:
+        world["tokens_per_step"] = guesser.speculation.tokens_per_step
+        world["step_tokens"] = guesser.speculation.verified_tokens
+        world["guess_parts_s"], world["guess_weight_bytes"] = guesser.parts, guesser.read_bytes
+        world["guess_sent_bytes"] = guesser.sent_bytes
 
 
 def model_arrays(clock: Clock, most_tokens: int) -> tuple[Records, Floats]:

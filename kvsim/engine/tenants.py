@@ -47,7 +47,7 @@ def _precedes(cluster: Cluster, number: int, index: int, other: int, iterations:
 def counter(cluster: Cluster, number: int, tenant: int, iterations: int) -> float:
     """A tenant's virtual counter after so many further iterations of its decoding sequences."""
     world, record = cluster.world, cluster.tenants[number, tenant]
-    output_tokens = record["output_tokens"] + iterations * record["decoding"]
+    output_tokens = record["output_tokens"] + iterations * record["decoding"] * world["tokens_per_step"]
     service = world["prompt_weight"] * record["prompt_tokens"] + world["output_weight"] * output_tokens
     return float(record["lift"] + service / record["weight"])
 
@@ -180,11 +180,16 @@ def charge_output(cluster: Cluster, number: int, index: int) -> None:
     cluster.tenants[number, cluster.requests[index]["tenant"]]["output_tokens"] += 1
 
 
+def take_back_output(cluster: Cluster, number: int, index: int, tokens: float) -> None:
+    """A request's last step has emitted so many tokens less than steps do."""
+    cluster.tenants[number, cluster.requests[index]["tenant"]]["output_tokens"] -= tokens
+
+
 def advance_tenants(cluster: Cluster, number: int, steps: int) -> None:
     """All decoding sequences have done `steps` iterations."""
     for i in range(cluster.tenants.shape[1]):
         tenant = cluster.tenants[number, i]
         last_bytes = used(tenant) + (steps - 1) * tenant["growth_bytes"]
         tenant["peak_bytes"] = max(tenant["peak_bytes"], used(tenant), last_bytes)
-        tenant["output_tokens"] += steps * tenant["decoding"]
+        tenant["output_tokens"] += steps * tenant["decoding"] * cluster.world["tokens_per_step"]
         tenant["stored_bytes"] += steps * tenant["growth_bytes"]

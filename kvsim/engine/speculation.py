@@ -1,0 +1,75 @@
+"""Decode steps that emit several tokens: how far they bring a sequence, and what guessing adds to an iteration.
+
+A sequence follows the mean: each step brings it `tokens_per_step` tokens further, a number that need not be whole.
+Where it stands between two tokens its amounts do too, to the nearest unit; so they grow evenly, as those of single
+tokens do, and runs of steps keep their closed form.
+"""
+
+import math
+
+from kvsim.engine.state import (
+    BY_COMPUTE,
+    BY_HBM,
+    BY_NVLINK,
+    HBM_BUSY,
+    SLOPE,
+    VECTOR,
+    WORK,
+    Floats,
+    Ints,
+    Record,
+)
+from kvsim.guessing import ARITHMETIC, COLLECTIVES, EACH, LAUNCH, ONCE, WEIGHTS
+from kvsim.machine import NVLINK, SM
+
+
+def steps_over(world: Record, tokens: float) -> int:
+    """The steps after which at least so many tokens have been emitted."""
+    return int(math.ceil(tokens / world["tokens_per_step"]))  # noqa: RUF046 - what is divided by is of no known type
+
+
+def pace(world: Record, rows: Ints, columns: int, fraction: float) -> None:
+    """Turn VECTOR and SLOPE, by token, into amounts `fraction` of a token later and their growth by step."""
+    per_step = world["tokens_per_step"]
+    if per_step == 1:
+        return
+    for i in range(columns):
+        rate = rows[SLOPE, i]
+        rows[VECTOR, i] += math.floor(fraction * rate + 0.5)
+        rows[SLOPE, i] = math.floor(per_step * rate + 0.5)
+
+
+def guess(world: Record, busy: Floats, sequences: int, prompt_tokens: int) -> float:
+    """Seconds that guessing adds to an iteration, after all else; sets `guess_s` and adds to what `busy` has."""
+    total_s = 0.0
+    if world["step_tokens"] > 1:
+        for i in range(2):
+            n = prompt_tokens if i else sequences
+            if n:
+                total_s += _part(busy, world["guess_parts_s"][i], n)
+    world["guess_s"] = total_s
+    return total_s
+
+
+def _part(busy: Floats, parts: Floats, n: int) -> float:
+    launch_s = parts[ONCE, LAUNCH] + n * parts[EACH, LAUNCH]
+    weights_s = parts[ONCE, WEIGHTS] + n * parts[EACH, WEIGHTS]
+    arithmetic_s = parts[ONCE, ARITHMETIC] + n * parts[EACH, ARITHMETIC]
+    collectives_s = parts[ONCE, COLLECTIVES] + n * parts[EACH, COLLECTIVES]
+    busy[SM] += launch_s + weights_s + arithmetic_s
+    busy[NVLINK] += collectives_s
+    busy[HBM_BUSY] += weights_s
+    busy[WORK] += arithmetic_s
+    busy[BY_HBM] += weights_s
+    busy[BY_COMPUTE] += arithmetic_s
+    busy[BY_NVLINK] += collectives_s
+    return float(launch_s + weights_s + arithmetic_s + collectives_s)
+
+
+def charge_guesses(world: Record, replica: Record, iterations: int, sequences: int, prompt_tokens: int) -> None:
+    """Book the weights that guessing reads in so many iterations, and the bytes of its collectives."""
+    for i in range(2):
+        n = prompt_tokens if i else sequences
+        if n:
+            replica["weight_bytes"] += iterations * world["guess_weight_bytes"][i]
+            replica["collective_bytes"] += iterations * n * world["guess_sent_bytes"][i]
