@@ -31,6 +31,11 @@ class Quest(Policy):
         multiple_of(self, "budget_tokens", "page_tokens")
         one_of(self, "per", "kv_head", "query_head")
 
+    @property
+    def chosen_pages(self) -> int:
+        """Pages that a head, or a KV head, chooses by their bounds; the last page is read beside them."""
+        return self.budget_tokens // self.page_tokens - 1
+
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
         """`keys`, `values`: whole pages, one row per token and KV head; `bounds`: two key vectors per page and head."""
         shape, pages = model.layers[layer], self._pages(step)
@@ -55,9 +60,9 @@ class Quest(Policy):
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Update the last page's bounds, score all pages, read the best; all of them while they fit the budget."""
         shape, pages = model.layers[layer], self._pages(step)
-        if layer < self.dense_layers or pages <= self.budget_tokens // self.page_tokens:
+        if layer < self.dense_layers or pages <= self.chosen_pages + 1:
             return self._dense(model, step, layer, step.tokens)
-        chosen = self.budget_tokens - self.page_tokens
+        chosen = self.chosen_pages * self.page_tokens
         last = step.tokens - (pages - 1) * self.page_tokens
         score = Compute(
             name="score",
@@ -85,7 +90,7 @@ class Quest(Policy):
     def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
         """`added`: pages that a group's other query heads choose beside those of its first one."""
         shape, pages = model.layers[layer], self._pages(step)
-        chosen = self.budget_tokens // self.page_tokens - 1
+        chosen = self.chosen_pages
         if step.prefilling or layer < self.dense_layers or pages <= chosen + 1 or not self._each(shape):
             return ()
         maximum = min((shape.group - 1) * chosen, pages - 1 - chosen)

@@ -1,7 +1,7 @@
 """`kvsim generate`: run a model under a policy, and see what its cache cost."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,10 @@ from kvsim.cli.output import JsonFlag, print_facts, print_json
 from kvsim.cli.progress import progress_bar
 from kvsim.documents import read_document
 from kvsim.units import format_bytes, format_s, parse_tokens
+
+if TYPE_CHECKING:
+    from policies import Policy
+    from traces.counts import Recording
 
 
 def generate(
@@ -69,6 +73,7 @@ def generate(
             "held_bytes": {str(tier): nbytes for tier, nbytes in made.held_bytes.items()},
             "moved_bytes": {"->".join(link): nbytes for link, nbytes in kv.moved_bytes.items()},
             "counts": recording.shares(),
+            "union_factor": _union_factor(parsed, recording),
         }
     if counts_out is not None:
         recording.save(counts_out)
@@ -77,6 +82,20 @@ def generate(
     else:
         typer.echo("\n")
         print_facts(f"{policy}: {model} in {report['dtype']} on {report['device']}", _facts(report))
+
+
+def _union_factor(policy: "Policy", recording: "Recording") -> float | None:
+    """Pages that a group of query heads reads together, as a multiple of those that one of its heads chooses.
+
+    `None` where heads do not choose on their own, or nothing was chosen.
+    """
+    from policies import Quest
+
+    added = recording.counts.get("added")
+    if not isinstance(policy, Quest) or added is None:
+        return None
+    could = added.maximum > 0  # rows are as wide as the layer with the most KV heads
+    return 1 + float(added.value[could].mean()) / policy.chosen_pages
 
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:
@@ -91,6 +110,8 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
     for name, share in report["counts"].items():
         hits = f", so {1 - share:.1%} hits" if name.rpartition(".")[2] == "miss" else ""
         facts[name] = f"{share:.1%} of its maximum{hits}"
+    if report["union_factor"] is not None:
+        facts["read by a group"] = f"{report['union_factor']:.2f} times the pages that one head chooses"
     return facts
 
 

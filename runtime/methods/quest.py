@@ -15,7 +15,7 @@ def method(policy: Policy) -> Method:
     if not isinstance(policy, Quest):
         raise TypeError(f"not a quest policy: {policy!r}")
     reduce: Reduce = "none" if policy.per == "query_head" else "max"
-    page, budget_pages = policy.page_tokens, policy.budget_tokens // policy.page_tokens
+    page, most = policy.page_tokens, policy.chosen_pages
 
     def append(call: Call) -> None:
         past, tokens = call.step.past_tokens, call.step.tokens
@@ -42,11 +42,11 @@ def method(policy: Policy) -> Method:
             seen = torch.nn.functional.pad(call.mask[:, 0, -1], (0, -call.mask.shape[-1] % page))
             alive = seen.unflatten(1, (-1, page)).any(-1)[:, None, :last]
             scores = scores.masked_fill(~alive, -torch.inf)
-        chosen = top_ids(scores, budget_pages - 1)
+        chosen = top_ids(scores, most)
         if reduce == "none" and call.shape.group > 1:
-            call.counts["added"] = _union(chosen, last, call.shape.group) - (budget_pages - 1)
+            call.counts["added"] = _union(chosen, last, call.shape.group) - most
         tail = torch.full_like(chosen[..., :1], last)
-        pages = torch.cat([chosen, tail], dim=-1)  # (batch, heads that choose, budget pages)
+        pages = torch.cat([chosen, tail], dim=-1)  # (batch, heads that choose, pages read)
         tokens = pages[..., None] * page + torch.arange(page, device=pages.device)
         # `top_ids` pads with -1 where there are fewer pages to choose from.
         call.scratch["tokens"] = torch.where(pages[..., None] < 0, -1, tokens).flatten(2)

@@ -71,6 +71,23 @@ def test_figures_and_recording(
     assert in_chunks["moved_bytes"]["ddr->hbm"] == 3 * 128 * (fetched + 9 + 18)
 
 
+def test_what_a_group_reads_together(
+    tiny_llama: Path, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each head chooses one page, and the last is read anyway: a group of two heads reads one or two more."""
+    counts, options = tmp_path / "run.npz", "page_tokens=4,budget_tokens=8,dense_layers=0"
+    args = ("--model", str(tiny_llama), "--prompt-file", str(question), "--max-new-tokens", "6")
+    own = (*args, "--policy", f"quest:{options},per=query_head")
+    said = report(capsys, *own, "--counts-out", str(counts))
+    added = Recording.load(counts).counts["added"].value
+    assert added.shape == (3 * 5, 2)  # layers x steps that choose, KV heads
+    assert said["union_factor"] == pytest.approx(1 + added.sum() / added.size)
+    assert 1 < said["union_factor"] < 2
+    assert main(["generate", *own]) == 0
+    assert f"{said['union_factor']:.2f} times the pages that one head chooses\n" in capsys.readouterr().out
+    assert report(capsys, *args, "--policy", f"quest:{options}")["union_factor"] is None
+
+
 def test_one_token_has_no_time_between(tiny_llama: Path, question: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--model", str(tiny_llama), "--prompt-file", str(question), "--max-new-tokens", "1")
     assert report(capsys, *args)["tpot_s"] is None

@@ -213,6 +213,35 @@ def test_five_parts_merge_at_logits_of_200():
     compare(policy, 8, 2, 41, 20, torch.tensor([0]), 9.0, 2e-4)
 
 
+def needles_read(before):
+    """Of 12 places, in how many a key along the last query is read; queries before it lie along it `before` times.
+
+    The direction hardly turns (10000^(-3/4) of a radian a token), so that it is one wherever a key stands.
+    """
+    policy, shape, prompt, along, read = parse_policy(f"infllm:{SMALL}"), model(8, 2), 61, torch.eye(DIM)[3], 0
+    places = range(3, 51, 4)  # the first token of each block that has closed
+    for place in places:
+        q, k, v = draw(8, 2, prompt + 1, 1, seed=place, size=0.4)
+        q[:, :, :prompt], q[:, :, prompt:] = along * before, along * 16
+        k[:, :, place] = along * 8
+        run = Run(policy, shape, q, k, v, prompt, torch.tensor([0]))
+        for past, new in [*((past, min(8, prompt - past)) for past in range(0, prompt, 8)), (prompt, 1)]:
+            call = run.step(past, new)
+        expected = v[0, :, place].repeat_interleave(4, 0)
+        read += torch.allclose(call.out[0, :, 0], expected, atol=1e-3)
+    return read, len(places)
+
+
+def test_a_planted_needle_is_read_where_queries_near_it_asked_for_it():
+    """A block is found by the keys that later queries weighed most: one that they turn from does not speak for it.
+
+    Its block is then one of 12 like the others, and 2 are looked up for all heads: 7 of 12 needles are missed here.
+    """
+    assert needles_read(before=16) == (12, 12)
+    read, places = needles_read(before=-16)
+    assert read < places
+
+
 TINY = {
     "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,

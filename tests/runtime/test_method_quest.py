@@ -56,22 +56,12 @@ def oracle(q, keys, values, per):
     return out, read
 
 
-@pytest.mark.parametrize("per", ["kv_head", "query_head"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)])
-@pytest.mark.parametrize("prompt", [16, 17, 30, 45])
-def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt, per):
-    generator = torch.Generator().manual_seed(prompt * heads)
-    shape, policy, steps = (
-        model(heads, kv_heads),
-        Quest(page_tokens=PAGE, budget_tokens=BUDGET, dense_layers=0, per=per),
-        9,
-    )
-    total = prompt + steps
-    draw = lambda h: torch.randn(1, h, total, DIM, generator=generator) * 3  # noqa: E731
-    q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
+def steps(policy, shape, q, k, v, prompt):
+    """The prompt and each later token through executor and arena: past tokens and the call."""
     arena, executor = Arena(torch.device("cpu"), 1), Executor(torch.device("cpu"), Mover())
-    arena.allocate(0, plan_layer(policy, shape, Step.decoding(prompt, steps), 0).buffers)
-    for past, new in [(0, prompt), *((prompt + i, 1) for i in range(steps))]:
+    count = q.shape[2] - prompt
+    arena.allocate(0, plan_layer(policy, shape, Step.decoding(prompt, count), 0).buffers)
+    for past, new in [(0, prompt), *((prompt + i, 1) for i in range(count))]:
         step = Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
         plan, at = plan_layer(policy, shape, step, 0), slice(past, past + new)
         call = Call(
@@ -79,9 +69,39 @@ def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt, per):
             new_v=v[:, :, at], mask=None, scale=DIM**-0.5,
         )  # fmt: skip
         executor.run(plan, method_of(policy), call)
-        if new == 1:
+        yield past, plan, call
+
+
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)])
+@pytest.mark.parametrize("prompt", [16, 17, 30, 45])
+def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt, per):
+    generator = torch.Generator().manual_seed(prompt * heads)
+    policy, count = Quest(page_tokens=PAGE, budget_tokens=BUDGET, dense_layers=0, per=per), 9
+    draw = lambda h: torch.randn(1, h, prompt + count, DIM, generator=generator) * 3  # noqa: E731
+    q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
+    for past, plan, call in steps(policy, model(heads, kv_heads), q, k, v, prompt):
+        if past:
             keys, values = (x[0, :, : past + 1].double() for x in (k, v))
             expected, read = oracle(q[0, :, past].double(), keys, values, per)
             assert torch.allclose(call.out[0, :, 0].double(), expected, atol=1e-5)
             if plan.counts:  # pages that the group adds to those of one head
                 assert call.counts["added"].tolist() == [[n - (BUDGET // PAGE - 1) for n in read]]
+
+
+@pytest.mark.parametrize("per", ["kv_head", "query_head"])
+def test_a_planted_needle_is_read_wherever_it_stands(per):
+    """One key along the query, in a page of keys that are not: its page's bound is at least its score of 64 * 64 / 8.
+
+    A page without it is bounded by 64 times the largest number that any other key holds in that direction, below 2.
+    """
+    policy, heads, prompt = Quest(page_tokens=PAGE, budget_tokens=BUDGET, dense_layers=0, per=per), 8, 101
+    for place in (0, 3, 4, 50, 95, 96, 99, 100):
+        generator = torch.Generator().manual_seed(place)
+        q, k, v = (torch.randn(1, h, prompt + 1, DIM, generator=generator) * 0.4 for h in (heads, 2, 2))
+        q[..., prompt, :], k[:, :, place] = torch.eye(DIM)[2] * 64, torch.eye(DIM)[2] * 8
+        assert k[:, :, [t for t in range(prompt) if t != place], 2].max() < 2
+        *_, (past, _, call) = steps(policy, model(heads, 2), q, k, v, prompt)
+        assert past == prompt
+        expected = v[0, :, place].repeat_interleave(heads // 2, 0).double()
+        torch.testing.assert_close(call.out[0, :, 0].double(), expected, atol=1e-5, rtol=0)
