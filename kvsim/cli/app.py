@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvsim.cli import explain, generate, hardware, model, simulate, trace, validate
+from kvsim.cli import batching, explain, generate, hardware, model, simulate, trace, validate
 from kvsim.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -15,6 +15,7 @@ app.command("compare", help="Replay a trace under several policies, and set thei
 )
 app.command("generate")(generate.generate)
 app.command("validate")(validate.validate)
+trace.app.command("batching")(batching.batching)
 app.add_typer(trace.app, name="trace", help="Request traces: bundled, generated and converted ones.")
 app.add_typer(hardware.app, name="hardware", help="The catalogue of GPUs and hosts.")
 app.add_typer(model.app, name="model", help="The catalogue of model shapes.")
