@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_rich, print_table
+from kvsim.cli.prefill import print_density, print_occupancy, print_schemes
 from kvsim.names import unknown_name
 from kvsim.shares import parse_shares
 from kvsim.units import format_bytes, format_count, format_s, parse_tokens
@@ -20,6 +21,8 @@ PLAN_OPTIONS = ("plan", "model", "context", "kv_dtype", "weight_dtype")
 PAPER_OPTIONS = ("paper", "model", "gpu", "context", "policy", "batch", "tp", "kv_dtype", "weight_dtype", "json")
 SP_OPTIONS = ("sp", "model", "gpu", "host", "context", "kv_dtype", "weight_dtype", "json")
 PP_OPTIONS = ("pp", "micro_batches", "tp", "batch", "gpu_memory_utilization", *SP_OPTIONS[1:])
+OCCUPANCY_OPTIONS = ("occupancy", "batch", "tp", *SP_OPTIONS[1:])
+DENSITY_OPTIONS = ("density", "policy", "counts", *SP_OPTIONS[1:])
 BATCH_COLUMNS = ("batch", "output_tokens_per_s")
 SPECULATION_COLUMNS = ("tokens_per_step",)
 
@@ -56,6 +59,12 @@ def explain(
     micro_batches: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Chunks of a prompt in that pipeline. Default: N stages.")
     ] = None,
+    occupancy: Annotated[
+        bool, typer.Option("--occupancy", help="How attention kernels fill the SMs in prefill and decode instead.")
+    ] = False,
+    density: Annotated[
+        bool, typer.Option("--density", help="What sparse policies compute of a prompt's prefill instead.")
+    ] = False,
     host: Annotated[
         str, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file.")
     ] = "ddr5-dual-xeon",
@@ -97,12 +106,23 @@ def explain(
         for tokens in contexts:
             _print_plan(plan, shape, tokens)
         return
+    if occupancy:
+        _refuse_others(ctx, "--occupancy", OCCUPANCY_OPTIONS)
+        if batch == "max":
+            raise ValueError("--occupancy takes a number of sequences for --batch, not max")
+        print_occupancy(shape.shard(tp), gpu, host, contexts, _batch(batch or "1"), json=json)
+        return
+    if density:
+        _refuse_others(ctx, "--density", DENSITY_OPTIONS)
+        shares = parse_shares([counts]) if counts is not None else {}
+        print_density(policy, shape, (gpu, host), contexts, shares, json=json)
+        return
     for tokens in contexts:
         if tokens > shape.max_positions:
             _warn(f"warning: {tokens:,} tokens are beyond the {shape.max_positions:,} positions of {shape.name}")
     if sp is not None:
         _refuse_others(ctx, "--sp", SP_OPTIONS)
-        _print_schemes(shape, gpu, host, contexts, sp, json=json)
+        print_schemes(shape, gpu, host, contexts, sp, json=json)
         return
     size = None if batch in (None, "max") else _batch(batch or "")
     if pp is not None:
@@ -214,57 +234,6 @@ def _cells(costs: "Costs", left_out: Sequence[str]) -> list[str]:
         "tokens_per_step": f"{costs.tokens_per_step:.3g}",
     }
     return cells + [cell for name, cell in further.items() if name not in left_out]
-
-
-def _print_schemes(
-    model: "ModelShape", gpu: str, host: str, contexts: Sequence[int], devices: int, *, json: bool
-) -> None:
-    """For each scheme and context what the busiest device sends for all layers, and the time of the whole prefill."""
-    from kvsim.hardware import load_gpu, load_host
-    from kvsim.machine import Machine
-    from kvsim.sequence_parallel import VOLUMES, Split, prefill_s, volume
-
-    card, server = load_gpu(gpu), load_host(host)
-    if devices > server.gpus_max:
-        raise ValueError(f"--sp {devices} does not fit host {server.name!r}; it takes 1 to {server.gpus_max} GPUs")
-    machine = Machine(gpu=card, host=server)
-    rows: list[dict[str, Any]] = []
-    for tokens in contexts:
-        for scheme in VOLUMES:
-            try:
-                seconds = prefill_s(model, machine, tokens, devices, scheme)
-                sent = [volume(scheme, Split(layer, tokens, devices, model.kv_dtype)) for layer in model.layers]
-            except ValueError as error:
-                _warn(f"note: {scheme} is left out: {error}")
-                continue
-            rows.append(
-                {
-                    "schema_version": SCHEMA_VERSION,
-                    "scheme": scheme,
-                    "devices": devices,
-                    "context_tokens": tokens,
-                    "forward_bytes": sum(v.forward_bytes for v in sent),
-                    "backward_bytes": sum(v.backward_bytes for v in sent),
-                    "buffer_bytes": max(v.buffer_bytes for v in sent),
-                    "prefill_s": seconds,
-                }
-            )
-    if json:
-        typer.echo(jsonlib.dumps(rows, indent=2, allow_nan=False))
-        return
-    headings = ["context", "sent forward", "sent back", "received at a time", "prefill"]
-    print_table(
-        {"scheme": "left", **dict.fromkeys(headings, "right")},
-        (
-            [
-                row["scheme"],
-                format_count(row["context_tokens"]),
-                *(format_bytes(row[f"{name}_bytes"]) for name in ("forward", "backward", "buffer")),
-                format_s(row["prefill_s"]),
-            ]
-            for row in rows
-        ),
-    )
 
 
 def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
