@@ -1,5 +1,6 @@
 """How the result of a random scenario must change when the scenario is changed."""
 
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from simulated import GPU, HOST, setup, trace
 from kvsim.attribution import spent_s
 from kvsim.setup import CACHE_ROUTERS
 from kvsim.simulate import simulate
+from kvsim.speculation import Speculation
+from policies import leaves
 from traces import Trace
 
 EVENTS = ("admitted_s", "first_token_s", "finish_s")
@@ -19,6 +22,7 @@ SCHEDULING = st.fixed_dictionaries(
     {
         "scheduler": st.sampled_from(["fcfs", "priority", "fair"]),
         "router": st.sampled_from(["round-robin", "least-loaded", "prefix-affinity", "kv-aware"]),
+        "draft": st.sampled_from([None, "lookup", "share"]),
     }
 )
 NEITHER_RATE_NOR_TIME = {"gather_sm_share", "gpus_max", "ddr_bytes", "cpu_cores", "nvme_bytes", "gpus_per_switch"}
@@ -28,14 +32,31 @@ RATES_AND_TIMES = sorted(
 )
 
 
+def scheduled(s, scheduler, router, draft):
+    """The scenario with these, where they go with it: some routers look into caches, and guesses need their policy."""
+    caches = any(s.prefix_cache_bytes.values())
+    if router in CACHE_ROUTERS and not caches:
+        router = "least-loaded"
+    s = replace(s, scheduler=scheduler, router=router)
+    if draft is not None and all(leaf.verifies for leaf in leaves(s.policy)):
+        model = None if draft == "lookup" or caches or s.prefill_gpus else s.model
+        method = "lookup" if model is None else "draft"
+        guesses = Speculation(
+            guesses=2, acceptance=(0.6, 0.5), candidates=2, method=method, draft=model, draft_share=0.25
+        )
+        guessing = replace(s, speculation=guesses)
+        taken = guessing.activation_bytes - s.activation_bytes + guessing.guesser().weight_bytes
+        larger = replace(s.gpu, memory_bytes=s.gpu.memory_bytes + math.ceil(taken / s.gpu_memory_utilization))
+        s = replace(guessing, gpu=larger)
+    return s
+
+
 @settings(max_examples=25)
 @given(scenarios() | squeezes(), SCHEDULING)
 def test_in_a_world_twice_as_fast_everything_takes_half_as_long(scenario, scheduling):
     """Every rate and every rate of arrival doubled, every fixed time halved: powers of two, so to the last digits."""
     requests, s = scenario
-    if scheduling["router"] in CACHE_ROUTERS and not any(s.prefix_cache_bytes.values()):
-        scheduling = {**scheduling, "router": "least-loaded"}
-    s = replace(s, **scheduling)
+    s = scheduled(s, **scheduling)
     slow = simulate(requests, s)
     gpu = replace(s.gpu, rates=faster(s.gpu.rates, 2.0))
     fast = simulate(requests.scaled_rate(2.0), replace(s, gpu=gpu, host=faster(s.host, 2.0)))
@@ -135,7 +156,7 @@ def test_what_happens_knows_nothing_of_what_will_arrive(scenario, scheduling, sh
     requests, s = scenario
     if s.prefix_cache_eviction == "belady":
         s = replace(s, prefix_cache_eviction="lru")
-    s = replace(s, **scheduling)
+    s = scheduled(s, **scheduling)
     n = max(1, int(share * len(requests)))
     whole, head = (simulate(given_trace, s).requests for given_trace in (requests, head_of(requests, n)))
     until_s = requests.arrival_s[n] if n < len(requests) else np.inf
