@@ -3,6 +3,7 @@
 import json as jsonlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -99,7 +100,7 @@ def print_density(
     if json:
         print_rows([{"schema_version": SCHEMA_VERSION, "policy": name, **asdict(row)} for name, row in found])
         return
-    headings = ["context", "density", "choosing", "attention", "read", "tokens", "all FLOPs"]
+    headings = ["context", "density", "choosing", "attention", "read", "tokens by layers", "all FLOPs"]
     print_table(
         {"policy": "left", **dict.fromkeys(headings, "right")},
         (
@@ -110,12 +111,18 @@ def print_density(
                 f"{row.choosing_share:.2%}",
                 f"{row.attention_speedup:.3g}x",
                 f"{format_bytes(row.read_bytes)} of {format_bytes(row.dense_read_bytes)}",
-                f"{row.tokens_share:.1%}",
+                _by_layers(row.computed_tokens),
                 f"{row.whole_share:.1%}",
             ]
             for name, row in found
         ),
     )
+
+
+def _by_layers(tokens: Sequence[int]) -> str:
+    """Tokens of runs of equal layers: `8 x 8,000, 24 x 6,000`."""
+    runs = ((len(list(same)), value) for value, same in groupby(tokens))
+    return ", ".join(f"{layers} x {value:,}" for layers, value in runs)
 
 
 def print_schemes(

@@ -45,7 +45,7 @@ def test_xattentions_choice_costs_half_a_stride_of_the_dense_scores(stride):
 
 
 def test_xattentions_density_and_speedup_as_published():
-    """arXiv:2503.16428 (quoted from memory): stride 16 computes 6.9 % of the blocks at 128K; up to 13.5x at 256K.
+    """arXiv:2503.16428 (as recalled): stride 16 computes 6.9 % of the blocks at 128K; up to 13.5x at 256K.
 
     Given its density, attention is 9.6 times as fast at 128K here; 13.5x at 256K takes a density of 3.9 %.
     """
@@ -107,6 +107,8 @@ def test_explain_prints_densities(capsys):
     assert rows[1]["attention_share"] == pytest.approx(0.2, abs=0.01)  # of its default count
     assert main([*arguments, "--counts", "kept=0.05", "--policy", "xattention"]) == 0
     assert "density" in capsys.readouterr().out
+    assert main(["explain", "--density", "--context", "8000", "--policy", "lazyllm"]) == 0
+    assert "8 x 8,000, 8 x 6,000, 8 x 4,000, 8 x 2,400" in capsys.readouterr().out
     assert main([*arguments, "--counts", "keep=0.05"]) == 2
     assert "did you mean 'kept'" in capsys.readouterr().err
     assert main([*arguments, "--batch", "3"]) == 2

@@ -25,7 +25,7 @@ LLAMA = load_model("llama-3-8b").layers[0]  # 32 query heads over 8 KV heads of 
 QUARTER = LLAMA.with_heads(16, 2)  # CodeLlama-34B on four GPUs
 
 # FlashDecoding's announcement (pytorch.org/blog/flash-decoding, 2023): microseconds of decode attention on an A100, 16
-# query heads of 128 over 2 KV heads, FlashAttention v2.0.9 and FlashDecoding; quoted from memory.
+# query heads of 128 over 2 KV heads, FlashAttention v2.0.9 and FlashDecoding, as recalled.
 PUBLISHED = [
     (256, 256, 390.5, 63.4),
     (128, 512, 366.3, 67.7),
