@@ -85,7 +85,7 @@ class Clock:
 
     def __init__(self, model: ModelShape, machine: Machine, guesser: Guesser | None = None) -> None:
         self.model, self.machine, self.guesser = model, machine, guesser
-        self._programs: dict[tuple[int, ...], Program] = {}
+        self._programs: dict[tuple[range, tuple[int, ...]], Program] = {}
         self._compilations: dict[tuple[Sharing, tuple[int, ...]], tuple[Program, Prices]] = {}
         self._prices: dict[int, Prices] = {}
         self._kept: list[Structure] = []  # ids above stay valid while these live
@@ -210,13 +210,14 @@ class Clock:
             found = self._compilations[sharing, key] = (program, self._shared(joined, sharing))
         return found
 
-    def program(self, structures: Sequence[Structure]) -> Program:
-        """The order of work of an iteration in which every layer runs the operations of all `structures`."""
-        key = tuple(id(s) for s in structures)
+    def program(self, structures: Sequence[Structure], layers: range | None = None) -> Program:
+        """The order of work of an iteration in which every layer, or these, run the operations of all `structures`."""
+        layers = layers or range(self.model.n_layers)
+        key = layers, tuple(id(s) for s in structures)
         found = self._programs.get(key)
         if found is None:
             self._kept += structures
-            found = self._programs[key] = compile_program(self.model, structures, self.machine.tp)
+            found = self._programs[key] = compile_program(self.model, structures, self.machine.tp, layers)
         return found
 
     def _shared(self, prices: Prices, sharing: Sharing) -> Prices:

@@ -38,6 +38,8 @@ BOOKS = (  # what replicas record beside the bytes of plans
     (PEER, "collectives", "collective_bytes"),
     (PEER, "handoff", "handoff_peer_bytes"),
     (NIC, "handoff", "handoff_nic_bytes"),
+    (PEER, "activations", "activation_peer_bytes"),
+    (NIC, "activations", "activation_nic_bytes"),
 )
 MEMORY = ("hbm_bytes", "ddr_bytes")
 
@@ -143,18 +145,23 @@ class Outcome:
     def _traffic(self) -> dict[str, dict[str, int]]:
         """Bytes of all ranks by link and cause."""
         replicas, tp = self.engine.cluster.replicas, self.setup.tp
-        links = (*LINKS, PEER, NIC) if self.setup.prefill_gpus else (*LINKS, PEER)
-        traffic = {link: dict.fromkeys(CAUSES, 0) for link in links}
+        setup = self.setup
+        links = (*LINKS, PEER, NIC) if setup.prefill_gpus or setup.stages.hosts[-1] else (*LINKS, PEER)
+        traffic = {link: dict.fromkeys(self._causes, 0) for link in links}
         for link, nbytes in zip(LINKS, replicas["plan_bytes"].sum(axis=0).tolist(), strict=True):
             traffic[link]["plans"] = tp * nbytes
         for link, cause, column in BOOKS:
-            if link in traffic:
+            if cause in traffic.get(link, ()):
                 traffic[link][cause] = tp * int(replicas[column].sum())
         return traffic
 
+    @property
+    def _causes(self) -> tuple[str, ...]:
+        return CAUSES if self.setup.pp == 1 else (*CAUSES, "activations")
+
     def _busy(self, makespan_s: float) -> dict[str, float]:
         busy_s = self.engine.cluster.replicas["busy_s"].sum(axis=0)
-        busy = busy_s / (makespan_s * self.setup.replicas or 1.0)
+        busy = busy_s / (makespan_s * self.setup.replicas * self.setup.pp or 1.0)
         return {
             "compute": float(busy[WORK]),
             "hbm": float(busy[HBM]),
@@ -176,7 +183,7 @@ class Outcome:
             links[link] = {
                 "bytes": sum(causes.values()),
                 "busy_s": busy_s * self.setup.tp,
-                "utilization": busy_s / (makespan_s * self.setup.replicas) if makespan_s else 0.0,
+                "utilization": busy_s / (makespan_s * self.setup.replicas * self.setup.pp) if makespan_s else 0.0,
             }
         return links
 
@@ -225,32 +232,37 @@ class Outcome:
     def _series(self, notes: dict[str, Array]) -> dict[str, Array]:
         """The notes as results have them, in the same memory."""
         series = {name: notes[name] for name in ("time_s", "replica", *MEMORY, "running", "waiting")}
-        series["hbm_bytes"] += self.setup.rank.weight_bytes
+        series["hbm_bytes"] += sum(rank.weight_bytes for rank in self.setup.stages.ranks)
         for name in MEMORY:
             series[name] *= self.setup.tp
         return series
 
     def _memory(self, notes: dict[str, Array], start_s: float, end_s: float) -> dict[str, dict[str, float]]:
         setup, memory = self.setup, {}
-        tp, per_host = setup.tp, setup.replicas_per_host
+        tp, pp, per_host = setup.tp, setup.pp, setup.replicas_per_host
+        hbm_shares, ddr_shares = (setup.held_shares(tier) for tier in TIERS[:2])
         ends = np.cumsum(np.bincount(notes["replica"], minlength=setup.replicas)).tolist()
         own = [slice(*rows) for rows in pairwise([0, *ends])]
         for index, rows in enumerate(own):
             peak, mean = peak_and_mean([(notes["time_s"][rows], notes["hbm_bytes"][rows])], start_s, end_s)
-            for gpu in range(index * tp, (index + 1) * tp):
-                memory[f"gpu{gpu}.hbm"] = {
-                    "capacity_bytes": setup.gpu.memory_bytes,
-                    "peak_bytes": peak + setup.rank.weight_bytes,
-                    "mean_bytes": mean + setup.rank.weight_bytes,
-                }
-        for host, first in enumerate(range(0, setup.replicas, per_host)):
+            for stage, (rank, share) in enumerate(zip(setup.stages.ranks, hbm_shares, strict=True)):
+                for gpu in range((index * pp + stage) * tp, (index * pp + stage + 1) * tp):
+                    memory[f"gpu{gpu}.hbm"] = {
+                        "capacity_bytes": setup.gpu.memory_bytes,
+                        "peak_bytes": round(share * peak) + rank.weight_bytes,
+                        "mean_bytes": share * mean + rank.weight_bytes,
+                    }
+        hosts = setup.stages.hosts
+        for first in range(0, setup.replicas, per_host):
             curves = [(notes["time_s"][rows], notes["ddr_bytes"][rows]) for rows in own[first : first + per_host]]
             peak, mean = peak_and_mean(curves, start_s, end_s)
-            memory[f"host{host}.ddr"] = {
-                "capacity_bytes": setup.host.ddr_bytes,
-                "peak_bytes": peak * tp,
-                "mean_bytes": mean * tp,
-            }
+            for host in range(hosts[-1] + 1):  # of one replica, where it fills several
+                share = sum(part for part, where in zip(ddr_shares, hosts, strict=True) if where == host)
+                memory[f"host{first // per_host * (hosts[-1] + 1) + host}.ddr"] = {
+                    "capacity_bytes": setup.host.ddr_bytes,
+                    "peak_bytes": round(share * peak * tp),
+                    "mean_bytes": share * mean * tp,
+                }
         return memory
 
 

@@ -41,8 +41,8 @@ class Program(NamedTuple):
     layers_apart: bool  # no layer begins before the one before it has ended on every lane
 
 
-def compile_program(model: ModelShape, structures: Sequence[Structure], tp: int) -> Program:
-    """The order of work of an iteration in which every layer runs the operations of all `structures`.
+def compile_program(model: ModelShape, structures: Sequence[Structure], tp: int, layers: range) -> Program:
+    """The order of work of an iteration in which these layers run the operations of all `structures`.
 
     Times are indexed by `Slot.time`: one that is always 0, then for each distinct layer shape, in order of appearance,
     its projections, output projection, MLP and all-reduce, then the operations of each structure.
@@ -52,7 +52,8 @@ def compile_program(model: ModelShape, structures: Sequence[Structure], tp: int)
     depth = 1
     known: dict[tuple[int, ...], tuple[Slot, ...]] = {}
     runs: list[tuple[int, tuple[Slot, ...]]] = []
-    for index, layer in enumerate(model.layers):
+    for index in layers:
+        layer = model.layers[index]
         kind = (shapes.index(layer), *(s.group_of[index] for s in structures))
         if kind not in known:
             known[kind], reach = _slots(_layer_ops(structures, kind, len(shapes), tp), slots)

@@ -86,12 +86,6 @@ def _probabilities(value: object) -> object:
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int | float) else value
 
 
-def _one_stage(stages: int) -> int:
-    if stages != 1:
-        raise ValueError("simulate has no pipeline parallelism; kvsim explain --pp prices it; tp splits layers")
-    return stages
-
-
 Number = Annotated[int, _written(parse_tokens)]
 Size = Annotated[int, _written(parse_bytes), Field(ge=0)]
 Seconds = Annotated[float, _written(parse_duration_s), Field(ge=0)]
@@ -122,7 +116,7 @@ class Scenario(BaseModel):
     skip_bad_rows: bool = False
     gpus: Annotated[Number, Field(le=65_536)] = _default("gpus")  # more would outgrow this machine's memory
     tp: Number = _default("tp")
-    pp: Annotated[Number, AfterValidator(_one_stage)] = 1
+    pp: Number = _default("pp")
     prefill_gpus: Annotated[Number, Field(ge=0)] = _default("prefill_gpus")
     host: str | None = None
     fidelity: str = _default("fidelity")

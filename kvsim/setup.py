@@ -12,9 +12,11 @@ from kvsim.prefix_cache import SHARINGS, WRITES
 from kvsim.prefix_quota import Quota, read_quota
 from kvsim.prefix_reuse import REUSES
 from kvsim.speculation import Speculation
+from kvsim.stages import Stages, fitting_bytes, held_shares, stages_of
 from kvsim.tenants import Tenant, check_classes, check_pins, check_timeout
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
+from policies.plan import Tier
 
 ROUTERS = ("round-robin", "least-loaded", "prefix-affinity", "kv-aware")
 CACHE_ROUTERS = ROUTERS[2:]  # these look into prefix caches
@@ -28,10 +30,10 @@ SESSIONS = ("open", "closed")
 class Setup:
     """Everything that a simulation of one policy depends on, besides the trace.
 
-    There are `gpus` / `tp` engine replicas. Sizes of prefix caches are per host, that of HBM over all its GPUs, and
-    that of the remote pool for all hosts; 0 is off. `counts` replaces the default mean of a data-dependent count, as a
-    share of its maximum. `tenants` are by name or pattern, `slo_classes` bound latencies as {"chat": {"ttft_s": 10}},
-    and the weights of tokens make up the service that `fair` shares out and results report.
+    There are `gpus` / (`tp` x `pp`) engine replicas. Sizes of prefix caches are per host, that of HBM over all its
+    GPUs, and that of the remote pool for all hosts; 0 is off. `counts` replaces the default mean of a data-dependent
+    count, as a share of its maximum. `tenants` are by name or pattern, `slo_classes` bound latencies as
+    {"chat": {"ttft_s": 10}}, and the weights of tokens make up the service that `fair` shares out and results report.
 
     Raises ValueError for a figure out of its range, an unknown name, and replicas that no host holds.
     """
@@ -42,6 +44,7 @@ class Setup:
     host: Host
     gpus: int = 1
     tp: int = 1
+    pp: int = 1  # stages, each of `tp` GPUs
     prefill_gpus: int = 0  # that only process prompts, for the others to decode; 0: every replica does both
     fidelity: str = "step"
     scheduler: str = "fcfs"
@@ -72,7 +75,7 @@ class Setup:
     perfetto: tuple[float, float] | None = None  # seconds from and to which every operation is recorded
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "tp", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("gpus", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name, size_bytes in self.prefix_cache_bytes.items():
@@ -99,13 +102,16 @@ class Setup:
                 f"router={self.router} looks into prefix caches, and there is none; give prefix_cache_hbm or "
                 "prefix_cache_ddr a size, or use router=least-loaded"
             )
-        if self.gpus % self.tp:
-            raise ValueError(f"gpus={self.gpus} is not a multiple of tp={self.tp}; every replica takes tp GPUs")
+        if self.gpus % (self.tp * self.pp):
+            what = f"tp={self.tp}" if self.pp == 1 else f"tp={self.tp} x pp={self.pp}"
+            raise ValueError(f"gpus={self.gpus} is not a multiple of {what}; every replica takes so many GPUs")
         self._check_disaggregation()
         if self.tp > self.host.gpus_max:
             raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {self.host.name!r}")
         self._check_prefix_cache()
         self._check_speculation()
+        if self.pp > 1:
+            self._check_pipeline()
         for name in ("prompt_token_weight", "output_token_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
@@ -186,6 +192,18 @@ class Setup:
                 f"use at most its {self.host.gpus_max} GPUs, or a host whose nic_Bps is above 0"
             )
 
+    def _check_pipeline(self) -> None:
+        others = {
+            "fidelity=op": self.fidelity != "step",
+            "prefill_gpus": self.prefill_gpus,
+            "prefix caches": any(self.prefix_cache_bytes.values()),
+            "perfetto": self.perfetto,
+            "speculation": self.speculation,
+        }
+        if used := [name for name, given in others.items() if given]:
+            raise ValueError(f"pp={self.pp} does not work with {' and '.join(used)} yet; use pp=1 or leave that out")
+        stages_of(self.model, self.machine(), self.pp)
+
     @property
     def prefix_cache_bytes(self) -> dict[str, int]:
         """Sizes of the tiers for cached prefixes, of a host, and of the remote pool."""
@@ -203,13 +221,31 @@ class Setup:
 
     @property
     def replicas(self) -> int:
-        """Engine replicas, each of `tp` GPUs."""
-        return self.gpus // self.tp
+        """Engine replicas, each of `tp` x `pp` GPUs."""
+        return self.gpus // (self.tp * self.pp)
 
     @property
     def replicas_per_host(self) -> int:
-        """Replicas that share one host, at the most."""
-        return min(self.replicas, self.host.gpus_max // self.tp)
+        """Replicas that share one host, at the most; one where a replica fills several hosts."""
+        return max(1, min(self.replicas, self.host.gpus_max // (self.tp * self.pp)))
+
+    @property
+    def gpus_on_host(self) -> int:
+        """GPUs of a replica on one host, at the most."""
+        return self.tp * min(self.pp, self.host.gpus_max // self.tp)
+
+    @property
+    def stages(self) -> Stages:
+        """The pipeline of a replica; a single stage where there is none."""
+        return stages_of(self.model, self.machine(), self.pp)
+
+    def held_shares(self, tier: Tier) -> tuple[float, ...]:
+        """Which part of a sequence's bytes in a tier each stage holds, at the most."""
+        if self.pp == 1:
+            return (1.0,)
+        shares = held_shares(self.policy, self.rank, self.stages.layers, tier)
+        # What is swapped out lies in DDR as it lay in HBM.
+        return shares if any(shares) else held_shares(self.policy, self.rank, self.stages.layers, Tier.HBM)
 
     @property
     def rank(self) -> ModelShape:
@@ -246,25 +282,27 @@ class Setup:
     def capacity(self) -> tuple[int, int, int]:
         """Bytes per tier of one rank for KV state, after weights, activations and prefix caches.
 
-        Raises ValueError when the model or a cache leaves nothing.
+        In a pipeline, bytes of whole sequences that fit on every stage. Raises ValueError when the model or a cache
+        leaves nothing.
         """
-        ranks = self.replicas_per_host * self.tp
+        ranks = self.replicas_per_host * self.gpus_on_host
         usable = int(self.gpu.memory_bytes * self.gpu_memory_utilization)
-        weights, cached = self.rank.weight_bytes, self.prefix_cache_hbm_bytes // ranks
         guesser = self.guesser()
         guessing = 0 if guesser is None else guesser.weight_bytes
-        hbm = usable - weights - guessing - self.activation_bytes - cached
-        if hbm <= 0:
+        cached = self.prefix_cache_hbm_bytes // ranks
+        rooms = [usable - rank.weight_bytes - guessing - self.activation_bytes - cached for rank in self.stages.ranks]
+        if min(rooms) <= 0:
             parts = [
-                ("weights", weights),
+                ("weights", max(rank.weight_bytes for rank in self.stages.ranks)),
                 ("draft", guessing),
                 ("activations", self.activation_bytes),
                 ("prefix cache", cached),
             ]
             needs = " + ".join(f"{format_bytes(n)} {what}" for what, n in parts if n)
             raise ValueError(
-                f"{self.model.name} does not fit: one of {self.tp} x {self.gpu.name} has {format_bytes(usable)} usable "
-                f"(gpu_memory_utilization={self.gpu_memory_utilization}), needed: {needs}; raise --tp or that share"
+                f"{self.model.name} does not fit: one of {self.tp * self.pp} x {self.gpu.name} has "
+                f"{format_bytes(usable)} usable (gpu_memory_utilization={self.gpu_memory_utilization}), needed: "
+                f"{needs}; raise --tp, --pp or that share"
             )
         ddr = (int(self.host.ddr_bytes * self.host_memory_utilization) - self.prefix_cache_ddr_bytes) // ranks
         if ddr < 0:
@@ -272,4 +310,5 @@ class Setup:
                 f"prefix_cache_ddr={format_bytes(self.prefix_cache_ddr_bytes)} exceeds the usable "
                 f"{format_bytes(int(self.host.ddr_bytes * self.host_memory_utilization))} of host {self.host.name!r}"
             )
-        return hbm, ddr, 0
+        hbm = fitting_bytes(rooms, self.held_shares(Tier.HBM))
+        return hbm, fitting_bytes([ddr] * self.pp, self.held_shares(Tier.DDR)), 0

@@ -46,9 +46,9 @@ def replay(
     skip_bad_rows: Annotated[
         bool | None, typer.Option("--skip-bad-rows", help="Count malformed rows instead of refusing them.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(metavar="N", help="All GPUs; the replicas are gpus / tp.")] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", help="All GPUs; the replicas are gpus / (tp x pp).")] = None,
     tp: Annotated[int | None, typer.Option(metavar="N", help="GPUs that share every layer of a replica.")] = None,
-    pp: Annotated[int | None, typer.Option(metavar="1", help="Stages: kvsim explain --pp prices more.")] = None,
+    pp: Annotated[int | None, typer.Option(metavar="N", help="Stages of tp GPUs that layers are split into.")] = None,
     prefill_gpus: Annotated[
         int | None, typer.Option(metavar="N", help="GPUs that only process prompts; the others decode. Default: none.")
     ] = None,

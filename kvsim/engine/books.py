@@ -62,9 +62,12 @@ def charge_plans(replica: Record, prices: Prices, structure: int, amounts: Ints,
 
 def charge_model(world: Record, replica: Record, prices: Prices, iterations: int, tokens: int, logits: int) -> None:
     """Book the weights that iterations read and the bytes of their collectives."""
-    model, head_bytes = prices.model[tokens], world["head_bytes"] if logits else 0
-    replica["weight_bytes"] += iterations * (model["weight_bytes"] + head_bytes)
-    replica["collective_bytes"] += iterations * model["collective_bytes"]
+    if logits:
+        replica["weight_bytes"] += iterations * world["head_bytes"]
+    for stage in range(world["stages"]):
+        model = prices.model[tokens * world["stages"] + stage]
+        replica["weight_bytes"] += iterations * model["weight_bytes"]
+        replica["collective_bytes"] += iterations * model["collective_bytes"]
 
 
 def emit(cluster: Cluster, number: int, first_s: float) -> None:

@@ -15,6 +15,7 @@ from kvsim.engine import loop
 
 _KERNELS = (
     "attribution",
+    "batch",
     "books",
     "decoding",
     "handoff",
@@ -23,6 +24,7 @@ _KERNELS = (
     "memory",
     "neighbours",
     "patience",
+    "pipeline",
     "plans",
     "preemption",
     "pricing",

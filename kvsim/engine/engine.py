@@ -3,9 +3,9 @@
 import numpy as np
 
 from kvsim.derive import PlanTable, Structure
+from kvsim.engine.batch import first_load
 from kvsim.engine.books import note_now
 from kvsim.engine.initial import initial_cluster
-from kvsim.engine.iteration import first_load
 from kvsim.engine.loop import arrive, play
 from kvsim.engine.patience import depart, departure_s, next_departure
 from kvsim.engine.plans import INPUTS
@@ -60,7 +60,9 @@ class Engine:
         self._combinations: list[tuple[int, ...]] = []
         self._written: list[list[Records]] = [[], [], []]  # notes, gaps and aways that were full
         self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
-        self._model, self._model_s = model_arrays(clock, setup.most_tokens)
+        self._stages = setup.stages.layers
+        self._clocks = [Clock(rank, clock.machine) for rank in setup.stages.ranks] if setup.pp > 1 else [clock]
+        self._model, self._model_s = model_arrays(clock, setup.most_tokens, setup.pp)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
         self._wanted = self.cluster.world["wanted"]
         self._prefixes = PrefixService(trace, setup, clock.machine, prefixes, self.cluster, prefill_s)
@@ -192,9 +194,12 @@ class Engine:
             self._lay_out_prices()
         elif wanted == WANT_TIMES:
             tokens = arguments[0]
-            self._model_s[tokens], busy_s, weight_bytes = self.clock.own_layers(tokens)
-            busy_s = np.concatenate([busy_s, self.clock.own_bounds_s(tokens), np.zeros(len(BOUNDS) - 2)])
-            self._model[tokens] = (1, weight_bytes, self.clock.collective_bytes(tokens), busy_s)
+            self._model_s[tokens], *_ = self.clock.own_layers(tokens)
+            for stage, clock in enumerate(self._clocks):
+                _, busy_s, weight_bytes = clock.own_layers(tokens)
+                busy_s = np.concatenate([busy_s, clock.own_bounds_s(tokens), np.zeros(len(BOUNDS) - 2)])
+                row = tokens * len(self._clocks) + stage
+                self._model[row] = (1, weight_bytes, clock.collective_bytes(tokens), busy_s)
         elif wanted == WANT_ROWS:
             for written, rows in zip(self._written, self._filled(), strict=True):
                 written.append(rows)
@@ -261,4 +266,6 @@ class Engine:
         self.cluster = self.cluster._replace(sums=sums, rows=rows)
 
     def _lay_out_prices(self) -> None:
-        self._prices = price_arrays(self.clock, self._structures, self._combinations, self._model, self._model_s)
+        self._prices = price_arrays(
+            self.clock, self._stages, self._structures, self._combinations, self._model, self._model_s
+        )

@@ -14,6 +14,7 @@ from kvsim.prefix_tiers import PrefixTiers
 from kvsim.setup import ROUTERS, SCHEDULERS, Setup
 from kvsim.tenants import Tenant, terms_of
 from policies import Reuse, reuse_of
+from policies.plan import Tier
 from traces import Trace
 from traces.sessions import Followers, followers
 
@@ -112,13 +113,13 @@ def _patience(trace: Trace, setup: Setup, requests: Records) -> Records:
 
 def _replicas(setup: Setup, prefixes: PrefixTiers) -> Records:
     replicas = np.zeros(setup.replicas, dtype=REPLICA)
-    per_host, sharing = setup.replicas_per_host, setup.machine().sharing
+    per_host, own = setup.replicas_per_host, setup.gpus_on_host
     numbers = np.arange(setup.replicas)
     replicas["phase"], replicas["wake_s"], replicas["next_due"] = IDLE, math.inf, np.iinfo(np.int64).max
     replicas["first"] = replicas["last"] = replicas["left_queue"] = NOBODY
     replicas["first_neighbour"] = numbers // per_host * per_host
     replicas["n_neighbours"] = np.minimum(per_host, setup.replicas - replicas["first_neighbour"])
-    replicas["on_host"], replicas["on_switch"] = sharing
+    replicas["on_host"], replicas["on_switch"] = own, min(own, setup.host.gpus_per_switch)
     replicas["cached"] = [bool(caches) for caches in prefixes.caches]
     return replicas
 
@@ -132,6 +133,11 @@ def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:
     world["router"], world["scheduler"] = ROUTERS.index(setup.router), SCHEDULERS.index(setup.scheduler)
     world["prompt_weight"], world["output_weight"] = setup.prompt_token_weight, setup.output_token_weight
     world["tp"], world["gpus_per_switch"] = setup.tp, host.gpus_per_switch
+    stages, hosts = setup.stages, setup.stages.hosts
+    world["stages"], world["gpus_on_host"], world["row_bytes"] = setup.pp, setup.gpus_on_host, stages.row_bytes
+    world["nic_hops"] = hosts[-1]
+    world["peer_hops"] = setup.pp - 1 - hosts[-1]
+    world["widest_stage"] = max(setup.held_shares(Tier.HBM))
     world["head_bytes"] = clock.model.head_bytes
     world["head_s"], world["logit_s"] = clock.head_parts_s
     world["window_from_s"], world["window_to_s"] = setup.perfetto or (math.inf, -math.inf)

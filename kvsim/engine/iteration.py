@@ -3,26 +3,25 @@
 import math
 
 from kvsim.engine.attribution import contend, finish, first_token, note_shared
+from kvsim.engine.batch import first_load, set_batch
 from kvsim.engine.books import charge_model, charge_plans, emit, gap, look, note, note_member, note_now
 from kvsim.engine.decoding import advance, join, last_generated, leave, target_tokens
 from kvsim.engine.handoff import first_layer_s, hand_over, hands_over
 from kvsim.engine.memory import release
-from kvsim.engine.plans import DECODE, PREFILL, amounts, find
+from kvsim.engine.pipeline import charge_round, price_round
+from kvsim.engine.plans import DECODE, find
 from kvsim.engine.pricing import price
 from kvsim.engine.queues import take_out
 from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state import (
     BUSY,
     BY_SWAP,
-    COUNT,
     DECODING,
     ITERATING,
     NOBODY,
     PREFILLING,
-    PROMPTS,
     STALLED,
     TIMED_OUT,
-    VECTOR,
     WANT_STORE,
     Cluster,
     Detour,
@@ -45,26 +44,45 @@ def stall(cluster: Cluster, number: int, now_s: float) -> bool:
 
 def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
     """Price and book an iteration whose swaps are done. May make detours."""
-    replica, world, rows, first = cluster.replicas[number], cluster.world, cluster.rows, first_load(cluster)
-    decoding = replica["length"][DECODING]
-    set_batch(cluster, number)
-    tokens, logits = world["tokens"], world["logits"]
-    seconds = price(world, prices, rows, first, tokens, logits, replica["on_host"], replica["on_switch"])
-    prompt_tokens = tokens - decoding * world["step_tokens"]
-    seconds += guess(world, world["busy_s"], decoding, prompt_tokens)
+    replica, world, parts = cluster.replicas[number], cluster.world, 1
+    if world["stages"] == 1:
+        seconds = _price(cluster, prices, number)
+    else:
+        parts = price_round(cluster, prices, number, now_s)
+        seconds = world["round_s"]
     if replica["phase"] != STALLED:
         note_now(cluster, number, now_s)
         replica["began_s"] = now_s
+    if world["stages"] == 1:
+        _charge(cluster, prices, number)
+    else:
+        charge_round(cluster, prices, number, now_s, parts)
+    replica["decoding_now"] = replica["length"][DECODING]
+    replica["phase"], replica["wake_s"] = ITERATING, now_s + seconds
+    look(cluster, number, now_s)
+
+
+def _price(cluster: Cluster, prices: Prices, number: int) -> float:
+    """Seconds of an iteration; sets its batch. May make detours."""
+    replica, world = cluster.replicas[number], cluster.world
+    set_batch(cluster, number, 0, 1)
+    tokens, logits, on_host, on_switch = world["tokens"], world["logits"], replica["on_host"], replica["on_switch"]
+    seconds = price(world, prices, cluster.rows, first_load(cluster), 0, 1.0, tokens, logits, on_host, on_switch)
+    decoding = replica["length"][DECODING]
+    return seconds + guess(world, world["busy_s"], decoding, tokens - decoding * world["step_tokens"])
+
+
+def _charge(cluster: Cluster, prices: Prices, number: int) -> None:
+    """Book the iteration that was priced last."""
+    replica, world, rows, first = cluster.replicas[number], cluster.world, cluster.rows, first_load(cluster)
     for row in range(first, first + world["loads"]):
         charge_plans(replica, prices, rows[row, 0], rows[row], 1)
-    charge_model(world, replica, prices, 1, tokens, logits)
-    charge_guesses(world, replica, 1, decoding, prompt_tokens)
+    decoding = replica["length"][DECODING]
+    charge_model(world, replica, prices, 1, world["tokens"], world["logits"])
+    charge_guesses(world, replica, 1, decoding, world["tokens"] - decoding * world["step_tokens"])
     for i in range(len(BUSY)):
         replica["busy_s"][i] += world["busy_s"][i]
     note_shared(replica, world["busy_s"])
-    replica["decoding_now"] = decoding
-    replica["phase"], replica["wake_s"] = ITERATING, now_s + seconds
-    look(cluster, number, now_s)
 
 
 def end_iteration(cluster: Cluster, number: int, now_s: float) -> None:
@@ -123,57 +141,3 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
         cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_STORE, index
         cluster.world["now_s"] = now_s
         raise Detour
-
-
-def first_load(cluster: Cluster) -> int:
-    """The row of a batch's first load."""
-    return PROMPTS + int(cluster.sums.shape[1])
-
-
-def set_batch(cluster: Cluster, number: int) -> None:
-    """Set the rows of the batch, its tokens and rows of the head, to an iteration's. May make detours.
-
-    Loads stand in the order of their structures, decode before prefill, so that equal batches take equal times
-    whatever happened before.
-    """
-    replica, world, rows, plans = cluster.replicas[number], cluster.world, cluster.rows, cluster.plans
-    n_structures = cluster.sums.shape[1]
-    tokens = logits = replica["length"][DECODING] * world["step_tokens"]
-    for structure in range(n_structures):
-        for i in range(rows.shape[1]):
-            rows[PROMPTS + structure, i] = 0
-    index = replica["first"][PREFILLING]
-    while index != NOBODY:
-        request = cluster.requests[index]
-        chunk, past = request["chunk_tokens"], request["past_tokens"]
-        if chunk:
-            target = target_tokens(request)
-            piece = find(plans, PREFILL, target, past, chunk)
-            amounts(plans, piece, rows, VECTOR)
-            row = PROMPTS + plans.pieces[piece]["structure"]
-            for i in range(plans.pieces[piece]["columns"]):
-                rows[row, i] += rows[VECTOR, i]
-            tokens += chunk
-            logits += past + chunk == target
-        index = request["after"]
-    set_decoding_batch(cluster, number, 0)
-    for structure in range(n_structures):
-        if rows[PROMPTS + structure, COUNT]:
-            row = first_load(cluster) + world["loads"]
-            for i in range(1, rows.shape[1]):
-                rows[row, i] = rows[PROMPTS + structure, i]
-            rows[row, 0] = structure
-            world["loads"] += 1
-    world["tokens"], world["logits"] = tokens, logits
-
-
-def set_decoding_batch(cluster: Cluster, number: int, step: int) -> None:
-    """Set the rows of the batch to the decoding sequences' loads in the iteration after the next `step`."""
-    sums, rows, row = cluster.sums, cluster.rows, first_load(cluster)
-    for structure in range(sums.shape[1]):
-        if sums[number, structure, 0, COUNT]:
-            for i in range(1, sums.shape[3]):
-                rows[row, i] = sums[number, structure, 0, i] + step * sums[number, structure, 1, i]
-            rows[row, 0] = structure
-            row += 1
-    cluster.world["loads"] = row - first_load(cluster)

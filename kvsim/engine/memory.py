@@ -79,12 +79,15 @@ def never_fits(cluster: Cluster, index: int) -> bool:
 
 
 def transfer_s(world: Record, replica: Record, nbytes: int, direction: int) -> float:
-    """Time to move one contiguous piece between HBM and DDR at a fair share of the host; it counts as background."""
+    """Time to move one contiguous piece between HBM and DDR at a fair share of the host; it counts as background.
+
+    Each stage of a pipeline moves its part.
+    """
     if not nbytes:
         return 0.0
     floor_s = max(replica["on_host"] / world["ddr_Bps"], replica["on_switch"] / world["switch_Bps"])
     link_s = world["pcie_up_s"] if direction == UP else world["pcie_down_s"]
-    seconds = world["pcie_latency_s"] + nbytes * max(link_s, floor_s)
+    seconds = world["pcie_latency_s"] + nbytes * world["widest_stage"] * max(link_s, floor_s)
     replica["background_s"][direction] += seconds
     return float(seconds)
 

@@ -24,16 +24,16 @@ def share(cluster: Cluster, prices: Prices, number: int, busy: int, now_s: float
 def _set_shares(cluster: Cluster, number: int) -> None:
     """How many GPUs of the host, and of this replica's most crowded switch, are busy; its own count always."""
     replica, world = cluster.replicas[number], cluster.world
-    first, tp, per_switch = replica["first_neighbour"], world["tp"], world["gpus_per_switch"]
-    on_host, on_switch, own = 0, 0, (number - first) * tp
+    first, each, per_switch = replica["first_neighbour"], world["gpus_on_host"], world["gpus_per_switch"]
+    on_host, on_switch, own = 0, 0, (number - first) * each
     for other in range(first, first + replica["n_neighbours"]):
         if other == number or cluster.replicas[other]["busy_now"]:
-            on_host += tp
-    for switch in range(own // per_switch, (own + tp - 1) // per_switch + 1):
+            on_host += each
+    for switch in range(own // per_switch, (own + each - 1) // per_switch + 1):
         there = 0
         for other in range(first, first + replica["n_neighbours"]):
             if other == number or cluster.replicas[other]["busy_now"]:
-                low, high = (other - first) * tp, (other - first + 1) * tp
+                low, high = (other - first) * each, (other - first + 1) * each
                 there += max(0, min(high, (switch + 1) * per_switch) - max(low, switch * per_switch))
         on_switch = max(on_switch, there)
     replica["on_host"], replica["on_switch"] = on_host, on_switch

@@ -49,21 +49,30 @@ MODEL = np.dtype(  # what the model's own layers read and send, and their second
 
 
 def price(
-    world: Record, prices: Prices, rows: Ints, first: int, tokens: int, logits: int, on_host: int, on_switch: int
+    world: Record,
+    prices: Prices,
+    rows: Ints,
+    first: int,
+    stage: int,
+    share: float,
+    tokens: int,
+    logits: int,
+    on_host: int,
+    on_switch: int,
 ) -> float:
-    """Seconds of an iteration of `tokens` new tokens and `logits` rows of the head; sets `busy_s`.
+    """Seconds of an iteration of `tokens` new tokens and `logits` rows of the head on a stage; sets `busy_s`.
 
-    The batch are the `loads` rows from the first on; `on_host` and `on_switch` say how many GPUs use the host and the
-    switch. May make detours.
+    The batch are a share of the `loads` rows from the first on; `on_host` and `on_switch` say how many GPUs use the
+    host and the switch. May make detours.
     """
-    model, busy, seconds = prices.model[tokens], world["busy_s"], prices.seconds
+    model, busy, seconds = prices.model[tokens * world["stages"] + stage], world["busy_s"], prices.seconds
     if not model["known"]:
         world["wanted"][0], world["wanted"][1] = WANT_TIMES, tokens
         raise Detour
-    program = prices.programs[_program_of(world, prices, rows, first)]
+    program = prices.programs[_program_of(world, prices, rows, first) * world["stages"] + stage]
     for i in range(len(BUSY)):
         busy[i] = model["busy_s"][i]
-    n = prices.model_s.shape[1]
+    n, times = prices.model_s.shape[1], program["times"]
     for i in range(n):
         seconds[i] = prices.model_s[tokens, i]
     floor_s = max(on_host / world["ddr_Bps"], on_switch / world["switch_Bps"])
@@ -72,10 +81,11 @@ def price(
         for i in range(structure["n_ops"]):
             op, column = prices.ops[structure["ops"] + i], OPS + AMOUNTS * i
             work, contiguous, scattered = rows[row, column], rows[row, column + 1], rows[row, column + 2]
-            seconds[n] = _op_s(op, work, contiguous, scattered, on_host, floor_s, busy)
+            layers = prices.times[times + n]["layers"]
+            seconds[n] = _op_s(op, layers, share * work, share * contiguous, share * scattered, on_host, floor_s, busy)
             n += 1
     total_s = _makespan_s(world, prices, program)
-    if logits:
+    if logits and stage == world["stages"] - 1:
         head_s = world["head_s"] + logits * world["logit_s"]
         busy[SM] += head_s
         busy[HBM_BUSY] += world["head_s"]
@@ -87,9 +97,19 @@ def price(
 
 
 def _op_s(
-    op: Record, work: int, contiguous_bytes: int, scattered_bytes: int, on_host: int, floor_s: float, busy: Floats
+    op: Record,
+    layers: float,
+    work: float,
+    contiguous_bytes: float,
+    scattered_bytes: float,
+    on_host: int,
+    floor_s: float,
+    busy: Floats,
 ) -> float:
-    """Seconds of one operation: copies go no faster than a fair share of the host, the CPU is divided evenly."""
+    """Seconds of one operation that so many layers run.
+
+    Copies go no faster than a fair share of the host, the CPU is divided evenly.
+    """
     work_s, streamed_s, scattered_s = op["work_s"], op["streamed_s"], op["scattered_s"]
     lane = op["lane"]
     if lane in (H2D, D2H):
@@ -100,17 +120,17 @@ def _op_s(
     seconds = max(arithmetic, transfers)
     if seconds > 0 or op["always"]:
         seconds += op["fixed_s"]
-    busy[lane] += op["layers"] * seconds
+    busy[lane] += layers * seconds
     if lane == SM:
-        busy[WORK] += op["layers"] * arithmetic
-        busy[HBM_BUSY] += op["layers"] * transfers
-        busy[BY_COMPUTE if arithmetic > transfers else BY_HBM] += op["layers"] * max(arithmetic, transfers)
+        busy[WORK] += layers * arithmetic
+        busy[HBM_BUSY] += layers * transfers
+        busy[BY_COMPUTE if arithmetic > transfers else BY_HBM] += layers * max(arithmetic, transfers)
     return float(seconds)
 
 
 def _program_of(world: Record, prices: Prices, rows: Ints, first: int) -> int:
     n = world["loads"]
-    for index in range(len(prices.programs)):
+    for index in range(len(prices.combinations)):
         if prices.combinations[index, 0] == n:
             same = True
             for i in range(n):

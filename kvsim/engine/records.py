@@ -9,6 +9,7 @@ import numpy as np
 from kvsim.engine.state import BOUNDS, BUSY, LINKS, QUEUES, TENANT_QUEUES, TIERS
 from kvsim.guessing import FIELDS as GUESSING
 from kvsim.machine import LANES
+from kvsim.stages import MOST_STAGES
 
 
 def _ints(*names: str) -> list[Any]:
@@ -89,6 +90,8 @@ REPLICA = np.dtype(
         "loader_free_s",
         "link_free_s",  # when all state that it sends or receives has moved
         "nic_s",  # for which it sends to other hosts
+        "round_begin_s",  # of a pipeline's last iteration
+        "round_end_s",
     )
     + _ints(
         "phase",
@@ -102,6 +105,8 @@ REPLICA = np.dtype(
         "expected",  # sequences to come for which memory is reserved
         "left",  # requests that finished, were rejected or timed out
         "n_parts",
+        "parts",  # micro-batches of a pipeline's last iteration in which sequences decode; none: 0
+        "full",  # whether that had as many tokens as it may
         "cut",  # whether the run under way has been shortened
         "first_neighbour",  # the replicas of its host
         "n_neighbours",
@@ -117,6 +122,8 @@ REPLICA = np.dtype(
         "collective_bytes",
         "handoff_peer_bytes",
         "handoff_nic_bytes",
+        "activation_peer_bytes",
+        "activation_nic_bytes",
         "prefix_up_bytes",
         "prefix_down_bytes",
         "swap_up_bytes",
@@ -134,6 +141,8 @@ REPLICA = np.dtype(
         ("cache_bytes", np.int64, (TIERS,)),
         ("plan_bytes", np.int64, (LINKS,)),
         ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
+        ("stage_free_s", np.float64, (MOST_STAGES,)),  # when each stage is free
+        ("exit_s", np.float64, (MOST_STAGES,)),  # when those micro-batches are out
         ("shared_s", np.float64, (2,)),  # copies, and CPU work, of the iteration under way, if alone on the host
         *_seconds("busy_s"),
     ]
@@ -189,6 +198,11 @@ WORLD = np.dtype(
         "streams_chunks",  # whether state is final once it is computed, so that chunks can be sent
         "layers",
         "tp",
+        "stages",  # of a pipeline, on how many hops between which activations stay on a host or do not
+        "peer_hops",
+        "nic_hops",
+        "row_bytes",  # of a token's activations
+        "gpus_on_host",  # of one replica, at the most
         "gpus_per_switch",
         "head_bytes",
         "arrived",  # requests so far
@@ -215,13 +229,17 @@ WORLD = np.dtype(
     + _floats("tokens_per_step")  # that a decode step of one sequence emits
     + _floats("guess_s")  # of the batch priced last
     + GUESSING
+    + _floats("round_s")  # of all micro-batches of the iteration priced last
+    + _floats("widest_stage")  # the largest part of a sequence's HBM that a stage holds
     + [
         ("capacity_bytes", np.int64, (TIERS,)),
         ("need_bytes", np.int64, (TIERS,)),  # scratch
         ("asked_bytes", np.int64, (TIERS,)),  # scratch: a need for which others are preempted
         ("wanted", np.int64, (5,)),  # by a detour: what, and its arguments
         ("first_piece", np.int64, (2,)),  # the one found last, for decode steps and chunks of prompts
-        *_seconds("busy_s"),  # of the batch priced last
+        *_seconds("busy_s", "round_busy_s"),  # of the batch priced last, and of all micro-batches on all stages
+        ("stage_s", np.float64, (MOST_STAGES,)),  # when stages are free, and micro-batches out, of the iteration priced
+        ("exit_s", np.float64, (MOST_STAGES,)),
         ("free_s", np.float64, (len(LANES),)),  # when each lane is free, and was one layer earlier
         ("before_s", np.float64, (len(LANES),)),
         ("used", np.int64, (len(LANES),)),  # whether a lane has work in these layers

@@ -7,10 +7,11 @@ inner point lies on the chord, and the run is split exactly where that fails.
 
 import math
 
+from kvsim.engine.batch import first_load, set_decoding_batch
 from kvsim.engine.books import charge_model, charge_plans, emit, gap, look, note, note_now
 from kvsim.engine.decoding import advance
-from kvsim.engine.iteration import first_load, set_decoding_batch
 from kvsim.engine.memory import used
+from kvsim.engine.pipeline import charge_circulation, circulate, note_exits
 from kvsim.engine.preemption import has_slot
 from kvsim.engine.pricing import price
 from kvsim.engine.scheduling import next_ready_s
@@ -69,9 +70,14 @@ def end_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None
         if sums[number, structure, 0, COUNT]:
             charge_plans(replica, prices, structure, sums[number, structure, 0], steps)
             charge_plans(replica, prices, structure, sums[number, structure, 1], steps * (steps - 1) // 2)
-    tokens = decoding * cluster.world["step_tokens"]
-    charge_model(cluster.world, replica, prices, steps, tokens, tokens)
-    charge_guesses(cluster.world, replica, steps, decoding, 0)
+    if cluster.world["stages"] == 1:
+        tokens = decoding * cluster.world["step_tokens"]
+        charge_model(cluster.world, replica, prices, steps, tokens, tokens)
+        charge_guesses(cluster.world, replica, steps, decoding, 0)
+    else:
+        charge_circulation(cluster.world, replica, prices, steps, decoding)
+        last = parts[replica["n_parts"] - 1]
+        note_exits(cluster.world, replica, now_s, last["first_s"] + (last["steps"] - 1) * last["slope_s"])
     note(cluster, number, now_s, steps - 1)
     whole = 0
     if replica["run_stall_s"] > 0 or replica["late"]:
@@ -143,9 +149,15 @@ def _price_step(cluster: Cluster, prices: Prices, number: int, step: int, busy: 
     """Seconds of the decode iteration after the next `step`; sets the seconds of each of BUSY."""
     replica, world = cluster.replicas[number], cluster.world
     set_decoding_batch(cluster, number, step)
+    if world["stages"] > 1:
+        circulate(cluster, prices, number)
+        for i in range(len(BUSY)):
+            busy[i] = world["round_busy_s"][i]
+        return float(world["round_s"])
     n, on_host, on_switch = replica["length"][DECODING], replica["on_host"], replica["on_switch"]
     tokens = n * world["step_tokens"]
-    seconds = price(world, prices, cluster.rows, first_load(cluster), tokens, tokens, on_host, on_switch)
+    first = first_load(cluster)
+    seconds = price(world, prices, cluster.rows, first, 0, 1.0, tokens, tokens, on_host, on_switch)
     seconds += guess(world, world["busy_s"], n, 0)
     for i in range(len(BUSY)):
         busy[i] = world["busy_s"][i]

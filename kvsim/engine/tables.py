@@ -71,12 +71,18 @@ def _counted(piece: Piece) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int6
 
 def price_arrays(
     clock: Clock,
+    stages: Sequence[range],
     structures: Sequence[Structure],
     combinations: Sequence[tuple[int, ...]],
     model: Records,
     model_s: Floats,
 ) -> Prices:
-    """Costs of the structures, and programs for those combinations of them; `model` and `model_s` are kept."""
+    """Costs of the structures, and programs for those combinations of them on each stage; the model's times are kept.
+
+    Raises ValueError for a structure that works on all layers at once where stages have only theirs.
+    """
+    if len(stages) > 1 and any(structure.end for structure in structures):
+        raise ValueError("the policy works on all layers at once after a prompt, and no stage has all; use pp=1")
     ops: list[tuple[float, ...]] = []
     heads = []
     for structure in structures:
@@ -100,14 +106,15 @@ def price_arrays(
     deepest = most_slots = most_times = 1
     for index, combination in enumerate(combinations):
         keys[index, : 1 + len(combination)] = len(combination), *combination
-        program = clock.program([structures[i] for i in combination])
-        own = [(repeat, *add(sequence)) for repeat, sequence in program.runs]
-        where = (len(runs), len(own), *add(program.end), program.depth, len(times), len(program.layers))
-        programs.append((*where, program.layers_apart))
-        runs += own
-        times += [(n, i in program.elsewhere) for i, n in enumerate(program.layers.tolist())]
-        deepest, most_slots = max(deepest, program.depth), max(most_slots, program.slots)
-        most_times = max(most_times, len(program.layers))
+        for held in stages:
+            program = clock.program([structures[i] for i in combination], held)
+            own = [(repeat, *add(sequence)) for repeat, sequence in program.runs]
+            where = (len(runs), len(own), *add(program.end), program.depth, len(times), len(program.layers))
+            programs.append((*where, program.layers_apart))
+            runs += own
+            times += [(n, i in program.elsewhere) for i, n in enumerate(program.layers.tolist())]
+            deepest, most_slots = max(deepest, program.depth), max(most_slots, program.slots)
+            most_times = max(most_times, len(program.layers))
     return Prices(
         structures=np.array(heads, dtype=STRUCTURE),
         ops=np.array(ops, dtype=OP),
@@ -134,7 +141,7 @@ def set_guesses(world: Record, guesser: Guesser | None) -> None:
         world["guess_sent_bytes"] = guesser.sent_bytes
 
 
-def model_arrays(clock: Clock, most_tokens: int) -> tuple[Records, Floats]:
-    """Room for what the model's own layers take at up to so many tokens; nothing is filled in."""
+def model_arrays(clock: Clock, most_tokens: int, stages: int) -> tuple[Records, Floats]:
+    """Room for what the model's own layers take on each stage at up to so many tokens; nothing is filled in."""
     n_times = 1 + 4 * len(dict.fromkeys(clock.model.layers))
-    return np.zeros(most_tokens + 1, dtype=MODEL), np.zeros((most_tokens + 1, n_times))
+    return np.zeros((most_tokens + 1) * stages, dtype=MODEL), np.zeros((most_tokens + 1, n_times))

@@ -12,7 +12,8 @@ from simulated import GPU, HOST, MODEL
 from kvsim.__main__ import main
 from kvsim.explain import Explainer
 from kvsim.models import load_model
-from kvsim.pipeline import Pipelined, pipeline_s, stage_layers, stage_shape
+from kvsim.pipeline import Pipelined, pipeline_s
+from kvsim.stages import stage_layers, stage_shape
 from policies import Full
 
 
@@ -114,6 +115,3 @@ def test_the_command_and_its_errors(capsys):
     ):
         assert main(["explain", *arguments]) == 2
         assert message in capsys.readouterr().err
-    given = ["--trace", "mooncake-conversation", "--model", "llama-3.1-8b", "--gpu", "h100-sxm"]
-    assert main(["simulate", *given, "--pp", "2"]) == 2
-    assert "pp=2: simulate has no pipeline parallelism; kvsim explain --pp prices it" in capsys.readouterr().err

@@ -1,0 +1,221 @@
+"""Iterations on a pipeline of stages: how a batch's micro-batches follow one another, how long that takes, what moves.
+
+A micro-batch enters a stage when its activations have come and the stage has done with the one before. Chunks of
+prompts need nothing from the end of the pipeline, so they follow at once, also those of the next iteration; sequences
+that decode enter again when their token is out. Of many equal decode iterations each takes as long as all micro-batches
+on the slowest stage, or one of them through all stages.
+"""
+
+from kvsim.engine.batch import first_load, prompt_tokens, set_batch, share_of
+from kvsim.engine.books import charge_model, charge_plans
+from kvsim.engine.pricing import price
+from kvsim.engine.state import (
+    BOUND,
+    BUSY,
+    BY_NVLINK,
+    DECODING,
+    NOBODY,
+    PREFILLING,
+    WANT_TIMES,
+    Cluster,
+    Detour,
+    Prices,
+    Record,
+)
+from kvsim.machine import NVLINK
+
+
+def price_round(cluster: Cluster, prices: Prices, number: int, now_s: float) -> int:
+    """Set `round_s` and `round_busy_s` to an iteration's; the micro-batches that it has. May make detours.
+
+    As many as there are stages, or one where that is out earlier: each micro-batch reads all weights.
+    """
+    world = cluster.world
+    decoding, chunks = cluster.replicas[number]["length"][DECODING], prompt_tokens(cluster, number)
+    split = min(world["stages"], max(decoding, chunks))
+    whole_s = _pass(cluster, prices, number, now_s, 1)
+    if split == 1 or _pass(cluster, prices, number, now_s, split) <= whole_s:
+        return int(split)
+    _pass(cluster, prices, number, now_s, 1)
+    return 1
+
+
+def _pass(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: int) -> float:
+    """Let an iteration pass in so many micro-batches; when the last is out. May make detours.
+
+    Sets `round_s`, `round_busy_s`, when stages are free (`stage_s`) and when micro-batches are out (`exit_s`).
+    """
+    world, replica = cluster.world, cluster.replicas[number]
+    follows = replica["round_end_s"] == now_s  # at once after another iteration
+    ready_s = _ready_s(cluster, number) if follows else now_s
+    _clear(world)
+    for stage in range(world["stages"]):
+        world["stage_s"][stage] = replica["stage_free_s"][stage]
+    decoding, ends, work_s = replica["length"][DECODING], 0, 0.0
+    for part in range(parts):
+        set_batch(cluster, number, part, parts)
+        tokens, logits = world["tokens"], world["logits"]
+        decodes = share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)
+        ends += logits - decodes
+        at_s = ready_s
+        if decodes:
+            at_s = replica["exit_s"][max(0, replica["parts"] - parts + part)] if follows and replica["parts"] else now_s
+        for stage in range(world["stages"]):
+            if stage:
+                at_s += _hop_s(world, stage, tokens)
+            seconds = _price_stage(cluster, prices, number, stage, 1.0, tokens, logits, parts)
+            at_s = max(at_s, world["stage_s"][stage]) + seconds
+            world["stage_s"][stage] = at_s
+            work_s += seconds
+        world["exit_s"][part] = at_s
+    last_s = world["exit_s"][parts - 1]
+    emits = decoding > 0 or ends > 0
+    seconds = max(0.0, (last_s if emits else world["stage_s"][0]) - now_s)
+    _finish(world, seconds, min(seconds, send_s(world, tokens)) if emits else 0.0, work_s, 1)
+    return float(last_s)
+
+
+def _ready_s(cluster: Cluster, number: int) -> float:
+    """When the prompts of an iteration could have begun: with the one before if that was full and they had come."""
+    replica, index = cluster.replicas[number], cluster.replicas[number]["first"][PREFILLING]
+    if not replica["full"]:
+        return float(replica["round_end_s"])
+    while index != NOBODY:
+        request = cluster.requests[index]
+        late = request["arrival_s"] > replica["round_begin_s"] or request["preemptions"] > 0
+        if request["chunk_tokens"] and request["past_tokens"] == 0 and late:
+            return float(replica["round_end_s"])
+        index = request["after"]
+    return float(replica["round_begin_s"])
+
+
+def circulate(cluster: Cluster, prices: Prices, number: int) -> None:
+    """Set `round_s` and `round_busy_s` to a decode iteration's, whose rows are set. May make detours.
+
+    Each micro-batch has the mean of the sequences, so that times stay convex in the step.
+    """
+    world, tokens = cluster.world, cluster.replicas[number]["length"][DECODING]
+    size, parts = micro_batches(world, tokens)
+    if not prices.model[(tokens - (parts - 1) * size) * world["stages"]]["known"]:  # of the last, for the books
+        world["wanted"][0], world["wanted"][1] = WANT_TIMES, tokens - (parts - 1) * size
+        raise Detour
+    _clear(world)
+    slowest_s = through_s = 0.0
+    for stage in range(world["stages"]):
+        seconds = _price_stage(cluster, prices, number, stage, size / tokens, size, size, parts)
+        slowest_s = max(slowest_s, parts * seconds)
+        through_s += seconds
+    sent_s = send_s(world, size)
+    if through_s + sent_s > slowest_s:
+        _finish(world, through_s + sent_s, sent_s, parts * through_s, parts)
+    else:
+        _finish(world, slowest_s, 0.0, parts * through_s, parts)
+
+
+def note_exits(world: Record, replica: Record, now_s: float, seconds: float) -> None:
+    """Micro-batches of a decode iteration that ends now and took so long came out one after the other."""
+    _, parts = micro_batches(world, replica["decoding_now"])
+    for part in range(parts):
+        replica["exit_s"][part] = now_s - (parts - 1 - part) * seconds / world["stages"]
+    replica["parts"], replica["round_end_s"], replica["full"] = parts, now_s, 0
+
+
+def micro_batches(world: Record, tokens: int) -> tuple[int, int]:
+    """Sequences in each micro-batch of a decode iteration but the last, and how many there are."""
+    size = -(-tokens // world["stages"])
+    return int(size), int(-(-tokens // size))
+
+
+def send_s(world: Record, tokens: int) -> float:
+    """How long the activations of so many tokens are under way between all stages."""
+    seconds = 0.0
+    for stage in range(1, world["stages"]):
+        seconds += _hop_s(world, stage, tokens)
+    return seconds
+
+
+def _hop_s(world: Record, stage: int, tokens: int) -> float:
+    """How long the activations of so many tokens take to a stage: over the network where a host begins with it."""
+    nbytes = _sent_bytes(world, tokens)
+    if stage * world["tp"] % world["gpus_on_host"]:
+        return float(world["peer_latency_s"] + nbytes * world["peer_byte_s"])
+    return float(world["nic_latency_s"] + nbytes * world["nic_byte_s"])
+
+
+def charge_round(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: int) -> None:
+    """Book an iteration that begins now in so many micro-batches and has been priced."""
+    world, replica, rows, first = cluster.world, cluster.replicas[number], cluster.rows, first_load(cluster)
+    for part in range(parts):
+        set_batch(cluster, number, part, parts)
+        for row in range(first, first + world["loads"]):
+            charge_plans(replica, prices, rows[row, 0], rows[row], 1)
+        charge_model(world, replica, prices, 1, world["tokens"], world["logits"])
+        charge_sends(world, replica, 1, world["tokens"])
+    for i in range(len(BUSY)):
+        replica["busy_s"][i] += world["round_busy_s"][i]
+    for stage in range(world["stages"]):
+        replica["stage_free_s"][stage] = world["stage_s"][stage]
+    for part in range(parts):
+        replica["exit_s"][part] = world["exit_s"][part]
+    replica["parts"] = parts if replica["length"][DECODING] else 0
+    replica["round_begin_s"], replica["round_end_s"] = now_s, now_s + world["round_s"]
+    replica["full"] = replica["batch_tokens"] <= 0
+
+
+def charge_circulation(world: Record, replica: Record, prices: Prices, iterations: int, tokens: int) -> None:
+    """Book the weights that decode iterations read, and the bytes of their collectives and activations."""
+    size, parts = micro_batches(world, tokens)
+    last = tokens - (parts - 1) * size
+    charge_model(world, replica, prices, iterations * (parts - 1), size, size)
+    charge_model(world, replica, prices, iterations, last, last)
+    charge_sends(world, replica, iterations * (parts - 1), size)
+    charge_sends(world, replica, iterations, last)
+
+
+def charge_sends(world: Record, replica: Record, times: int, tokens: int) -> None:
+    """Book activations on their way between all stages."""
+    nbytes = _sent_bytes(world, tokens)
+    replica["activation_peer_bytes"] += times * world["peer_hops"] * nbytes
+    replica["activation_nic_bytes"] += times * world["nic_hops"] * nbytes
+    replica["busy_s"][NVLINK] += times * world["peer_hops"] * nbytes * world["peer_byte_s"]
+    if world["nic_hops"]:
+        replica["nic_s"] += times * world["nic_hops"] * nbytes * world["nic_byte_s"]
+
+
+def _sent_bytes(world: Record, tokens: int) -> int:
+    return int(-(-tokens * world["row_bytes"] // world["tp"]))
+
+
+def _price_stage(
+    cluster: Cluster, prices: Prices, number: int, stage: int, share: float, tokens: int, logits: int, parts: int
+) -> float:
+    """Seconds of one micro-batch of `parts` on a stage; as many stages work at a time. Adds to `round_busy_s`."""
+    world, replica = cluster.world, cluster.replicas[number]
+    own = world["gpus_on_host"]
+    idle = own - min(own, parts * world["tp"])
+    own_switch = min(own, world["gpus_per_switch"])
+    on_host = replica["on_host"] - idle
+    on_switch = replica["on_switch"] - own_switch + min(own_switch, own - idle)
+    first = first_load(cluster)
+    seconds = price(world, prices, cluster.rows, first, stage, share, tokens, logits, on_host, on_switch)
+    for i in range(len(BUSY)):
+        world["round_busy_s"][i] += world["busy_s"][i]
+    return seconds
+
+
+def _clear(world: Record) -> None:
+    for i in range(len(BUSY)):
+        world["round_busy_s"][i] = 0.0
+
+
+def _finish(world: Record, seconds: float, sent_s: float, work_s: float, times: int) -> None:
+    """An iteration takes so long, `sent_s` of it for activations; the rest is bound by what all its work is bound by.
+
+    What was added to `round_busy_s` happens so many times.
+    """
+    for i in range(len(BUSY)):
+        world["round_busy_s"][i] *= times
+        if i >= BOUND:
+            world["round_busy_s"][i] *= (seconds - sent_s) / work_s
+    world["round_busy_s"][BY_NVLINK] += sent_s
+    world["round_s"] = seconds
