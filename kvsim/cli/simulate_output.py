@@ -44,7 +44,8 @@ def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, 
         print_json(run.summary)
         return
     inputs = run.summary["inputs"]
-    gpus = f"{inputs['gpus']} x {inputs['gpu']} ({inputs['parameter_set']}, tp {inputs['tp']}, host {inputs['host']})"
+    ranks = f"tp {inputs['tp']}" + (f" x pp {inputs['pp']}" if inputs["pp"] > 1 else "")
+    gpus = f"{inputs['gpus']} x {inputs['gpu']} ({inputs['parameter_set']}, {ranks}, host {inputs['host']})"
     print_facts(f"{run.label}: {inputs['model']} on {gpus}", _facts(run, slo_s))
     typer.echo()
     columns: Columns = {"latency": "left", **dict.fromkeys(STATISTICS, "right")}

@@ -57,9 +57,10 @@ def _pass(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: in
         tokens, logits = world["tokens"], world["logits"]
         decodes = share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)
         ends += logits - decodes
-        at_s = ready_s
+        at_s = ready_s if tokens > decodes else 0.0
         if decodes:
-            at_s = replica["exit_s"][max(0, replica["parts"] - parts + part)] if follows and replica["parts"] else now_s
+            out_s = replica["exit_s"][max(0, replica["parts"] - parts + part)]
+            at_s = max(at_s, out_s if follows and replica["parts"] else now_s)
         for stage in range(world["stages"]):
             if stage:
                 at_s += _hop_s(world, stage, tokens)
