@@ -28,14 +28,13 @@ from kvsim.machine import NVLINK
 def price_round(cluster: Cluster, prices: Prices, number: int, now_s: float) -> int:
     """Set `round_s` and `round_busy_s` to an iteration's; the micro-batches that it has. May make detours.
 
-    As many as there are stages, or one where that is out earlier: each micro-batch reads all weights.
+    As many as there are stages, or one where nobody decodes and that is out earlier: each of them reads all weights.
     """
-    world = cluster.world
-    decoding, chunks = cluster.replicas[number]["length"][DECODING], prompt_tokens(cluster, number)
-    split = min(world["stages"], max(decoding, chunks))
-    whole_s = _pass(cluster, prices, number, now_s, 1)
-    if split == 1 or _pass(cluster, prices, number, now_s, split) <= whole_s:
-        return int(split)
+    decoding = cluster.replicas[number]["length"][DECODING]
+    split = int(min(cluster.world["stages"], max(decoding, prompt_tokens(cluster, number))))
+    whole_s = 0.0 if decoding else _pass(cluster, prices, number, now_s, 1)
+    if _pass(cluster, prices, number, now_s, split) <= whole_s or decoding:
+        return split
     _pass(cluster, prices, number, now_s, 1)
     return 1
 
