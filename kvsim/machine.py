@@ -111,9 +111,12 @@ class Machine:
         ShadowKV's measured FFN times at batches of 12, 24 and 48 within 10 % (arXiv:2410.21465, table of latencies).
         """
         rates = self.gpu.rates
-        supported = dict(rates.matmul_flops)
-        peak = supported.get(dtype, supported["bf16"])  # weight-only formats multiply in 16 bits
-        return kernels * rates.launch_s + weight_bytes / rates.hbm_Bps + flops / peak
+        return kernels * rates.launch_s + weight_bytes / rates.hbm_Bps + flops / self.weight_flops(dtype)
+
+    def weight_flops(self, dtype: str) -> float:
+        """FLOPs per second of products with weights of `dtype`; weight-only formats multiply in 16 bits."""
+        supported = dict(self.gpu.rates.matmul_flops)
+        return supported.get(dtype, supported["bf16"])
 
     def layer_s(self, model: ModelShape, layer: LayerShape, tokens: int) -> tuple[float, float, float]:
         """Times of a layer's own parts for a batch of `tokens`: before the policy, output projection, MLP.

@@ -153,7 +153,8 @@ class Clock:
                 busy[NVLINK] += n * 2 * reduce_s
                 weights += n * model_bytes(model, shape, tokens)
             busy[HBM] = weights / machine.gpu.rates.hbm_Bps
-            busy[WORK] = 2 * (model.active_params - model.head_params) * tokens / machine.gpu.rates.flops("bf16")
+            flops = 2 * (model.active_params - model.head_params) * tokens
+            busy[WORK] = flops / machine.weight_flops(model.weight_dtype)
             found = self._model_times[tokens] = (np.array(times), busy, weights)
         return found
 

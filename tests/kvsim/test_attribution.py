@@ -8,6 +8,8 @@ from scenarios import squeezed
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.attribution import CAUSES, spent_s
+from kvsim.machine import Machine
+from kvsim.makespan import WORK, Clock
 from kvsim.simulate import simulate
 
 INSIDE = CAUSES[2:]
@@ -160,3 +162,12 @@ def test_a_request_that_never_ran_was_not_spent_on():
     assert r["status"].tolist() == ["finished", "rejected"]
     for cause in INSIDE:
         assert np.isnan([r[f"{cause}_s"][1], r[f"ttft_{cause}_s"][1]]).all()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+def test_the_busy_arithmetic_of_layers_is_what_is_left_of_their_time(dtype):
+    """Of a dense model's own layers: their time less weights and launches, at the rate of the weights' type."""
+    model = replace(MODEL, weight_dtype=dtype)
+    clock = Clock(model, Machine(gpu=GPU, host=HOST))
+    arithmetic_s, _ = clock.own_bounds_s(4096)
+    assert clock.own_layers(4096)[1][WORK] == pytest.approx(arithmetic_s, rel=1e-5)
