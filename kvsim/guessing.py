@@ -116,7 +116,7 @@ class Guesser:
         kernels = sum(
             QKV_KERNELS + OUT_KERNELS + ATTENTION_KERNELS + (MLP_KERNELS if x.mlp_params else 0) for x in draft.layers
         )
-        flop_s = 1 / dict(rates.matmul_flops).get(draft.weight_dtype, rates.flops("bf16"))
+        flop_s = 1 / machine.weight_flops(draft.weight_dtype)
         layer_flops = 2 * (draft.active_params - draft.head_params)
         one_s, many_s = (2 * draft.n_layers * machine.allreduce_s(draft, n) for n in (1, 1025))
         each_s = (many_s - one_s) / 1024
@@ -144,7 +144,7 @@ class Guesser:
         params, kernels = -(-(width**2) // self._machine.tp), 1
         if speculation.method == "medusa":
             params, kernels = params + target.head_params, 2
-        flop_s = 1 / dict(rates.matmul_flops).get(target.weight_dtype, rates.flops("bf16"))
+        flop_s = 1 / self._machine.weight_flops(target.weight_dtype)
         self.weight_bytes = guesses * target.bytes_of(params)
         self.read_bytes = (self.weight_bytes, 0)
         once, each = self.parts[DECODING]
