@@ -41,6 +41,13 @@ BOOKS = (  # what replicas record beside the bytes of plans
     (PEER, "activations", "activation_peer_bytes"),
     (NIC, "activations", "activation_nic_bytes"),
 )
+TURNS = {  # what became of states of sessions
+    "kept": "turns_kept",
+    "swapped": "turns_swapped",
+    "dropped": "turns_dropped",
+    "evicted": "states_evicted",
+    "resumed": "turns_resumed",
+}
 MEMORY = ("hbm_bytes", "ddr_bytes")
 
 
@@ -89,6 +96,7 @@ class Outcome:
             setup_cpu_s=setup_cpu_s,
             tenancy=self._tenancy(),
             speculation=self._speculation(requests, int(token_gaps[1].sum())),
+            session_kv={name: int(replicas[column].sum()) for name, column in TURNS.items()},
         )
 
     def _speculation(self, requests: dict[str, Array], steps: int) -> dict[str, float] | None:

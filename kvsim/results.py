@@ -56,6 +56,7 @@ class Result:
     setup_cpu_s: float
     tenancy: Tenancy = field(default_factory=Tenancy)
     tenant_gaps: TenantGaps | None = None  # of each of several; None: not recorded
+    session_kv: dict[str, int] = field(default_factory=dict)  # states kept, swapped, dropped, evicted, resumed
     # Of a window, in order of replica, lane and time: replica, lane, operation, layer, begin_s, end_s.
     operations: dict[str, Array] | None = None
     # Where tokens are guessed: how many a decode step emits in the mean and emitted, steps of sequences, the draft's
@@ -150,6 +151,7 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
         "traffic": plain(result.traffic),
         "cache": plain(result.cache),
         "swaps": plain(result.swaps),
+        "session_kv": plain(result.session_kv),
         "busy": plain(result.busy),
         "bottleneck": bottleneck(everything["attribution"]["e2e"]["mean_s"]),
         **({} if result.speculation is None else {"speculation": plain(result.speculation)}),

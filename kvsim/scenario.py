@@ -124,6 +124,7 @@ class Scenario(BaseModel):
     router: str = _default("router")
     preemption: str = _default("preemption")
     sessions: str = _default("sessions")
+    session_kv: str = _default("session_kv")
     max_num_seqs: Number = _default("max_num_seqs")
     max_num_batched_tokens: Number = _default("max_num_batched_tokens")
     gpu_memory_utilization: float = _default("gpu_memory_utilization")

@@ -14,6 +14,7 @@ from kvsim.prefix_reuse import REUSES
 from kvsim.speculation import Speculation
 from kvsim.stages import Stages, fitting_bytes, held_shares, stages_of
 from kvsim.tenants import Tenant, check_classes, check_pins, check_timeout
+from kvsim.turns import SESSION_KVS
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
 from policies.plan import Tier
@@ -51,6 +52,7 @@ class Setup:
     router: str = "round-robin"
     preemption: str = "swap"
     sessions: str = "open"  # closed: a request comes its think time after what its session waited for has ended
+    session_kv: str = "recompute"  # between the turns of a session
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 8192  # of one iteration, so also the prefill chunk
     gpu_memory_utilization: float = 0.9
@@ -90,6 +92,7 @@ class Setup:
             ("router", ROUTERS),
             ("preemption", PREEMPTIONS),
             ("sessions", SESSIONS),
+            ("session_kv", SESSION_KVS),
             ("prefix_cache_eviction", EVICTIONS),
             ("prefix_cache_write", WRITES),
             ("prefix_cache_sharing", SHARINGS),
@@ -106,6 +109,7 @@ class Setup:
             what = f"tp={self.tp}" if self.pp == 1 else f"tp={self.tp} x pp={self.pp}"
             raise ValueError(f"gpus={self.gpus} is not a multiple of {what}; every replica takes so many GPUs")
         self._check_disaggregation()
+        self._check_session_kv()
         if self.tp > self.host.gpus_max:
             raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {self.host.name!r}")
         self._check_prefix_cache()
@@ -169,6 +173,15 @@ class Setup:
                 "prefix_cache_quota gives tenants parts of their own, which prefix_cache_sharing=all denies; use one"
             )
 
+    def _check_session_kv(self) -> None:
+        caches = [f"prefix_cache_{name}" for name, size_bytes in self.prefix_cache_bytes.items() if size_bytes]
+        others = ["prefill_gpus"] if self.prefill_gpus else caches
+        if self.session_kv != "recompute" and others:
+            raise ValueError(
+                f"session_kv={self.session_kv} holds the state of a session where it was computed, which {others[0]} "
+                "does in its own way; use one of them"
+            )
+
     def _check_disaggregation(self) -> None:
         prefill, tp = self.prefill_gpus, self.tp
         if not 0 <= prefill < self.gpus or prefill % tp:
@@ -199,6 +212,7 @@ class Setup:
             "prefix caches": any(self.prefix_cache_bytes.values()),
             "perfetto": self.perfetto,
             "speculation": self.speculation,
+            "session_kv": self.session_kv != "recompute",
         }
         if used := [name for name, given in others.items() if given]:
             raise ValueError(f"pp={self.pp} does not work with {' and '.join(used)} yet; use pp=1 or leave that out")

@@ -44,8 +44,10 @@ def compile_loop(trace: Trace, setup: Setup) -> None:
 class _Cluster:
     def __init__(self, trace: Trace, setup: Setup) -> None:
         self.trace, self.setup = trace, setup
-        if setup.sessions == "closed" and (trace.session < 0).all():
-            raise ValueError(f"trace {trace.name!r} has no sessions; replay it with sessions=open, as it was recorded")
+        if (trace.session < 0).all():
+            for option, without in (("sessions", "open"), ("session_kv", "recompute")):
+                if getattr(setup, option) != without:
+                    raise ValueError(f"trace {trace.name!r} has no sessions; replay it with {option}={without}")
         machine = setup.machine()
         guesser = setup.guesser()
         table = PlanTable(setup.policy, setup.rank, machine, setup.counts, guesser)

@@ -67,6 +67,10 @@ def replay(
     sessions: Annotated[
         str | None, typer.Option(metavar="open|closed", help="closed: a session waits for its answers, then thinks.")
     ] = None,
+    session_kv: Annotated[
+        str | None,
+        typer.Option(metavar="recompute|keep|swap|cheapest", help="What becomes of a session's KV between turns."),
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(metavar="N", help="Sequences that run at a time.")] = None,
     max_num_batched_tokens: Annotated[
         str | None, typer.Option(metavar="N", help="Tokens of an iteration, which bound the prefill chunk.")
@@ -285,6 +289,9 @@ def _warn_of_unused_caches(setups: Sequence["Setup"]) -> None:
             name = describe(setup.policy)
             also = f"; router={setup.router} goes by load alone" if setup.router in CACHE_ROUTERS else ""
             _warn(f"the prefix cache has no effect on {name}, whose state no other request can use{also}")
+        if setup.session_kv != "recompute" and reuse_of(setup.policy) is not Reuse.BLOCKS:
+            name = describe(setup.policy)
+            _warn(f"session_kv={setup.session_kv} has no effect on {name}, whose state no longer prompt can use")
 
 
 @contextmanager

@@ -133,6 +133,9 @@ def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:
         if lookups["lookup_blocks"]:
             hits = lookups["hit_blocks"] / lookups["lookup_blocks"]
             facts[f"{tier.upper()} cache"] = f"{hits:.1%} of {lookups['lookup_blocks']:,} blocks looked up were there"
+    turns = {name: count for name, count in summary["session_kv"].items() if count}
+    if turns:
+        facts["session KV"] = ", ".join(f"{count:,} {name}" for name, count in turns.items())
     if summary["swaps"]["count"]:
         facts["swaps"] = f"{summary['swaps']['count']:,}, {format_bytes(summary['swaps']['bytes'])}"
     if guessed := summary.get("speculation"):

@@ -33,7 +33,9 @@ _KERNELS = (
     "scheduling",
     "sessions",
     "speculation",
+    "settling",
     "tenants",
+    "turns",
 )
 
 

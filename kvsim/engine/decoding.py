@@ -1,13 +1,12 @@
 """The sequences of a replica that decode: what they amount to together, and when one of them ends or changes."""
 
-from kvsim.engine.attribution import finish
 from kvsim.engine.books import note_member
 from kvsim.engine.plans import DECODE, NEVER, amounts, evaluate, find, slopes, steps_until_change
 from kvsim.engine.queues import push_last, take_out
 from kvsim.engine.sessions import has_left
 from kvsim.engine.speculation import pace, steps_over
 from kvsim.engine.state import COUNT, DECODING, HBM, NOBODY, SLOPE, STORED, TIERS, VECTOR, Cluster, Record
-from kvsim.engine.tenants import advance_tenants, take_back_output
+from kvsim.engine.tenants import advance_tenants
 
 
 def target_tokens(request: Record) -> int:
@@ -33,12 +32,16 @@ def join(cluster: Cluster, index: int, generated: float) -> None:
 
 
 def withdraw(cluster: Cluster, index: int) -> None:
-    """Let a request decode no further."""
-    replica = cluster.replicas[cluster.requests[index]["replica"]]
-    take_out(cluster.requests, replica, index)
+    """Let a request decode no further; leaves its amounts in VECTOR."""
+    remove(cluster, index)
+    set_next_due(cluster, cluster.replicas[cluster.requests[index]["replica"]])
+
+
+def remove(cluster: Cluster, index: int) -> None:
+    """The same, for whoever sees to it afterwards who is due next."""
+    take_out(cluster.requests, cluster.replicas[cluster.requests[index]["replica"]], index)
     note_member(cluster, index, -1)
     _subtract(cluster, index)
-    replica["next_due"] = _next_due(cluster, replica)
 
 
 def set_amounts(cluster: Cluster, index: int) -> None:
@@ -85,12 +88,13 @@ def renew(cluster: Cluster, index: int) -> bool:
     return True
 
 
-def _next_due(cluster: Cluster, replica: Record) -> int:
+def set_next_due(cluster: Cluster, replica: Record) -> None:
+    """Note when the next decoding sequence is due."""
     nearest, index = NEVER + replica["iteration"], replica["first"][DECODING]
     while index != NOBODY:
         nearest = min(nearest, cluster.requests[index]["due"])
         index = cluster.requests[index]["after"]
-    return int(nearest)
+    replica["next_due"] = nearest
 
 
 def _add(cluster: Cluster, index: int, generated: float) -> None:
@@ -128,26 +132,6 @@ def _count(cluster: Cluster, index: int, sign: int) -> None:
     tenant["decoding"] += sign
     tenant["stored_bytes"] += sign * rows[VECTOR, STORED + HBM]
     tenant["growth_bytes"] += sign * rows[SLOPE, STORED + HBM]
-
-
-def settle(cluster: Cluster, replica_index: int, leave_s: float) -> None:
-    """Let complete requests leave and give the others that are due their next plan. May make a detour."""
-    replica, requests = cluster.replicas[replica_index], cluster.requests
-    if replica["length"][DECODING] == 0 or replica["iteration"] < replica["next_due"]:
-        return
-    index = replica["first"][DECODING]
-    while index != NOBODY:
-        after = requests[index]["after"]
-        if requests[index]["due"] <= replica["iteration"] and not renew(cluster, index):
-            take_out(requests, replica, index)
-            note_member(cluster, index, -1)
-            _subtract(cluster, index)
-            last = generated_tokens(cluster.world, requests[index], replica["iteration"])
-            take_back_output(cluster, replica_index, index, last - last_generated(requests[index]) - 1)
-            leave(cluster, index, leave_s)
-            finish(replica, requests[index], leave_s)
-        index = after
-    replica["next_due"] = _next_due(cluster, replica)
 
 
 def leave(cluster: Cluster, index: int, now_s: float) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 from kvsim.derive import PlanTable, Structure
 from kvsim.engine.batch import first_load
 from kvsim.engine.books import note_now
-from kvsim.engine.initial import initial_cluster
+from kvsim.engine.initial import initial_cluster, set_turns
 from kvsim.engine.loop import arrive, play
 from kvsim.engine.patience import depart, departure_s, next_departure
 from kvsim.engine.plans import INPUTS
@@ -64,6 +64,7 @@ class Engine:
         self._clocks = [Clock(rank, clock.machine) for rank in setup.stages.ranks] if setup.pp > 1 else [clock]
         self._model, self._model_s = model_arrays(clock, setup.most_tokens, setup.pp)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
+        set_turns(self.cluster, trace, setup, prefill_s)
         self._wanted = self.cluster.world["wanted"]
         self._prefixes = PrefixService(trace, setup, clock.machine, prefixes, self.cluster, prefill_s)
         self._lay_out_plans()

@@ -5,14 +5,27 @@ import math
 import numpy as np
 
 from kvsim.engine.records import AWAY, GAP, NOTE, PART, PATIENCE, PIN, REPLICA, REQUEST, TENANT, WORLD
-from kvsim.engine.state import IDLE, MOST_PARTS, NO_QUOTA, NOBODY, NOWHERE, OPEN_SPANS, Cluster, Record, Records
+from kvsim.engine.state import (
+    IDLE,
+    MOST_PARTS,
+    NO_QUOTA,
+    NOBODY,
+    NOWHERE,
+    OPEN_SPANS,
+    TURNS_ANEW,
+    Cluster,
+    Record,
+    Records,
+)
 from kvsim.engine.tables import plan_arrays, set_guesses
 from kvsim.handoff import SentState
 from kvsim.machine import HEAD_KERNELS
 from kvsim.makespan import Clock
 from kvsim.prefix_tiers import PrefixTiers
+from kvsim.routing import PrefillEstimate
 from kvsim.setup import ROUTERS, SCHEDULERS, Setup
 from kvsim.tenants import Tenant, terms_of
+from kvsim.turns import SESSION_KVS, find_turns
 from policies import Reuse, reuse_of
 from policies.plan import Tier
 from traces import Trace
@@ -53,12 +66,27 @@ def _requests(trace: Trace, setup: Setup) -> Records:
     requests["queue"], requests["matched"], requests["whose"] = NOWHERE, -1, trace.tenant
     requests["receiver"] = requests["sender"] = NOBODY
     requests["leader"] = requests["follower"] = requests["sibling"] = NOBODY
+    requests["parent"] = NOBODY
     if setup.sessions == "closed":
         _lead(requests, followers(trace))
     if setup.prefill_gpus:
         state = SentState(setup.policy, setup.rank)
         requests["sent"] = [state.bytes_of(tokens) for tokens in trace.prompt_tokens.tolist()]
     return requests
+
+
+def set_turns(cluster: Cluster, trace: Trace, setup: Setup, prefill_s: PrefillEstimate) -> None:
+    """Say which turns go on from which, and what their states take to compute, where these may be kept."""
+    if setup.session_kv == "recompute" or reuse_of(setup.policy) is not Reuse.BLOCKS:
+        cluster.world["session_kv"] = TURNS_ANEW
+        return
+    turns, requests = find_turns(trace), cluster.requests
+    cluster.world["think_s"], cluster.world["return_share"] = turns.think_s, turns.return_share
+    for name in ("parent", "shared_tokens", "in_session"):
+        requests[name] = getattr(turns, name)
+    if setup.session_kv == "cheapest":
+        contexts = (trace.prompt_tokens + trace.output_tokens - 1)[turns.in_session]
+        requests["anew_s"][turns.in_session] = [prefill_s(tokens, 0) for tokens in contexts.tolist()]
 
 
 def _lead(requests: Records, waits: Followers) -> None:
@@ -151,6 +179,7 @@ def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:
     world["pcie_latency_s"] = rates.pcie_latency_s
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
     world["ddr_Bps"], world["switch_Bps"] = host.ddr_Bps, host.switch_Bps
-    world["routed"] = NOBODY
+    world["routed"] = world["spared"] = NOBODY
+    world["session_kv"] = SESSION_KVS.index(setup.session_kv)
     world["several_tenants"] = len(trace.tenants) > 1
     return world

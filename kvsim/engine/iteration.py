@@ -9,7 +9,7 @@ from kvsim.engine.decoding import advance, join, last_generated, leave, target_t
 from kvsim.engine.handoff import first_layer_s, hand_over, hands_over
 from kvsim.engine.memory import release
 from kvsim.engine.pipeline import charge_round, price_round
-from kvsim.engine.plans import DECODE, find
+from kvsim.engine.plans import DECODE, amounts, find
 from kvsim.engine.pricing import price
 from kvsim.engine.queues import take_out
 from kvsim.engine.speculation import charge_guesses, guess
@@ -22,12 +22,15 @@ from kvsim.engine.state import (
     PREFILLING,
     STALLED,
     TIMED_OUT,
+    TURNS_ANEW,
+    VECTOR,
     WANT_STORE,
     Cluster,
     Detour,
     Prices,
 )
 from kvsim.engine.tenants import charge_output
+from kvsim.engine.turns import end_turn
 
 
 def stall(cluster: Cluster, number: int, now_s: float) -> bool:
@@ -116,8 +119,8 @@ def join_completed(cluster: Cluster, number: int, now_s: float) -> None:
 
 def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     replica, request = cluster.replicas[number], cluster.requests[index]
-    decodes = last_generated(request) > 0
-    if decodes:
+    decodes, turns = last_generated(request) > 0, cluster.world["session_kv"] != TURNS_ANEW
+    if decodes or turns:
         find(cluster.plans, DECODE, target_tokens(request), 1, 0)
     take_out(cluster.requests, replica, index)
     charge_output(cluster, number, index)
@@ -136,6 +139,10 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
         else:
             finish(replica, request, now_s)
             leave(cluster, index, now_s)
+            if turns:
+                piece = find(cluster.plans, DECODE, target_tokens(request), 1, 0)
+                amounts(cluster.plans, piece, cluster.rows, VECTOR)
+                end_turn(cluster, index, now_s)
     request["chunk_tokens"] = 0
     if first and replica["cached"]:
         cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_STORE, index

@@ -7,7 +7,6 @@ what runs next. Each step is whole or not at all, so that after a detour a repli
 import math
 
 from kvsim.engine.books import note_now
-from kvsim.engine.decoding import settle
 from kvsim.engine.handoff import take_in, take_over
 from kvsim.engine.iteration import end_iteration, join_completed, launch, stall
 from kvsim.engine.neighbours import share
@@ -16,6 +15,7 @@ from kvsim.engine.preemption import make_room
 from kvsim.engine.runs import begin_run, cut_run, end_run, steps_by
 from kvsim.engine.scheduling import admit, continue_prompts, next_ready_s
 from kvsim.engine.sessions import has_arrived, next_arrival
+from kvsim.engine.settling import settle
 from kvsim.engine.state import (
     ADMITTING,
     DECODING,
@@ -37,6 +37,7 @@ from kvsim.engine.state import (
     Prices,
 )
 from kvsim.engine.tenants import begin_turn, queue_newcomer
+from kvsim.engine.turns import state_of
 
 ROUND_ROBIN, LEAST_LOADED = range(2)
 MOST_NOTES = 8  # of one turn
@@ -144,7 +145,9 @@ def arrive(cluster: Cluster, index: int, now_s: float) -> int:
 def _route(cluster: Cluster, index: int) -> int:
     replicas, world = cluster.replicas, cluster.world
     pin = cluster.pins[cluster.requests[index]["pin"]]
-    chosen = pin["first"]
+    chosen, turn = pin["first"], state_of(cluster, index)
+    if turn != NOBODY and 0 <= cluster.requests[turn]["replica"] - pin["first"] < pin["n_replicas"]:
+        return int(cluster.requests[turn]["replica"])  # where its session's state is
     if world["router"] == ROUND_ROBIN:
         pin["arrived"] += 1
         return int(chosen + (pin["arrived"] - 1) % pin["n_replicas"])

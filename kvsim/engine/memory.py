@@ -78,18 +78,20 @@ def never_fits(cluster: Cluster, index: int) -> bool:
     return outgrows
 
 
-def transfer_s(world: Record, replica: Record, nbytes: int, direction: int) -> float:
-    """Time to move one contiguous piece between HBM and DDR at a fair share of the host; it counts as background.
-
-    Each stage of a pipeline moves its part.
-    """
-    if not nbytes:
-        return 0.0
+def copy_s(world: Record, replica: Record, nbytes: int, direction: int) -> float:
+    """Time to move one contiguous piece between HBM and DDR at a fair share of the host, each stage its part."""
     floor_s = max(replica["on_host"] / world["ddr_Bps"], replica["on_switch"] / world["switch_Bps"])
     link_s = world["pcie_up_s"] if direction == UP else world["pcie_down_s"]
-    seconds = world["pcie_latency_s"] + nbytes * world["widest_stage"] * max(link_s, floor_s)
+    return float(world["pcie_latency_s"] + nbytes * world["widest_stage"] * max(link_s, floor_s))
+
+
+def transfer_s(world: Record, replica: Record, nbytes: int, direction: int) -> float:
+    """The same of something that moves, if anything; it counts as background."""
+    if not nbytes:
+        return 0.0
+    seconds = copy_s(world, replica, nbytes, direction)
     replica["background_s"][direction] += seconds
-    return float(seconds)
+    return seconds
 
 
 def swap(world: Record, replica: Record, nbytes: int, direction: int) -> None:

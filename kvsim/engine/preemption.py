@@ -19,6 +19,7 @@ from kvsim.engine.state import (
 )
 from kvsim.engine.tenants import pick, put, queue_again
 from kvsim.engine.tenants import used as used_by
+from kvsim.engine.turns import evictable_bytes, make_fit
 
 ANY = 1 << 62  # above every priority
 
@@ -33,7 +34,7 @@ def make_room(cluster: Cluster, number: int, now_s: float) -> None:
     while replica["length"][DECODING]:
         for tier in range(TIERS):
             need_bytes[tier] = 0
-        if fits(cluster.world, replica, 0):
+        if make_fit(cluster, number, 0):
             break
         _preempt(cluster, replica, next_victim(cluster, number), now_s)
 
@@ -101,7 +102,7 @@ def make_way(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     if not outranks(cluster, number, index):
         return False
     priority = cluster.tenants[number, cluster.requests[index]["tenant"]]["priority"]
-    kept_bytes = used(replica, HBM) - _bytes_below(cluster, number, priority)
+    kept_bytes = used(replica, HBM) - _bytes_below(cluster, number, priority) - evictable_bytes(cluster, number, HBM)
     margin = world["watermark_bytes"] if kept_bytes else 0
     if kept_bytes + world["need_bytes"][HBM] + margin > world["capacity_bytes"][HBM]:
         return False
@@ -110,7 +111,7 @@ def make_way(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     while True:
         for tier in range(TIERS):
             world["need_bytes"][tier] = world["asked_bytes"][tier]
-        if has_slot(cluster, replica) and fits(world, replica, margin_bytes(world, replica)):
+        if has_slot(cluster, replica) and make_fit(cluster, number, margin_bytes(world, replica)):
             return True
         if not _evict_below(cluster, number, priority, now_s):
             return has_slot(cluster, replica) and _drop_swapped_below(cluster, number, priority)
@@ -210,7 +211,7 @@ def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> Non
     hbm_bytes = world["need_bytes"][HBM]
     world["need_bytes"][HBM] = 0
     world["need_bytes"][DDR] += hbm_bytes
-    if world["swaps"] and fits(world, replica, 0):
+    if world["swaps"] and make_fit(cluster, request["replica"], 0):
         request["generated_at_join"] = generated
         hold(cluster, index)
         put(cluster, request["replica"], index, SWAPPED, True)

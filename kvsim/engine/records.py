@@ -38,6 +38,8 @@ REQUEST = np.dtype(
         "stream_s",  # from when on some of its state could be sent to another replica
         "delay_s",  # after its leader
         "generated_at_join",  # the generated token that it fed then: a mean where steps emit several
+        "anew_s",  # to compute its state when it has ended
+        "parked_s",  # when that is where it will be until the session's next turn
     )
     + _ints(
         "prompt_tokens",
@@ -54,6 +56,11 @@ REQUEST = np.dtype(
         "after_end",
         "follower",  # the first of those that it leads itself, and the next of those that have its leader
         "sibling",
+        "parent",  # the turn whose state it goes on from, with so many tokens
+        "shared_tokens",
+        "in_session",
+        "state_bytes",  # of HBM, when it has ended
+        "copied",  # that is in DDR as well
         "replica",
         "tenant",  # its number among those that the scheduler tells apart
         "whose",  # its number among all of the trace
@@ -129,6 +136,11 @@ REPLICA = np.dtype(
         "swap_up_bytes",
         "swap_down_bytes",
         "swaps",
+        "turns_kept",
+        "turns_swapped",
+        "turns_dropped",
+        "turns_resumed",
+        "states_evicted",
     )
     + [
         ("first", np.int64, (QUEUES,)),
@@ -194,6 +206,8 @@ WORLD = np.dtype(
         "router",
         "scheduler",
         "several_tenants",  # have sent requests
+        "session_kv",  # what becomes of turns' state, and which is not to be evicted
+        "spared",
         "prefill_replicas",  # the first so many process prompts, the others decode; 0: all do both
         "streams_chunks",  # whether state is final once it is computed, so that chunks can be sent
         "layers",
@@ -221,6 +235,7 @@ WORLD = np.dtype(
     + _floats("peer_latency_s", "peer_byte_s", "nic_latency_s", "nic_byte_s")  # between replicas
     + _floats("ddr_Bps", "switch_Bps")
     + _floats("now_s")  # of a detour to the prefix caches
+    + _floats("think_s", "return_share")  # on average, of sessions
     + _floats("prompt_weight", "output_weight")  # service of a token
     + _floats("window_from_s", "window_to_s")  # what begins within is shown
     + _floats("look_s")  # when that began, swaps aside

@@ -7,7 +7,6 @@ from kvsim.engine.decoding import join, target_tokens
 from kvsim.engine.handoff import hands_over, reserve
 from kvsim.engine.memory import (
     UP,
-    fits,
     hold,
     margin_bytes,
     never_fits,
@@ -37,6 +36,7 @@ from kvsim.engine.state import (
     Record,
 )
 from kvsim.engine.tenants import charge_prompt, next_request, pick, within_quota
+from kvsim.engine.turns import add_state, make_fit, resume, state_here
 
 
 def continue_prompts(cluster: Cluster, replica: Record, now_s: float) -> None:
@@ -107,6 +107,9 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
             cluster.world["now_s"] = now_s
             raise Detour
         past, load_bytes = request["hit_tokens"], request["hit_load_bytes"]
+    turn, ready_s = state_here(cluster, number, index), now_s
+    if turn != NOBODY:
+        past = request["shared_tokens"]
     hands = hands_over(cluster, request)
     if hands:
         find(cluster.plans, DECODE, target, 1, 0)  # `reserve` must make no detour
@@ -116,26 +119,32 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
         pick(cluster, number, index)
         reject(cluster, index, now_s)
         return True
-    if not _find_room(cluster, number, index, now_s):
+    cluster.world["spared"] = turn
+    room = _find_room(cluster, number, index, now_s)
+    cluster.world["spared"] = NOBODY
+    if not room:
         return bool(cluster.tenants[number, request["tenant"]]["over_quota"])
     pick(cluster, number, index)
     hold(cluster, index)
     _enlist(cluster, number, index)
-    request["past_tokens"], request["chunk_tokens"], request["ready_s"] = past, 0, now_s
+    if turn != NOBODY:
+        ready_s = resume(cluster, index, turn, now_s)
+    request["past_tokens"], request["chunk_tokens"], request["ready_s"] = past, 0, ready_s
     if math.isnan(request["admitted_s"]):
         request["admitted_s"], request["cached_tokens"] = now_s, past
         charge_prompt(cluster, number, index, request["prompt_tokens"] - past)
     else:
         returned(cluster, index, now_s)
     fetches = looks_up and (request["hit_slow"] != 0 or request["hit_landed_s"] > now_s)  # blocks that are below DDR
-    if load_bytes or fetches:
+    waits = load_bytes > 0 or fetches or ready_s > now_s
+    if waits:
         request["loading"], request["since_s"] = 1, now_s
     if load_bytes:  # loads of a replica queue
         replica["prefix_up_bytes"] += load_bytes
         began_s = max(now_s, replica["loader_free_s"])
         replica["loader_free_s"] = began_s + transfer_s(cluster.world, replica, load_bytes, UP)
         request["ready_s"] = replica["loader_free_s"]
-    elif not fetches:
+    elif not waits:
         enter_batch(replica, request)
         request["chunk_tokens"] = chunk
         replica["chunks"] += 1
@@ -177,9 +186,11 @@ def _find_room(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     if not within_quota(cluster, number, index):
         cluster.tenants[number, cluster.requests[index]["tenant"]]["over_quota"] = 1
         return False
-    if has_slot(cluster, replica) and fits(cluster.world, replica, margin_bytes(cluster.world, replica)):
-        return True
-    return make_way(cluster, number, index, now_s)
+    add_state(cluster, -1)
+    room = has_slot(cluster, replica) and make_fit(cluster, number, margin_bytes(cluster.world, replica))
+    room = room or make_way(cluster, number, index, now_s)
+    add_state(cluster, 1)
+    return room
 
 
 def _enlist(cluster: Cluster, number: int, index: int) -> None:

@@ -33,9 +33,11 @@ EVERYBODY = -1  # all tenants
 REJECTED, TIMED_OUT = 1, 2  # why a request has left without an end
 # Lists that a request can be in: the first two are a tenant's at a replica, the others a replica's. Where replicas
 # process prompts or decode, HANDING are those whose state waits for a receiver, and INCOMING those whose state comes.
-WAITING, SWAPPED, PREFILLING, DECODING, HANDING, INCOMING, NOWHERE = range(7)
-TENANT_QUEUES, QUEUES = 2, 6
+# In KEPT and PARKED are turns that are over, whose state is still in HBM, or in DDR.
+WAITING, SWAPPED, PREFILLING, DECODING, HANDING, INCOMING, KEPT, PARKED, NOWHERE = range(9)
+TENANT_QUEUES, QUEUES = 2, 8
 FCFS, PRIORITY, FAIR = range(3)
+TURNS_ANEW, TURNS_KEEP, TURNS_SWAP, TURNS_CHEAPEST = range(4)  # what becomes of their state
 NO_QUOTA = 1 << 62  # bytes: more than any memory has
 
 # What a replica is about. RUNNING, STALLED and ITERATING last until `wake_s`; the others are left at once, but for a

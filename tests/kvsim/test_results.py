@@ -185,6 +185,7 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
         "traffic",
         "cache",
         "swaps",
+        "session_kv",
         "busy",
         "bottleneck",
         "uncertainty",
