@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from kvsim.documents import parse_yaml, read_document, validated
 from kvsim.gpu_file import PARAMETER_SETS, read_gpu_file
 from kvsim.names import unknown_name
+from kvsim.switches import switch_figures
 
 Curve = tuple[tuple[int, float], ...]
 """Rate in B/s by size of a contiguous row in bytes, ascending."""
@@ -168,9 +169,26 @@ def load_gpu(text: str) -> Gpu:
 
 
 def load_host(text: str) -> Host:
-    """A host by catalogue name or YAML path; ValueError for an unknown name and for a file that is not valid."""
+    """A host by catalogue name or YAML path; ValueError for an unknown name and for a file that is not valid.
+
+    A file may draw its PCIe switches (`kvsim.switches`) in place of `gpus_per_switch` and `switch_Bps`.
+    """
     name, data, origin = _document("hosts", "host", text, host_names())
-    return validated(_HOST, {"name": name, **data}, [field.name for field in fields(Host)], origin)
+    known = [*(field.name for field in fields(Host)), "switches"]
+    return validated(_HOST, {"name": name, **_drawn(data, origin)}, known, origin)
+
+
+def _drawn(data: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A host's figures, those of its switches read off a drawing of them where there is one."""
+    if "switches" not in data:
+        return data
+    figures = {name: value for name, value in data.items() if name != "switches"}
+    if stated := [name for name in ("gpus_per_switch", "switch_Bps") if name in figures]:
+        raise ValueError(f"{origin}: {stated[0]} follows from switches; leave one of them out")
+    gpus_max = figures.get("gpus_max")
+    if not isinstance(gpus_max, int) or not isinstance(data["switches"], dict):
+        raise ValueError(f"{origin}: switches must be a mapping of names, and gpus_max a whole number beside it")
+    return figures | switch_figures(data["switches"], gpus_max, origin)
 
 
 def _names(folder: str) -> list[str]:
