@@ -237,10 +237,17 @@ class Outcome:
             return {}
         return {"prefetched_blocks": sum(tier.prefetched_blocks for tier in self.prefixes.tiers[name])}
 
+    @property
+    def _weight_bytes(self) -> list[int]:
+        """Of a GPU of each stage, with what guesses."""
+        guesser = self.setup.guesser()
+        guessing = 0 if guesser is None else guesser.weight_bytes
+        return [rank.weight_bytes + guessing for rank in self.setup.stages.ranks]
+
     def _series(self, notes: dict[str, Array]) -> dict[str, Array]:
         """The notes as results have them, in the same memory."""
         series = {name: notes[name] for name in ("time_s", "replica", *MEMORY, "running", "waiting")}
-        series["hbm_bytes"] += sum(rank.weight_bytes for rank in self.setup.stages.ranks)
+        series["hbm_bytes"] += sum(self._weight_bytes)
         for name in MEMORY:
             series[name] *= self.setup.tp
         return series
@@ -253,12 +260,12 @@ class Outcome:
         own = [slice(*rows) for rows in pairwise([0, *ends])]
         for index, rows in enumerate(own):
             peak, mean = peak_and_mean([(notes["time_s"][rows], notes["hbm_bytes"][rows])], start_s, end_s)
-            for stage, (rank, share) in enumerate(zip(setup.stages.ranks, hbm_shares, strict=True)):
+            for stage, (weight_bytes, share) in enumerate(zip(self._weight_bytes, hbm_shares, strict=True)):
                 for gpu in range((index * pp + stage) * tp, (index * pp + stage + 1) * tp):
                     memory[f"gpu{gpu}.hbm"] = {
                         "capacity_bytes": setup.gpu.memory_bytes,
-                        "peak_bytes": round(share * peak) + rank.weight_bytes,
-                        "mean_bytes": share * mean + rank.weight_bytes,
+                        "peak_bytes": round(share * peak) + weight_bytes,
+                        "mean_bytes": share * mean + weight_bytes,
                     }
         hosts = setup.stages.hosts
         for first in range(0, setup.replicas, per_host):

@@ -113,6 +113,14 @@ def test_weights_read_are_those_of_steps_and_drafts():
     assert result.traffic["hbm->sm"]["weights"] == (steps + 1) * model + draft
 
 
+def test_memory_has_the_weights_that_guess():
+    """A replica that has nothing to do holds the model and Medusa's heads, a residual layer and a vocabulary each."""
+    result = simulate(trace([0.0], 700, 50), setup("full", speculation=guesses(draft="medusa")))
+    heads = 3 * (MODEL.hidden_dim**2 + MODEL.hidden_dim * MODEL.vocab_size)
+    assert result.series["hbm_bytes"][0] == MODEL.weight_bytes + MODEL.bytes_of(heads)
+    assert result.memory["gpu0.hbm"]["peak_bytes"] == result.series["hbm_bytes"].max()
+
+
 def test_preempted_sequences_finish():
     """So little memory that sequences are swapped out or recomputed: all requests still get their tokens."""
     requests = trace([0.0] * 12, 3000, 600)
