@@ -185,6 +185,8 @@ def _uncertainty(
         return over_seeds([summarize(run, slo, warmup_s) for run in runs], (*LATENCIES, "itl_s"))
     columns = result.requests
     arrival_s = columns["arrival_s"]
+    later_tokens = np.where(outcome.finished, columns["output_tokens"] - 1, 0)
+    decoding_s = np.where(outcome.finished, columns["finish_s"] - columns["first_token_s"], 0.0)
     order = np.argsort(arrival_s, kind="stable")[: len(arrival_s) - int(np.isnan(arrival_s).sum())]
     return over_blocks(
         arrival_s[order],
@@ -192,6 +194,7 @@ def _uncertainty(
         np.where(outcome.finished, columns["output_tokens"], 0)[order],
         outcome.good[order],
         {name: np.where(outcome.measured, values, np.nan)[order] for name, values in outcome.latencies.items()},
+        (decoding_s[order], later_tokens[order]),
         int(result.inputs["seed"]),
     )
 

@@ -45,13 +45,16 @@ def over_blocks(
     output_tokens: Ints,
     good: NDArray[np.bool_],
     latencies: Mapping[str, Floats],
+    decoding: tuple[Floats, Ints],
     seed: int,
 ) -> dict[str, Any]:
     """The figures of a single run, and the spread that resampling its requests gives.
 
     Each request carries the gap to the next arrival, its output tokens (0 where it did not finish), whether it is
-    within the SLO, and its latencies (NaN where it has none to count); blocks are as long as the dependence of `e2e_s`
-    asks for. What it knows is this trace: rates and lengths that the trace never had are not in it.
+    within the SLO, its latencies (NaN where it has none to count), and for `decoding` the seconds from its first token
+    to its last and the tokens after the first (0 where it did not finish): the mean inter-token latency, but not
+    its percentiles. Blocks are as long as the dependence of `e2e_s` asks for. What is known is this trace: rates and
+    lengths that it never had are not in it.
     """
     e2e_s = latencies["e2e_s"]
     known = ~np.isnan(e2e_s)
@@ -65,12 +68,18 @@ def over_blocks(
     def figures(times: Ints) -> list[float]:
         span_s = float(times @ gaps_s)
         rates = [float(times @ amounts) / span_s if span_s > 0 else math.nan for amounts in (output_tokens, good)]
-        return [*rates, *(figure for sample in samples for figure in sample.figures(times))]
+        seconds, tokens = (float(times @ amounts) for amounts in decoding)
+        return [
+            *rates,
+            seconds / tokens if tokens else math.nan,
+            *(figure for sample in samples for figure in sample.figures(times)),
+        ]
 
     once = figures(np.ones(n, np.int64))
     spread = bootstrap(n, length, SAMPLES, seed, figures)
     shown = [_shown(Interval(value, *ends)) for value, ends in zip(once, spread, strict=True)]
-    ranks = [shown[len(RATES) + i : len(RATES) + i + 3] for i in range(0, 3 * len(samples), 3)]
+    itl_s, first = shown[len(RATES)], len(RATES) + 1
+    ranks = [shown[first + i : first + i + 3] for i in range(0, 3 * len(samples), 3)]
     return {
         "method": BLOCKS,
         "confidence": CONFIDENCE,
@@ -78,6 +87,7 @@ def over_blocks(
         "samples": SAMPLES,
         **dict(zip(RATES, shown[: len(RATES)], strict=True)),
         **{name: dict(zip(STATISTICS, own, strict=True)) for name, own in zip(latencies, ranks, strict=True)},
+        "itl_s": {"mean": itl_s, **dict.fromkeys(STATISTICS[1:], _shown(None))},
     }
 
 

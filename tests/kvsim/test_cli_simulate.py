@@ -105,6 +105,9 @@ def test_seeds_resample_a_recorded_trace(capsys: pytest.CaptureFixture[str]) -> 
             assert interval["mean"] == pytest.approx(once[name][rank])
             assert interval["low"] <= interval["mean"] <= interval["high"]
     assert found["output_tokens_per_s"]["mean"] == pytest.approx(once["output_tokens_per_s"])
+    itl_s = found["itl_s"]["mean"]  # all gaps of a request are from its first token to its last
+    assert itl_s["low"] < itl_s["mean"] < itl_s["high"]
+    assert itl_s["mean"] == pytest.approx(once["itl_s"]["mean"])
     few = json.loads(out_of(capsys, "simulate", *SMALL, "--limit", "20", "--seeds", "2", "--json"))["uncertainty"]
     assert few["method"].startswith("none: the seed changes nothing in this trace")
 
