@@ -185,8 +185,9 @@ def _uncertainty(
         return over_seeds([summarize(run, slo, warmup_s) for run in runs], (*LATENCIES, "itl_s"))
     columns = result.requests
     arrival_s = columns["arrival_s"]
+    per_step = result.speculation["emitted_per_step"] if result.speculation else 1  # tokens, of which one is waited for
     later_tokens = np.where(outcome.finished, columns["output_tokens"] - 1, 0)
-    decoding_s = np.where(outcome.finished, columns["finish_s"] - columns["first_token_s"], 0.0)
+    decoding_s = per_step * np.where(outcome.finished, columns["finish_s"] - columns["first_token_s"], 0.0)
     order = np.argsort(arrival_s, kind="stable")[: len(arrival_s) - int(np.isnan(arrival_s).sum())]
     return over_blocks(
         arrival_s[order],

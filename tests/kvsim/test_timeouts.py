@@ -67,7 +67,7 @@ CASES = (
 @pytest.mark.parametrize("options", CASES)
 def test_whoever_is_offered_ends_in_one_way_and_leaves_nothing(options: dict) -> None:
     """Offered = finished + rejected + timed out, alike in both fidelities, and all memory is free again."""
-    requests = mixed(11, 60, 3, span_s=4.0, prompts=(500, 9000), outputs=(1, 100))
+    requests = mixed(11, 30, 3, span_s=2.0, prompts=(500, 9000), outputs=(1, 60))
     ended = []
     for fidelity in ("step", "op"):
         s = setup("full", timeout_s=0.3, max_num_batched_tokens=1024, fidelity=fidelity, **options)
