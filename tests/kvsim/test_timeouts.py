@@ -53,6 +53,17 @@ def test_one_server_and_impatient_clients(patience: float, fidelity: str) -> Non
     assert summary["slo_attainment"] == sum(finished) / 80
 
 
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_work_for_nobody_counts_as_work(fidelity: str) -> None:
+    """A prompt that nobody waits for any more keeps the replica as busy, and as long, as one that is waited for."""
+    waited = simulate(trace([0.0], 4000, 1), setup("full", fidelity=fidelity))
+    left = simulate(trace([0.0], 4000, 1), setup("full", fidelity=fidelity, timeout_s=waited.makespan_s / 2))
+    assert left.requests["status"].tolist() == ["timed_out"]
+    assert left.makespan_s == waited.makespan_s == waited.requests["finish_s"][0]
+    assert left.busy == waited.busy
+    assert left.memory == waited.memory
+
+
 CASES = (
     {},
     {"scheduler": "fair", "max_num_seqs": 4},
