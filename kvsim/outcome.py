@@ -69,7 +69,7 @@ class Outcome:
         requests = self._columns(self.engine.take_requests())
         start_s = float(self.trace.arrival_s[0])
         # Until nobody runs: what has timed out may keep an iteration busy after the last token that anyone gets.
-        makespan_s = float(np.max(series["time_s"], where=series["running"] > 0, initial=start_s)) - start_s
+        makespan_s = float(np.max(series["time_s"], where=series["running"].astype(bool), initial=start_s)) - start_s
         traffic = self._traffic()
         memory = self._memory(series, start_s, start_s + makespan_s)
         replicas = self.engine.cluster.replicas
