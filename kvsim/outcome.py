@@ -11,12 +11,13 @@ from kvsim.attribution import columns
 from kvsim.curves import peak_and_mean
 from kvsim.derive import LINKS, TIERS
 from kvsim.engine.engine import Engine
+from kvsim.engine.prefix_state import DOWN as DOWNWARDS
+from kvsim.engine.prefix_state import SLOW, TIER_NAMES
+from kvsim.engine.prefix_state import UP as UPWARDS
 from kvsim.engine.state import NOBODY, REJECTED, TIMED_OUT
 from kvsim.fairness import Tenancy
 from kvsim.machine import CPU, D2H, H2D, NVLINK
 from kvsim.makespan import HBM, WORK
-from kvsim.prefix_cache import DDR, TIER_NAMES
-from kvsim.prefix_links import Link
 from kvsim.prefix_tiers import PrefixTiers
 from kvsim.results import Array, Result
 from kvsim.setup import Setup
@@ -199,43 +200,42 @@ class Outcome:
     def _slow(self) -> list[str]:
         """The tiers below DDR that are on."""
         sizes = self.setup.prefix_cache_bytes
-        return [name for name in TIER_NAMES[DDR + 1 :] if sizes[name]]
+        return [name for name in TIER_NAMES[SLOW:] if sizes[name]]
 
-    def _slow_ways(self) -> dict[str, list[Link]]:
+    def _slow_ways(self) -> dict[str, Array]:
         """The links to tiers below DDR, of all hosts."""
-        hosts = self.prefixes.ways
-        up = {f"{name}->ddr": [ways[name].up for ways in hosts] for name in self._slow}
-        return up | {f"ddr->{name}": [ways[name].down for ways in hosts] for name in self._slow}
+        up = {f"{name}->ddr": self.prefixes.links(name, UPWARDS) for name in self._slow}
+        return up | {f"ddr->{name}": self.prefixes.links(name, DOWNWARDS) for name in self._slow}
 
     def _slow_traffic(self) -> dict[str, dict[str, int]]:
-        moved = {name: sum(link.moved_bytes for link in links) for name, links in self._slow_ways().items()}
+        moved = {name: int(links["moved_bytes"].sum()) for name, links in self._slow_ways().items()}
         return {name: dict.fromkeys(CAUSES, 0) | {"prefix": nbytes} for name, nbytes in moved.items()}
 
     def _slow_links(self, makespan_s: float) -> dict[str, dict[str, float]]:
         rows = {}
         for name, links in self._slow_ways().items():
-            busy_s = sum(link.busy_s for link in links)
+            busy_s = sum(links["busy_s"].tolist())
             rows[name] = {
-                "bytes": sum(link.moved_bytes for link in links),
+                "bytes": int(links["moved_bytes"].sum()),
                 "busy_s": busy_s,
-                "utilization": busy_s / (makespan_s * len(links)) if makespan_s and links else 0.0,
+                "utilization": busy_s / (makespan_s * len(links)) if makespan_s and len(links) else 0.0,
             }
         return rows
 
     def _cache(self) -> dict[str, dict[str, int]]:
         return {
             name: {
-                "lookup_blocks": sum(tier.lookup_blocks for tier in self.prefixes.tiers[name]),
-                "hit_blocks": sum(tier.hit_blocks for tier in self.prefixes.tiers[name]),
+                "lookup_blocks": int(self.prefixes.tiers(name)["lookup_blocks"].sum()),
+                "hit_blocks": int(self.prefixes.tiers(name)["hit_blocks"].sum()),
             }
             | self._prefetched(name)
-            for name in (*TIER_NAMES[: DDR + 1], *self._slow)
+            for name in (*TIER_NAMES[:SLOW], *self._slow)
         }
 
     def _prefetched(self, name: str) -> dict[str, int]:
         if not (self.setup.prefix_cache_prefetch and name in self._slow):
             return {}
-        return {"prefetched_blocks": sum(tier.prefetched_blocks for tier in self.prefixes.tiers[name])}
+        return {"prefetched_blocks": int(self.prefixes.tiers(name)["prefetched_blocks"].sum())}
 
     @property
     def _weight_bytes(self) -> list[int]:

@@ -6,10 +6,28 @@ from dataclasses import replace
 import numpy as np
 
 from kvsim.derive import TIERS
-from kvsim.eviction import Belady, Fifo, Lfu, Lru, Order, SchedulerAware
-from kvsim.foresight import Chains, NextUse, Uses
-from kvsim.prefix_cache import TIER_NAMES, PrefixCache, Tier
-from kvsim.prefix_links import ways
+from kvsim.engine.arrays import Ints, Records
+from kvsim.engine.prefix_state import (
+    CACHE,
+    CANDIDATE,
+    CHAIN,
+    DOWN,
+    ENTRY,
+    EVICTIONS,
+    HIT,
+    LINK,
+    PLACES,
+    SHELF,
+    SLOW,
+    TIER,
+    TIER_NAMES,
+    UP,
+    Prefixes,
+)
+from kvsim.engine.state import NOBODY
+from kvsim.foresight import Chains, next_uses
+from kvsim.hardware import Host
+from kvsim.machine import ALONE
 from kvsim.prefix_quota import divided
 from kvsim.setup import Setup
 from kvsim.units import format_bytes
@@ -19,69 +37,83 @@ from traces import Trace
 
 
 class PrefixTiers:
-    """All tiers by name, the links of each host, and each replica's caches, one for each part of a quota.
+    """All tiers by name, and what the inner loop needs of them; `on` says whether anything is cached at all.
 
-    There are none where nothing is to be cached. Raises ValueError for a trace without block ids, for a tier or a part
-    of it that is smaller than one block, and for a quota that does not fit the trace's tenants.
+    Raises ValueError for a trace without block ids, for a tier or a part of it that is smaller than one block, and for
+    a quota that does not fit the trace's tenants.
     """
 
     def __init__(self, trace: Trace, setup: Setup) -> None:
-        self.tiers: dict[str, list[Tier]] = {name: [] for name in TIER_NAMES}
-        self.ways = [ways(setup.host) for _ in range(0, setup.replicas, setup.replicas_per_host)]
-        self.caches: list[list[PrefixCache]] = [[] for _ in range(setup.replicas)]
-        self.knowledge: Uses | NextUse | None = None
-        self._trace, self._setup = trace, setup
-        self._reuse, self._token_bytes = reuse_of(setup.policy), [n * setup.tp for n in _token_bytes(setup)]
-        caches = any(setup.prefix_cache_bytes.values()) and self._reuse is not Reuse.NOTHING
-        if not caches or not sum(self._token_bytes):
-            return
-        if not trace.block_tokens:
+        self._setup, self._reuse = setup, reuse_of(setup.policy)
+        self._token_bytes = [n * setup.tp for n in _token_bytes(setup)]
+        sizes = setup.prefix_cache_bytes
+        self.on = any(sizes.values()) and self._reuse is not Reuse.NOTHING and sum(self._token_bytes) > 0
+        if self.on and not trace.block_tokens:
             raise ValueError(
                 f"trace {trace.name!r} has no block ids, so no prefix can be cached; leave --prefix-cache-* out"
             )
         self._block_bytes = trace.block_tokens * sum(self._token_bytes)
-        if setup.prefix_cache_eviction == "lfu":
-            self.knowledge = Uses(Chains(trace, self._reuse))
-        elif setup.prefix_cache_eviction == "belady":
-            self.knowledge = NextUse(Chains(trace, self._reuse))
-        shares, of_tenant = divided(setup.prefix_cache_quota, trace.tenants)
-        self._part_of: list[int] = np.array(of_tenant)[trace.tenant].tolist()
-        for share in shares:
-            self._divide(share)
+        shares, of_tenant = divided(setup.prefix_cache_quota, trace.tenants) if self.on else ([], [])
+        tiers, caches = self._lay_out(shares)
+        chains = Chains(trace, self._reuse if self.on else Reuse.NOTHING)
+        self.arrays = cache_arrays(
+            chains,
+            np.array(of_tenant, np.int64)[trace.tenant] if self.on else np.zeros(0, np.int64),
+            tiers,
+            caches,
+            links_of(setup.host, self._hosts),
+            order=setup.prefix_cache_eviction,
+            back=setup.prefix_cache_write == "back",
+            replicas_per_host=setup.replicas_per_host,
+            block_tokens=trace.block_tokens,
+            block_bytes=self._block_bytes,
+        )
+        shelf, machine, rates = self.arrays.shelf, setup.machine(), setup.gpu.rates
+        shelf["cheaper"], shelf["prefetch"] = setup.prefix_cache_reuse == "cheaper", setup.prefix_cache_prefetch
+        shelf["shared"], shelf["ranks"] = sizes["remote"] > 0, setup.tp
+        shelf["block_hbm_bytes"] = trace.block_tokens * self._token_bytes[0]
+        floor_s = machine.copy_floor_s(ALONE)
+        shelf["pcie_up_s"], shelf["pcie_down_s"] = (
+            max(1 / rates.pcie_h2d_Bps, floor_s),
+            max(1 / rates.pcie_d2h_Bps, floor_s),
+        )
 
-    def of(self, number: int, request: int) -> PrefixCache:
-        """What a replica has for a request: the cache of its tenant's part."""
-        return self.caches[number][self._part_of[request]]
+    def tiers(self, name: str) -> Records:
+        """All tiers of a name."""
+        which = np.unique(self.arrays.caches["tiers"][..., TIER_NAMES.index(name)])
+        found: Records = self.arrays.tiers[which[which != NOBODY]]
+        return found
 
-    def held_bytes(self, number: int) -> list[int]:
-        """Bytes in HBM and DDR that a replica's entries take, as `PrefixCache.held_bytes`."""
-        return [sum(tier) for tier in zip(*(cache.held_bytes for cache in self.caches[number]), strict=True)]
+    def links(self, name: str, direction: int) -> Records:
+        """Each host's link to or from a tier below DDR."""
+        links: Records = self.arrays.links[:, TIER_NAMES.index(name) - SLOW, direction]
+        return links
 
-    def _divide(self, share: float) -> None:
-        """Add a cache to each replica, of a share of all tiers."""
-        setup, sizes = self._setup, self._setup.prefix_cache_bytes
-        remote = self._tier("remote", sizes["remote"], share)
-        for number in range(setup.replicas):
-            if number % setup.replicas_per_host == 0:
-                ddr, nvme = self._tier("ddr", sizes["ddr"], share), self._tier("nvme", sizes["nvme"], share)
-                landing_s: dict[int, float] = {}
-            hbm = self._tier("hbm", sizes["hbm"] // setup.replicas_per_host, share)
-            self.caches[number].append(
-                PrefixCache(
-                    self._reuse,
-                    self._trace.block_tokens,
-                    sum(self._token_bytes),
-                    self._token_bytes[0],
-                    (hbm, ddr, nvme, remote),
-                    self.ways[number // setup.replicas_per_host],
-                    landing_s,
-                    setup.prefix_cache_write,
-                    ranks=setup.tp,
-                    replicas=setup.replicas_per_host,
-                )
-            )
+    @property
+    def _hosts(self) -> int:
+        return -(-self._setup.replicas // self._setup.replicas_per_host)
 
-    def _tier(self, name: str, whole_bytes: int, share: float) -> Tier:
+    def _lay_out(self, shares: Sequence[float]) -> tuple[Records, Records]:
+        """For each part of a quota a share of all tiers; what each replica finds of each part."""
+        setup, sizes, hosts = self._setup, list(self._setup.prefix_cache_bytes.values()), self._hosts
+        sizes[0] //= setup.replicas_per_host
+        numbers = np.arange(setup.replicas)
+        where = [numbers, numbers // setup.replicas_per_host, numbers // setup.replicas_per_host, 0 * numbers]
+        caches = np.full((setup.replicas, len(shares)), NOBODY, dtype=CACHE)
+        rows: list[tuple[int, int]] = []
+        for part, share in enumerate(shares):
+            for place, (name, whole_bytes) in enumerate(zip(TIER_NAMES, sizes, strict=True)):
+                capacity_bytes = self._share_of(name, whole_bytes, share)
+                if capacity_bytes:
+                    caches["tiers"][:, part, place] = len(rows) + where[place]
+                    memories = (setup.replicas, hosts, hosts, 1)
+                    base = sum(memories[:place])
+                    rows += [(capacity_bytes, base + i) for i in range(memories[place])]
+        tiers = np.zeros(len(rows), dtype=TIER)
+        tiers["capacity_bytes"], tiers["memory"] = np.array(rows, np.int64).reshape(-1, 2).T
+        return tiers, caches
+
+    def _share_of(self, name: str, whole_bytes: int, share: float) -> int:
         capacity_bytes = int(whole_bytes * share) if share < 1 else whole_bytes
         if whole_bytes and capacity_bytes < self._block_bytes:
             what = "a tier" if share == 1 else f"{share:.4g} of {format_bytes(whole_bytes)}, a tenant's part"
@@ -89,18 +121,87 @@ class PrefixTiers:
                 f"prefix_cache_{name}: {what} of {format_bytes(capacity_bytes)} is smaller than one block of "
                 f"{format_bytes(self._block_bytes)}; make it larger or leave it out"
             )
-        tier = Tier(capacity_bytes, self._order(capacity_bytes))
-        self.tiers[name].append(tier)
-        return tier
+        return capacity_bytes
 
-    def _order(self, capacity_bytes: int) -> Order:
-        if isinstance(self.knowledge, Uses):
-            return Lfu(self.knowledge)
-        if isinstance(self.knowledge, NextUse):
-            return Belady(self.knowledge)
-        if self._setup.prefix_cache_eviction == "scheduler-aware":
-            return SchedulerAware(capacity_bytes // self._block_bytes)
-        return Fifo() if self._setup.prefix_cache_eviction == "fifo" else Lru()
+
+def cache_arrays(
+    chains: Chains,
+    parts: Ints,
+    tiers: Records,
+    caches: Records,
+    links: Records,
+    *,
+    order: str,
+    back: bool,
+    replicas_per_host: int,
+    block_tokens: int,
+    block_bytes: int,
+) -> Prefixes:
+    """Caches with nothing in them, of the tiers whose capacity and memory are given.
+
+    `parts` says which part of the tiers each request's prompt may use. What a block has in HBM is all of it.
+    """
+    shelf = np.zeros(1, dtype=SHELF)[0]
+    shelf["parts"], shelf["order"], shelf["back"] = caches.shape[1], EVICTIONS.index(order), back
+    shelf["replicas_per_host"], shelf["ranks"], shelf["keys"] = replicas_per_host, 1, chains.keys
+    shelf["block_tokens"], shelf["block_bytes"], shelf["block_hbm_bytes"] = block_tokens, block_bytes, block_bytes
+    for name in ("first_beyond", "last_beyond", "first_ahead", "last_ahead"):
+        tiers[name] = NOBODY
+    tiers["capacity_blocks"] = tiers["capacity_bytes"] // max(1, block_bytes)
+    rooms = np.minimum(tiers["capacity_blocks"], chains.keys)
+    tiers["first"] = np.cumsum(rooms) - rooms
+    room, n = int(rooms.sum()), len(parts)
+    requests = np.zeros(n, dtype=CHAIN)
+    hits = np.zeros(n + 1, dtype=HIT)
+    hits["version"] = NOBODY
+    known, after = np.zeros(chains.keys, np.int64), np.zeros(0, np.int64)
+    if n:
+        requests["first"], requests["length"] = chains.offsets[:-1], chains.lengths
+        requests["blocks"], requests["blocks_per_key"] = chains.blocks, chains.blocks_per_key
+        requests["part"], requests["next_ahead"] = parts, NOBODY
+    if order == "belady":
+        known, after = next_uses(chains)
+    longest = int(chains.lengths.max(initial=0))
+    slow = (caches["tiers"][..., SLOW:] != NOBODY).any()
+    return Prefixes(
+        shelf=shelf,
+        caches=caches,
+        tiers=tiers,
+        entries=np.zeros(room, dtype=ENTRY),
+        heap=np.arange(room),
+        table=_table(room),
+        needs=_table(room if order == "scheduler-aware" else 0),
+        keys=chains.flat,
+        chains=requests,
+        hits=hits,
+        known=known,
+        after=after,
+        landing_s=np.zeros((len(links), chains.keys if slow else 0)),
+        links=links,
+        marks=np.zeros((2, longest), np.int64),
+        rest=np.zeros(longest, np.int64),
+        evicted=np.zeros((room, 2), np.int64),
+        sinking=np.zeros((1 + (room + longest if back else 0), 5), np.int64),
+        candidates=np.zeros(len(caches), dtype=CANDIDATE),
+    )
+
+
+def _table(room: int) -> Ints:
+    """Rows for so many keys, half of them free."""
+    return np.zeros((1 << (2 * room + 1).bit_length(), 2), np.int64)
+
+
+def links_of(host: Host, hosts: int) -> Records:
+    """From and to the slow tiers of each host, no faster than its DDR."""
+    links = np.zeros((hosts, PLACES - SLOW, 2), dtype=LINK)
+    rates = (
+        (host.nvme_read_Bps, host.nvme_write_Bps, host.nvme_latency_s),
+        (host.nic_Bps, host.nic_Bps, host.nic_latency_s),
+    )
+    for slow, (up_Bps, down_Bps, latency_s) in enumerate(rates):
+        links["Bps"][:, slow, UP], links["Bps"][:, slow, DOWN] = min(up_Bps, host.ddr_Bps), min(down_Bps, host.ddr_Bps)
+        links["latency_s"][:, slow] = latency_s
+    return links
 
 
 def apart(trace: Trace) -> Trace:

@@ -3,14 +3,12 @@
 import math
 from dataclasses import dataclass, field, fields
 
-from kvsim.eviction import EVICTIONS
+from kvsim.engine.prefix_state import EVICTIONS, REUSES, SHARINGS, WRITES
 from kvsim.guessing import Guesser
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import Machine
 from kvsim.names import unknown_name
-from kvsim.prefix_cache import SHARINGS, WRITES
 from kvsim.prefix_quota import Quota, read_quota
-from kvsim.prefix_reuse import REUSES
 from kvsim.speculation import Speculation
 from kvsim.stages import Stages, fitting_bytes, held_shares, stages_of
 from kvsim.tenants import Tenant, check_classes, check_pins, check_timeout

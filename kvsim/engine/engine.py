@@ -1,4 +1,4 @@
-"""The inner loop and what it needs from outside: plans, programs and times that it has not met, and prefix caches."""
+"""The inner loop and what it needs from outside: plans, programs and times that it has not met."""
 
 import numpy as np
 
@@ -19,14 +19,10 @@ from kvsim.engine.state import (
     RUNNING,
     STORED,
     TIERS,
-    WANT_ACCEPT,
     WANT_LOOK,
-    WANT_MATCH,
     WANT_PLAN,
     WANT_PROGRAM,
-    WANT_ROUTE,
     WANT_ROWS,
-    WANT_STORE,
     WANT_TIMES,
     Detour,
     Ints,
@@ -35,10 +31,9 @@ from kvsim.engine.state import (
 from kvsim.engine.tables import model_arrays, plan_arrays, price_arrays
 from kvsim.machine import Sharing
 from kvsim.makespan import Clock, Load
-from kvsim.prefix_service import PrefixService
+from kvsim.prefill_estimate import prefill_estimate
 from kvsim.prefix_tiers import PrefixTiers
-from kvsim.routing import Router, prefill_estimate
-from kvsim.setup import CACHE_ROUTERS, Setup
+from kvsim.setup import Setup
 from kvsim.timeline import Span, Timeline
 from traces import Trace
 
@@ -50,9 +45,6 @@ class Engine:
 
     def __init__(self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, prefixes: PrefixTiers) -> None:
         self.table, self.clock = table, clock
-        prefill_s = prefill_estimate(table, clock, setup.max_num_batched_tokens)
-        routes = setup.router in CACHE_ROUTERS
-        self._router = Router(trace, setup, clock.machine, prefixes, prefill_s) if routes else None
         self._derived: tuple[int, ...] = ()  # what plan was asked for last
         self._structures: list[Structure] = []
         self._structure_index: dict[int, int] = {}
@@ -64,9 +56,8 @@ class Engine:
         self._clocks = [Clock(rank, clock.machine) for rank in setup.stages.ranks] if setup.pp > 1 else [clock]
         self._model, self._model_s = model_arrays(clock, setup.most_tokens, setup.pp)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
-        set_turns(self.cluster, trace, setup, prefill_s)
+        set_turns(self.cluster, trace, setup, prefill_estimate(table, clock, setup.max_num_batched_tokens))
         self._wanted = self.cluster.world["wanted"]
-        self._prefixes = PrefixService(trace, setup, clock.machine, prefixes, self.cluster, prefill_s)
         self._lay_out_plans()
         self._lay_out_prices()
         for number in range(setup.replicas):
@@ -98,7 +89,7 @@ class Engine:
         """Queue a request at a replica, which is returned."""
         while True:
             try:
-                return arrive(self.cluster, index, now_s)
+                return arrive(self.cluster, self._prices, index, now_s)
             except Detour:
                 self._serve()
 
@@ -152,7 +143,6 @@ class Engine:
 
     def take_requests(self) -> Records:
         """What became of each request, handed over."""
-        del self._prefixes  # which refers to them
         requests, self.cluster = self.cluster.requests, self.cluster._replace(requests=self.cluster.requests[:0].copy())
         return requests
 
@@ -209,20 +199,6 @@ class Engine:
             self.cluster = cluster._replace(**fresh)
         elif wanted == WANT_LOOK:
             self._look(arguments[0])
-        elif wanted == WANT_ROUTE:
-            self._route(arguments[0])
-        elif wanted == WANT_MATCH:
-            self._prefixes.match(arguments[0])
-        elif wanted == WANT_ACCEPT:
-            self._prefixes.accept()
-        elif wanted == WANT_STORE:
-            self._prefixes.store(arguments[0])
-
-    def _route(self, index: int) -> None:
-        if self._router is None:
-            raise RuntimeError("a router that sees no prefix caches asked for a look into them")
-        self.cluster.requests[index]["replica"] = self._router.choose(self.cluster, index)
-        self.cluster.world["routed"] = index
 
     def _look(self, number: int) -> None:
         """Show what a replica has begun."""

@@ -21,8 +21,8 @@ from kvsim.engine.tables import plan_arrays, set_guesses
 from kvsim.handoff import SentState
 from kvsim.machine import HEAD_KERNELS
 from kvsim.makespan import Clock
+from kvsim.prefill_estimate import PrefillEstimate
 from kvsim.prefix_tiers import PrefixTiers
-from kvsim.routing import PrefillEstimate
 from kvsim.setup import ROUTERS, SCHEDULERS, Setup
 from kvsim.tenants import Tenant, terms_of
 from kvsim.turns import SESSION_KVS, find_turns
@@ -54,6 +54,7 @@ def initial_cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTi
         gaps=np.zeros(ROWS_AT_ONCE + 8 * setup.max_num_seqs, dtype=GAP),
         aways=np.zeros(4 * setup.max_num_seqs, dtype=AWAY),
         plans=plan_arrays([], {}, world),
+        prefixes=prefixes.arrays,
     )
 
 
@@ -63,7 +64,7 @@ def _requests(trace: Trace, setup: Setup) -> Records:
         requests[name] = getattr(trace, name)
     for name in ("admitted_s", "first_token_s", "finish_s", "last_token_s", "stream_s"):
         requests[name] = np.nan
-    requests["queue"], requests["matched"], requests["whose"] = NOWHERE, -1, trace.tenant
+    requests["queue"], requests["whose"] = NOWHERE, trace.tenant
     requests["receiver"] = requests["sender"] = NOBODY
     requests["leader"] = requests["follower"] = requests["sibling"] = NOBODY
     requests["parent"] = NOBODY
@@ -148,7 +149,7 @@ def _replicas(setup: Setup, prefixes: PrefixTiers) -> Records:
     replicas["first_neighbour"] = numbers // per_host * per_host
     replicas["n_neighbours"] = np.minimum(per_host, setup.replicas - replicas["first_neighbour"])
     replicas["on_host"], replicas["on_switch"] = own, min(own, setup.host.gpus_per_switch)
-    replicas["cached"] = [bool(caches) for caches in prefixes.caches]
+    replicas["cached"] = prefixes.on
     return replicas
 
 
@@ -179,7 +180,7 @@ def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:
     world["pcie_latency_s"] = rates.pcie_latency_s
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
     world["ddr_Bps"], world["switch_Bps"] = host.ddr_Bps, host.switch_Bps
-    world["routed"] = world["spared"] = NOBODY
+    world["spared"] = NOBODY
     world["session_kv"] = SESSION_KVS.index(setup.session_kv)
     world["several_tenants"] = len(trace.tenants) > 1
     return world

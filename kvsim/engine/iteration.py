@@ -10,6 +10,7 @@ from kvsim.engine.handoff import first_layer_s, hand_over, hands_over
 from kvsim.engine.memory import release
 from kvsim.engine.pipeline import charge_round, price_round
 from kvsim.engine.plans import DECODE, amounts, find
+from kvsim.engine.prefixes import completed
 from kvsim.engine.pricing import price
 from kvsim.engine.queues import take_out
 from kvsim.engine.speculation import charge_guesses, guess
@@ -24,9 +25,7 @@ from kvsim.engine.state import (
     TIMED_OUT,
     TURNS_ANEW,
     VECTOR,
-    WANT_STORE,
     Cluster,
-    Detour,
     Prices,
 )
 from kvsim.engine.tenants import charge_output
@@ -145,6 +144,4 @@ def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
                 end_turn(cluster, index, now_s)
     request["chunk_tokens"] = 0
     if first and replica["cached"]:
-        cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_STORE, index
-        cluster.world["now_s"] = now_s
-        raise Detour
+        completed(cluster, number, index, now_s)

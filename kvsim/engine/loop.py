@@ -12,6 +12,8 @@ from kvsim.engine.iteration import end_iteration, join_completed, launch, stall
 from kvsim.engine.neighbours import share
 from kvsim.engine.patience import depart, departure_s, drop_departed, has_come, next_departure
 from kvsim.engine.preemption import make_room
+from kvsim.engine.prefixes import arrived
+from kvsim.engine.routing import route
 from kvsim.engine.runs import begin_run, cut_run, end_run, steps_by
 from kvsim.engine.scheduling import admit, continue_prompts, next_ready_s
 from kvsim.engine.sessions import has_arrived, next_arrival
@@ -23,14 +25,15 @@ from kvsim.engine.state import (
     IDLE,
     ITERATING,
     JOINING,
+    LEAST_LOADED,
     MOST_PARTS,
     NOBODY,
     READY,
+    ROUND_ROBIN,
     RUNNING,
     SCHEDULING,
     SETTLING,
     STALLED,
-    WANT_ROUTE,
     WANT_ROWS,
     Cluster,
     Detour,
@@ -39,7 +42,6 @@ from kvsim.engine.state import (
 from kvsim.engine.tenants import begin_turn, queue_newcomer
 from kvsim.engine.turns import state_of
 
-ROUND_ROBIN, LEAST_LOADED = range(2)
 MOST_NOTES = 8  # of one turn
 
 
@@ -65,7 +67,7 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
                 depart(cluster, leaving, departure_s(cluster, leaving))
                 continue
             if arriving != NOBODY and arrival_s <= now_s:
-                arrive(cluster, arriving, arrival_s)
+                arrive(cluster, prices, arriving, arrival_s)
                 continue
             if number == NOBODY:
                 return False
@@ -105,7 +107,7 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
             continue_prompts(cluster, replica, now_s)
             replica["phase"] = ADMITTING
         if replica["phase"] == ADMITTING:
-            admit(cluster, number, now_s)
+            admit(cluster, prices, number, now_s)
             replica["phase"] = READY
         # Begin it.
         if replica["chunks"] or (replica["length"][DECODING] and world["step_by_step"]):
@@ -120,12 +122,12 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
     return True
 
 
-def arrive(cluster: Cluster, index: int, now_s: float) -> int:
+def arrive(cluster: Cluster, prices: Prices, index: int, now_s: float) -> int:
     """Queue a request at a replica, which is returned; what that does is cut short unless the request must wait.
 
     May make a detour.
     """
-    number, request = _route(cluster, index), cluster.requests[index]
+    number, request = _route(cluster, prices, index, now_s), cluster.requests[index]
     has_arrived(cluster, index)
     has_come(cluster, index)
     replica = cluster.replicas[number]
@@ -135,6 +137,8 @@ def arrive(cluster: Cluster, index: int, now_s: float) -> int:
     if replica["phase"] == RUNNING and cluster.world["scheduler"] == FAIR:
         iterations = steps_by(cluster.parts[number], replica, now_s - replica["began_s"]) - 1
     is_next = queue_newcomer(cluster, number, index, iterations)
+    if replica["cached"]:
+        arrived(cluster, number, index, now_s)
     if replica["phase"] == IDLE and is_next:
         replica["wake_s"] = now_s
     elif replica["phase"] == RUNNING and is_next and not replica["cut"]:
@@ -142,7 +146,7 @@ def arrive(cluster: Cluster, index: int, now_s: float) -> int:
     return number
 
 
-def _route(cluster: Cluster, index: int) -> int:
+def _route(cluster: Cluster, prices: Prices, index: int, now_s: float) -> int:
     replicas, world = cluster.replicas, cluster.world
     pin = cluster.pins[cluster.requests[index]["pin"]]
     chosen, turn = pin["first"], state_of(cluster, index)
@@ -152,10 +156,7 @@ def _route(cluster: Cluster, index: int) -> int:
         pin["arrived"] += 1
         return int(chosen + (pin["arrived"] - 1) % pin["n_replicas"])
     if world["router"] > LEAST_LOADED:  # it looks into prefix caches
-        if world["routed"] != index:
-            world["wanted"][0], world["wanted"][1] = WANT_ROUTE, index
-            raise Detour
-        return int(cluster.requests[index]["replica"])
+        return route(cluster, prices, index, now_s)
     for i in range(chosen + 1, chosen + pin["n_replicas"]):
         if replicas[i]["outstanding_tokens"] < replicas[chosen]["outstanding_tokens"]:
             chosen = i

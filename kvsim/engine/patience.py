@@ -9,6 +9,7 @@ import math
 from kvsim.engine.decoding import leave
 from kvsim.engine.handoff import take_back
 from kvsim.engine.memory import release
+from kvsim.engine.prefixes import refused
 from kvsim.engine.queues import take_out
 from kvsim.engine.runs import cut_run
 from kvsim.engine.state import IDLE, NOBODY, PREFILLING, RUNNING, TIMED_OUT, WAITING, Cluster
@@ -61,6 +62,8 @@ def depart(cluster: Cluster, index: int, now_s: float) -> int:
     if request["queue"] == WAITING:
         held_up = cluster.tenants[number, request["tenant"]]["first"][WAITING] == index
         pick(cluster, number, index)
+        if replica["cached"] and math.isnan(request["admitted_s"]):
+            refused(cluster, number, index, now_s)
     if held_up and replica["phase"] == IDLE:
         replica["wake_s"] = now_s
     elif held_up and replica["phase"] == RUNNING and not replica["cut"]:

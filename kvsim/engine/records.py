@@ -34,7 +34,6 @@ REQUEST = np.dtype(
         "ready_s",  # when its cached prefix has come up, or its state has come from another replica
         "since_s",  # when it began to wait for the former, or was preempted
         "prefix_s",  # for how long it waited for that
-        "hit_landed_s",  # when what is on its way to DDR will be there
         "stream_s",  # from when on some of its state could be sent to another replica
         "delay_s",  # after its leader
         "generated_at_join",  # the generated token that it fed then: a mean where steps emit several
@@ -73,10 +72,7 @@ REQUEST = np.dtype(
         "joined",
         "due",
         "loading",  # whether it waits for its cached prefix
-        "matched",  # the version of the cache in which these were its hits
-        "hit_tokens",
-        "hit_load_bytes",
-        "hit_slow",  # whether blocks are in tiers below DDR alone
+        "prefill_ps",  # picoseconds that its prefill was estimated to take where it went
     )
     + _ints("receiver", "sender")  # replicas: where memory for its decoding is reserved, and who had its prompt
     + [
@@ -125,6 +121,7 @@ REPLICA = np.dtype(
         "left_queue",  # the tenant whose request left the queue last
         "cached",  # whether it has a prefix cache, and how often that has changed
         "cache_version",
+        "queued_ps",  # the estimated prefills of those that wait
         "weight_bytes",
         "collective_bytes",
         "handoff_peer_bytes",
@@ -222,7 +219,6 @@ WORLD = np.dtype(
         "arrived",  # requests so far
         "recorded",  # the next that waits for nobody
         "known",  # size of the heap of those that waited
-        "routed",  # the last by a look into prefix caches
         "notes",  # rows written
         "gaps",
         "aways",
@@ -234,7 +230,6 @@ WORLD = np.dtype(
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
     + _floats("peer_latency_s", "peer_byte_s", "nic_latency_s", "nic_byte_s")  # between replicas
     + _floats("ddr_Bps", "switch_Bps")
-    + _floats("now_s")  # of a detour to the prefix caches
     + _floats("think_s", "return_share")  # on average, of sessions
     + _floats("prompt_weight", "output_weight")  # service of a token
     + _floats("window_from_s", "window_to_s")  # what begins within is shown

@@ -18,6 +18,7 @@ from kvsim.engine.memory import (
 )
 from kvsim.engine.plans import DECODE, amounts, find
 from kvsim.engine.preemption import has_slot, make_way, outranks, reject, take_chunks_below
+from kvsim.engine.prefixes import admitted, look_up, refused
 from kvsim.engine.queues import push_before
 from kvsim.engine.state import (
     DECODING,
@@ -29,10 +30,8 @@ from kvsim.engine.state import (
     SWAPPED,
     TIERS,
     VECTOR,
-    WANT_ACCEPT,
-    WANT_MATCH,
     Cluster,
-    Detour,
+    Prices,
     Record,
 )
 from kvsim.engine.tenants import charge_prompt, next_request, pick, within_quota
@@ -58,7 +57,7 @@ def continue_prompts(cluster: Cluster, replica: Record, now_s: float) -> None:
     replica["batch_tokens"] = left
 
 
-def admit(cluster: Cluster, number: int, now_s: float) -> None:
+def admit(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
     """Let swapped sequences return and new requests begin, in their order, until one has to wait. May make detours."""
     replica, ranked = cluster.replicas[number], cluster.world["scheduler"] == PRIORITY
     while True:
@@ -73,7 +72,7 @@ def admit(cluster: Cluster, number: int, now_s: float) -> None:
             take_chunks_below(cluster, number, priority, wanted)
         if replica["batch_tokens"] <= 0 or not (has_slot(cluster, replica) or outranks(cluster, number, index)):
             break
-        if not (_swap_in(cluster, number, index, now_s) if swapped else _begin(cluster, number, index, now_s)):
+        if not (_swap_in(cluster, number, index, now_s) if swapped else _begin(cluster, prices, number, index, now_s)):
             break
     if ranked:
         _continue_further(cluster, replica, now_s)
@@ -96,17 +95,14 @@ def _continue_further(cluster: Cluster, replica: Record, now_s: float) -> None:
         index = request["after"]
 
 
-def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
+def _begin(cluster: Cluster, prices: Prices, number: int, index: int, now_s: float) -> bool:
     """Reserve what a prompt's prefill needs and give it its first chunk; False when it and all others have to wait."""
     request, replica = cluster.requests[index], cluster.replicas[number]
     target, past, load_bytes = target_tokens(request), 0, 0
     looks_up = replica["cached"] != 0 and math.isnan(request["admitted_s"])  # what was preempted begins anew
     if looks_up:
-        if request["matched"] != replica["cache_version"]:
-            cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_MATCH, index
-            cluster.world["now_s"] = now_s
-            raise Detour
-        past, load_bytes = request["hit_tokens"], request["hit_load_bytes"]
+        look_up(cluster, prices, number, index, now_s)
+        past, load_bytes = cluster.prefixes.hits[index]["tokens"], cluster.prefixes.hits[index]["load_bytes"]
     turn, ready_s = state_here(cluster, number, index), now_s
     if turn != NOBODY:
         past = request["shared_tokens"]
@@ -118,6 +114,8 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     if never_fits(cluster, index):
         pick(cluster, number, index)
         reject(cluster, index, now_s)
+        if looks_up:
+            refused(cluster, number, index, now_s)
         return True
     cluster.world["spared"] = turn
     room = _find_room(cluster, number, index, now_s)
@@ -135,7 +133,10 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
         charge_prompt(cluster, number, index, request["prompt_tokens"] - past)
     else:
         returned(cluster, index, now_s)
-    fetches = looks_up and (request["hit_slow"] != 0 or request["hit_landed_s"] > now_s)  # blocks that are below DDR
+    fetches = False  # blocks that are below DDR
+    if looks_up:
+        hit = cluster.prefixes.hits[index]
+        fetches = hit["slow"] != 0 or hit["landed_s"] > now_s
     waits = load_bytes > 0 or fetches or ready_s > now_s
     if waits:
         request["loading"], request["since_s"] = 1, now_s
@@ -151,10 +152,8 @@ def _begin(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
         replica["batch_tokens"] -= chunk
     if hands:
         reserve(cluster, index, now_s)
-    if fetches:
-        cluster.world["wanted"][0], cluster.world["wanted"][1] = WANT_ACCEPT, index
-        cluster.world["now_s"] = now_s
-        raise Detour
+    if looks_up:
+        admitted(cluster, number, index, now_s)
     return True
 
 

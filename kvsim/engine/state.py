@@ -1,16 +1,15 @@
 """The state of a simulation as arrays of records (`records.py`), and the numbers that stand for what is in them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
+from kvsim.engine import arrays
+from kvsim.engine.prefix_state import Prefixes
 from kvsim.machine import LANES
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Records = NDArray[np.void]
-Record = Any  # one element of Records
+Floats = arrays.Floats
+Ints = arrays.Ints
+Records = arrays.Records
+Record = arrays.Record
 
 # Lanes, then the SMs' arithmetic and the HBM's transfers within the SM lane, then what time is attributed to: what is
 # left of it are launches and waits of the host (`kvsim.attribution`).
@@ -38,13 +37,14 @@ WAITING, SWAPPED, PREFILLING, DECODING, HANDING, INCOMING, KEPT, PARKED, NOWHERE
 TENANT_QUEUES, QUEUES = 2, 8
 FCFS, PRIORITY, FAIR = range(3)
 TURNS_ANEW, TURNS_KEEP, TURNS_SWAP, TURNS_CHEAPEST = range(4)  # what becomes of their state
+ROUND_ROBIN, LEAST_LOADED, PREFIX_AFFINITY, KV_AWARE = range(4)
 NO_QUOTA = 1 << 62  # bytes: more than any memory has
 
 # What a replica is about. RUNNING, STALLED and ITERATING last until `wake_s`; the others are left at once, but for a
 # detour: they are the places at which a replica goes on after one.
 IDLE, RUNNING, STALLED, ITERATING, SETTLING, JOINING, SCHEDULING, ADMITTING, READY = range(9)
 
-WANT_PLAN, WANT_PROGRAM, WANT_TIMES, WANT_ROWS, WANT_MATCH, WANT_ACCEPT, WANT_STORE, WANT_ROUTE, WANT_LOOK = range(9)
+WANT_PLAN, WANT_PROGRAM, WANT_TIMES, WANT_ROWS, WANT_LOOK = range(5)
 
 
 class Detour(Exception):
@@ -102,3 +102,4 @@ class Cluster(NamedTuple):
     gaps: Records
     aways: Records
     plans: Plans
+    prefixes: Prefixes

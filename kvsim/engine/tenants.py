@@ -100,6 +100,8 @@ def put(cluster: Cluster, number: int, index: int, queue: int, first: bool) -> N
     replica, request = cluster.replicas[number], cluster.requests[index]
     tenant = cluster.tenants[number, request["tenant"]]
     replica["length"][queue] += 1
+    if queue == WAITING:
+        replica["queued_ps"] += request["prefill_ps"]
     if first:
         replica["first_ticket"] -= 1
         request["ticket"] = replica["first_ticket"]
@@ -116,6 +118,7 @@ def pick(cluster: Cluster, number: int, index: int) -> None:
     replica["length"][request["queue"]] -= 1
     if request["queue"] == WAITING:
         replica["left_queue"] = request["tenant"]
+        replica["queued_ps"] -= request["prefill_ps"]
     take_out(cluster.requests, cluster.tenants[number, request["tenant"]], index)
 
 

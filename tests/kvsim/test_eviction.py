@@ -1,18 +1,14 @@
 """Which entry goes first: each order against what it promises, all of them against Belady's bound."""
 
-from collections import Counter
-
-import numpy as np
 import pytest
+from cached_prompts import Cache, paths_of
+from cached_prompts import prompts as prompts_of
 from hypothesis import given
 from hypothesis import strategies as st
-from simulated import trace
 
 import traces
-from kvsim.eviction import EVICTIONS, Belady, Fifo, Lfu, Lru, SchedulerAware
-from kvsim.foresight import Chains, NextUse, Uses
-from kvsim.prefix_cache import PrefixCache, Tier
-from policies import Reuse
+from kvsim.engine.prefix_state import EVICTIONS
+from kvsim.engine.state import HBM
 from traces.stats import infinite_cache_hit_ratio
 
 BLOCK = 16
@@ -21,39 +17,18 @@ PATHS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1
 
 
 def prompts(paths):
-    """Requests whose blocks are these paths through a tree: a block's id names its whole path, as in any trace."""
-    ids = {}
-    blocks = [[ids.setdefault(tuple(path[: i + 1]), len(ids)) for i in range(len(path))] for path in paths]
-    lengths = [BLOCK * len(chain) for chain in blocks]
-    flat, counts = [key for chain in blocks for key in chain], [len(chain) for chain in blocks]
-    return trace(np.arange(len(paths)), lengths, 1, block_tokens=BLOCK, block_ids=flat, block_counts=counts)
+    return prompts_of(paths_of(paths), BLOCK)
 
 
-class Served:
+class Served(Cache):
     """One tier under one order, and the requests of a trace served one after the other."""
 
     def __init__(self, requests, eviction, room):
-        self.requests, chains = requests, Chains(requests, Reuse.BLOCKS)
-        self.knowledge = {"lfu": Uses, "belady": NextUse}.get(eviction, lambda _: None)(chains)
-        orders = {
-            "lru": Lru,
-            "lfu": lambda: Lfu(self.knowledge),
-            "fifo": Fifo,
-            "belady": lambda: Belady(self.knowledge),
-            "scheduler-aware": lambda: SchedulerAware(room),
-        }
-        self.tier = Tier(room * BLOCK, orders[eviction]())
-        self.cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, [self.tier, Tier(0), Tier(0), Tier(0)])
+        super().__init__(requests, hbm=room, eviction=eviction)
 
     def serve(self, index):
-        blocks, prompt = self.requests.blocks(index).tolist(), int(self.requests.prompt_tokens[index])
-        self.cache.leave(index)
-        hit = self.cache.match(blocks, prompt)
-        if self.knowledge is not None:
-            self.knowledge.served(index)
-        self.cache.accept(blocks, hit)
-        self.cache.store(blocks, prompt)
-        return hit.blocks[0]
+        self.leave(index)
+        return super().serve(index)[HBM]
 
     def all(self):
         """The blocks hit by all requests."""
@@ -66,7 +41,7 @@ def queued(requests, room, ahead):
     hits = 0
     for index in range(len(requests) + ahead):
         if index < len(requests):
-            served.cache.wait(index, requests.blocks(index).tolist(), int(requests.prompt_tokens[index]))
+            served.wait(index)
         if index >= ahead:
             hits += served.serve(index - ahead)
     return hits
@@ -88,7 +63,7 @@ def test_lfu_counts_requests_through_evictions():
     requests = prompts([[0], [0], [0], [1], [2], [0]])
     served = Served(requests, "lfu", 1)
     assert [served.serve(i) for i in range(6)] == [0, 1, 1, 0, 0, 0]
-    assert served.knowledge == Counter({0: 4, 1: 1, 2: 1})
+    assert served.arrays.known.tolist() == [4, 1, 1]
     two = Served(requests, "lfu", 2)
     assert [two.serve(i) for i in range(6)] == [0, 1, 1, 0, 0, 1]  # c replaces b, not a
 
@@ -100,12 +75,13 @@ def test_no_block_outlives_what_it_continues(paths, room, eviction):
     served = Served(requests, eviction, room)
     for index in range(len(requests)):
         served.serve(index)
-        kept = served.tier.entries
+        kept = served.held(HBM)
         for other in range(index + 1):
             chain = requests.blocks(other).tolist()
             held = [key in kept for key in chain]
             assert held == sorted(held, reverse=True)
-        assert served.tier.used_bytes == BLOCK * len(kept) <= room * BLOCK
+        if room:
+            assert served.tier(HBM)["used_bytes"] == BLOCK * len(kept) <= room * BLOCK
 
 
 @given(paths=PATHS, room=st.integers(1, 8), ahead=st.integers(0, 5))
@@ -139,7 +115,7 @@ def test_a_larger_tier_holds_all_that_a_smaller_one_does(paths, room, eviction):
     small, large = Served(requests, eviction, room), Served(requests, eviction, room + 1)
     for index in range(len(requests)):
         assert small.serve(index) <= large.serve(index)
-        assert small.tier.entries.keys() <= large.tier.entries.keys()
+        assert small.held(HBM) <= large.held(HBM)
 
 
 @pytest.mark.parametrize(
@@ -153,13 +129,6 @@ def test_a_larger_tier_holds_all_that_a_smaller_one_does(paths, room, eviction):
 def test_mooncakes_hit_ratios_by_capacity(name, tokens, share):
     """Shares of the maximum: 37 % and 48 % of an LRU of 3 M tokens; 50 M tokens come near all of it (FAST'25)."""
     requests = traces.load(name)
-    chains = Chains(requests, Reuse.BLOCKS)
-    tier = Tier(tokens // requests.block_tokens * BLOCK)
-    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, [tier, Tier(0), Tier(0), Tier(0)])
-    for index in range(len(requests)):
-        blocks = chains.of(index)
-        prompt = BLOCK * len(blocks)
-        cache.accept(blocks, cache.match(blocks, prompt))
-        cache.store(blocks, prompt)
-    found = tier.hit_blocks / tier.lookup_blocks / infinite_cache_hit_ratio(requests)
+    served = Served(requests, "lru", tokens // requests.block_tokens)
+    found = served.all() / len(requests.block_ids) / infinite_cache_hit_ratio(requests)
     assert found == pytest.approx(share, abs=0.005)

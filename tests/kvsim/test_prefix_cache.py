@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cached_prompts import Cache, prompts
 from simulated import setup, trace
 
 import traces
-from kvsim.eviction import Lru
-from kvsim.prefix_cache import PrefixCache, Tier
-from kvsim.prefix_links import ways
+from kvsim.engine.state import HBM
 from kvsim.results import summarize
 from kvsim.simulate import simulate
 from policies import Reuse
@@ -33,48 +32,50 @@ def hits(result, tier):
     return result.cache[tier]["hit_blocks"], result.cache[tier]["lookup_blocks"]
 
 
-def cached(hbm=0, ddr=0, nvme=0, remote=0, reuse=Reuse.BLOCKS, **options):
-    """A cache of tiers of so many blocks, each token of one byte."""
-    tiers = [Tier(blocks * BLOCK, Lru()) for blocks in (hbm, ddr, nvme, remote)]
-    return PrefixCache(reuse, BLOCK, 1, 1, tiers, ways(setup().host), **options)
-
-
 def test_lru_keeps_what_was_used_last():
-    tier = Tier(3 * 10)
-    for key in (1, 2, 3):
-        assert tier.put_chain([key], 10) == ([key], {})
-    tier.use([1])
-    assert tier.put_chain([4], 10) == ([4], {2: 10})
-    assert sorted(tier.entries) == [1, 3, 4]
-    assert tier.put_chain([1], 10) == ([], {})
-    assert tier.put_chain([9], 31) == ([], {})
-    assert tier.used_bytes == 30
+    cache = Cache(prompts([[1], [2], [3], [4], [9, 10, 11, 12]]), hbm=3)
+    for index in range(3):
+        assert cache.put(HBM, index) == (1, [])
+    cache.accept(0, cache.match(0))
+    assert cache.put(HBM, 3) == (1, [2])
+    assert cache.held(HBM) == {1, 3, 4}
+    assert cache.put(HBM, 0) == (0, [])
+    assert cache.tier(HBM)["used_bytes"] == 3 * 16
+
+
+def test_an_entry_larger_than_the_tier_stays_out():
+    """State that spans a prompt is one entry: of four blocks it does not fit three, nor does it push out what does."""
+    cache = Cache(prompts([[1, 2], [9, 10, 11, 12]]), hbm=3, reuse=Reuse.PREFIX)
+    assert cache.put(HBM, 0) == (1, [])
+    assert cache.put(HBM, 1) == (0, [])
+    assert cache.tier(HBM)["used_bytes"] == 2 * 16
 
 
 def test_a_chain_is_evicted_from_its_tail():
     """Two blocks of room and a chain of three: the head stays, since a tail without its head is of no use."""
-    cache = cached(hbm=2)
-    cache.store([7, 8, 9], 3 * BLOCK)
-    assert cache.match([7, 8, 9], 3 * BLOCK).blocks == (2, 0, 0, 0)
-    assert cache.match([8, 9], 2 * BLOCK).blocks == (1, 0, 0, 0)  # an id is a hit wherever it stands first
-    assert cache.match([9], BLOCK).tokens == 0
+    cache = Cache(prompts([[7, 8, 9], [8, 9], [9]]), hbm=2)
+    cache.store(0)
+    assert cache.blocks(0) == (2, 0, 0, 0)
+    assert cache.blocks(1) == (1, 0, 0, 0)  # an id is a hit wherever it stands first
+    assert cache.match(2)["tokens"] == 0
 
 
 def test_a_chain_longer_than_the_tier_is_written_once():
     """What stands in DDR already is not written again, though the chain's tail finds no room."""
-    cache = cached(ddr=3)
-    assert cache.store([1, 2, 3, 4, 5], 5 * BLOCK) == 3 * BLOCK
-    assert cache.store([1, 2, 3, 4, 5], 5 * BLOCK) == 0
-    assert cache.match([1, 2, 3, 4, 5], 5 * BLOCK).blocks == (0, 3, 0, 0)
+    cache = Cache(prompts([[1, 2, 3, 4, 5]]), ddr=3)
+    assert cache.store(0) == 3 * 16
+    assert cache.store(0) == 0
+    assert cache.blocks(0) == (0, 3, 0, 0)
 
 
 def test_a_tail_without_an_id_may_be_another_prompt():
     """Equal ids of the full blocks say nothing about the rest: state that spans a prompt is not reused then."""
-    cache = cached(hbm=100, reuse=Reuse.PREFIX)
-    cache.store([1, 2], 2 * BLOCK + 5)
-    assert cache.match([1, 2], 2 * BLOCK + 9).tokens == 0
-    cache.store([1, 2, 3], 2 * BLOCK + 5)  # as Mooncake does: the tail has an id of its own
-    assert cache.match([1, 2, 3], 2 * BLOCK + 5).tokens == 2 * BLOCK + 4
+    requests = replace(prompts([[1, 2], [1, 2], [1, 2, 3]]), prompt_tokens=2 * 16 + np.array([5, 9, 5]))
+    cache = Cache(requests, hbm=100, reuse=Reuse.PREFIX)
+    cache.store(0)
+    assert cache.match(1)["tokens"] == 0
+    cache.store(2)  # as Mooncake does: the tail has an id of its own
+    assert cache.match(2)["tokens"] == 2 * 16 + 4
 
 
 def test_hits_save_prefill_and_are_counted_by_block():

@@ -2,21 +2,26 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cached_prompts import Cache
+from cached_prompts import prompts as prompts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL, setup, trace
 
+from kvsim.engine import prefixes as service
+from kvsim.engine.prefix_cache import begin, extend, fetch_s, weigh
+from kvsim.engine.prefix_reuse import is_cut
+from kvsim.engine.prefix_state import SLOW
+from kvsim.engine.records import REPLICA, REQUEST
+from kvsim.engine.state import DDR
 from kvsim.hardware import load_gpu
 from kvsim.machine import ALONE
 from kvsim.models import load_model
-from kvsim.prefix_cache import DDR, PrefixCache, Tier
-from kvsim.prefix_links import ways
-from kvsim.prefix_reuse import cheapest
 from kvsim.simulate import simulate
-from policies import Reuse
 
 GIB = 1 << 30
 BLOCK = 512
@@ -91,15 +96,15 @@ def test_the_decision_turns_where_mooncakes_inequality_does(gpu, published_Bps):
 )
 def test_the_cut_is_the_best_of_all(places, tail, chunk, block_s, fixed_s):
     """Against every number of blocks: tiers in any order, a prefill of chunks whose cost grows with what they see."""
-    block, keys = 16, list(range(len(places)))
-    tiers = [Tier(1000 * block) for _ in range(4)]
+    block, n = 16, len(places)
     host = replace(
         HOST, nvme_read_Bps=block / block_s[1], nic_Bps=block / block_s[2], nvme_latency_s=0.5, nic_latency_s=1.5
     )
-    cache = PrefixCache(Reuse.BLOCKS, block, 1, 1, tiers, ways(host))
-    for key, place in zip(keys, places, strict=True):
-        tiers[place].put_chain([key], block)
-    prompt = block * len(keys) + tail
+    requests = prompts_of([*([key] for key in range(n)), [*range(n)]], block)  # the blocks one by one, then all
+    cache = Cache(requests, hbm=1000, ddr=1000, nvme=1000, remote=1000, host=host)
+    for key, place in enumerate(places):
+        cache.put(place, key)
+    prompt, arrays, chain, hit = block * n + tail, cache.arrays, cache.arrays.chains[n], cache.arrays.hits[n]
 
     def load_s(nbytes):
         return nbytes / block * block_s[0] + 0.2 * (nbytes > 0)
@@ -108,13 +113,15 @@ def test_the_cut_is_the_best_of_all(places, tail, chunk, block_s, fixed_s):
         edges = [*range(cached_tokens, prompt_tokens, chunk), prompt_tokens]
         return sum(fixed_s + 0.02 * (b - a) + 0.001 * (b**2 - a**2) / 2 for a, b in pairwise(edges))
 
-    def total_s(head):
-        return max(load_s(head.load_bytes), cache.fetch_s(head, 0.0)) + prefill_s(prompt, head.tokens)
-
-    whole = cache.match(keys, prompt)
-    found = cheapest(cache, keys, prompt, whole, 0.0, chunk, load_s=load_s, prefill_s=prefill_s)
-    every = [total_s(cache.match(keys, prompt, most=n)) for n in range(len(keys) + 1)]
-    assert total_s(found) == pytest.approx(min(every), rel=1e-9)
+    totals = []
+    begin(hit)
+    for count in range(n + 1):
+        assert count == 0 or extend(arrays, 0, chain, count - 1, hit)
+        weigh(arrays, chain, prompt, hit)
+        totals.append(max(load_s(hit["load_bytes"]), fetch_s(arrays, 0, hit, 0.0)) + prefill_s(prompt, hit["tokens"]))
+    assert hit["blocks"].tolist() == [places.count(place) for place in range(4)]
+    best = min(totals[count] for count in range(n + 1) if is_cut(arrays, 0, chain, n, count, prompt, chunk))
+    assert best == pytest.approx(min(totals), rel=1e-9)
 
 
 def test_a_slow_drive_is_left_alone():
@@ -190,14 +197,21 @@ def test_what_does_not_fit_is_fetched_when_there_is_room():
         assert result.traffic["nvme->ddr"]["prefix"] == (8 + again) * BLOCK_BYTES
 
 
-def test_a_prefetch_takes_no_more_than_its_room():
-    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, [Tier(0), Tier(8 * BLOCK), Tier(8 * BLOCK), Tier(0)], ways(HOST))
-    cache.tiers[2].put_chain([0, 1, 2, 3], BLOCK)
-    assert cache.prefetch([0, 1, 2, 3], 4 * BLOCK, 0.0, 3 * BLOCK) is None
-    assert not cache.tiers[DDR].entries
-    assert cache.prefetch([0, 1, 2, 3], 4 * BLOCK, 0.0, 4 * BLOCK) == 4 * BLOCK
-    assert sorted(cache.tiers[DDR].entries) == [0, 1, 2, 3]
-    assert cache.prefetch([0, 1, 2, 3], 4 * BLOCK, 0.0, 0) == 0  # there already
+@pytest.mark.parametrize(("room", "fetched"), [(3, set()), (4, {0, 1, 2, 3})])
+def test_a_prefetch_takes_no_more_than_its_room(room, fetched):
+    """Four blocks on a drive and a prompt that wants them; once they are in DDR, another one takes nothing more."""
+    requests = prompts_of([[0, 1, 2, 3]] * 2)
+    cache = Cache(requests, ddr=room, nvme=8)
+    cache.put(SLOW, 0)
+    cache.arrays.shelf["prefetch"] = 1
+    records = np.zeros(2, REQUEST)
+    records["admitted_s"], records["prompt_tokens"] = np.nan, requests.prompt_tokens
+    cluster = SimpleNamespace(prefixes=cache.arrays, requests=records, replicas=np.zeros(1, REPLICA))
+    service.arrived(cluster, 0, 0, 0.0)
+    assert cache.held(DDR) == fetched
+    assert cache.tier(DDR)["taken_bytes"] == 16 * len(fetched)
+    service.arrived(cluster, 0, 1, 0.0)
+    assert cache.tier(DDR)["taken_bytes"] == cache.arrays.links["moved_bytes"].sum() == 16 * len(fetched)
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cached_prompts import Cache, paths_of
+from cached_prompts import prompts as prompts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from simulated import HOST, setup, trace
 
-from kvsim.prefix_cache import DDR, TIER_NAMES, PrefixCache, Tier
-from kvsim.prefix_links import ways
+from kvsim.engine import prefix_cache
+from kvsim.engine.prefix_state import DOWN, PLACES, SLOW, UP
+from kvsim.engine.state import DDR, HBM
 from kvsim.results import summarize
 from kvsim.simulate import simulate
-from policies import Reuse
 
 GIB = 1 << 30
 BLOCK = 512
 BLOCK_BYTES = BLOCK * 131072  # Llama-3.1-8B, bf16
-SLOW = ("nvme", "remote")
+SLOW_TIERS = ("nvme", "remote")
 
 
 def prompts(*chains, arrival_s=None, **columns):
@@ -37,7 +39,7 @@ def ttft_s(result):
     return result.requests["first_token_s"] - result.requests["arrival_s"]
 
 
-@pytest.mark.parametrize("tier", SLOW)
+@pytest.mark.parametrize("tier", SLOW_TIERS)
 @pytest.mark.parametrize("fidelity", ["step", "op"])
 @pytest.mark.parametrize("slow_Bps", [3e9, 300e9])
 def test_slow_blocks_come_up_in_a_pipeline(tier, fidelity, slow_Bps):
@@ -134,53 +136,63 @@ def test_written_back_a_tier_is_written_when_the_one_above_evicts():
     assert through.traffic["ddr->nvme"]["prefix"] == 6 * BLOCK_BYTES
 
 
-class Counted(Tier):
-    """A tier that counts what it takes in and gives out."""
+class Counted(Cache):
+    """A cache that counts what each tier takes in and gives out."""
 
-    def __init__(self, blocks, order=None):
-        super().__init__(blocks * BLOCK, order)
-        self.came = self.went = 0
+    def __init__(self, requests, **options):
+        super().__init__(requests, **options)
+        self.came, self.went = [0] * PLACES, [0] * PLACES
 
-    def put_chain(self, keys, nbytes):
-        added, evicted = super().put_chain(keys, nbytes)
-        self.came += len(added)
-        self.went += len(evicted)
-        return added, evicted
+    def counting(self, patch):
+        """Count while a patch lasts."""
+        put_chain = prefix_cache.put_chain
+
+        def counted(prefixes, tier, *rest):
+            put_chain(prefixes, tier, *rest)
+            self.came[tier["memory"]] += int(prefixes.shelf["added"])
+            self.went[tier["memory"]] += int(prefixes.shelf["evicted"])
+
+        patch.setattr(prefix_cache, "put_chain", counted)
 
 
 @given(
     paths=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=25),
     rooms=st.tuples(*[st.integers(0, 6)] * 4),
     write=st.sampled_from(["through", "back"]),
+    order=st.sampled_from(["lru", "fifo", "lfu"]),
 )
-def test_bytes_by_link_are_the_blocks_that_moved(paths, rooms, write):
+def test_bytes_by_link_are_the_blocks_that_moved(paths, rooms, write, order):
     """Every block in a slow tier came over its link, every hit left it; what is written once is not lost in between."""
-    tiers, links, ids = [Counted(room) for room in rooms], ways(HOST), {}
-    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, tiers, links, write=write)
+    chains, block = paths_of(paths), 16
+    sizes = dict(zip(("hbm", "ddr", *SLOW_TIERS), rooms, strict=True))
+    cache = Counted(prompts_of(chains, block), write=write, eviction=order, **sizes)
+    on = [place for place in range(PLACES) if rooms[place]]
     down_bytes, up_bytes, ever = 0, 0, set()
-    for path in paths:
-        blocks = [ids.setdefault(tuple(path[: i + 1]), len(ids)) for i in range(len(path))]
-        hit = cache.match(blocks, BLOCK * len(blocks))
-        assert set(hit.keys) <= ever
-        assert sum(hit.blocks) == len(hit.keys)
-        up_bytes += hit.load_bytes
-        cache.accept(blocks, hit)
-        down_bytes += cache.store(blocks, BLOCK * len(blocks))
-        ever.update(blocks)
-        for tier in tiers:
-            assert len(tier.entries) == tier.came - tier.went <= tier.capacity_bytes // BLOCK
-            assert tier.used_bytes == BLOCK * len(tier.entries)
-    assert up_bytes == BLOCK * sum(tier.hit_blocks for tier in tiers[DDR:])
-    for name, tier in zip(TIER_NAMES, tiers, strict=True):
-        if name in SLOW:
-            assert links[name].down.moved_bytes == BLOCK * tier.came
-            assert links[name].up.moved_bytes == BLOCK * tier.hit_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        cache.counting(patch)
+        for index, chain in enumerate(chains):
+            hit = cache.match(index)
+            assert set(chain[: hit["found"]]) <= ever
+            assert sum(hit["blocks"]) == hit["found"]
+            up_bytes += hit["load_bytes"]
+            cache.accept(index, hit)
+            down_bytes += cache.store(index)
+            ever.update(chain)
+            for place in on:
+                held = cache.held(place)
+                assert len(held) == cache.came[place] - cache.went[place] <= rooms[place]
+                assert cache.tier(place)["used_bytes"] == block * len(held)
+    assert up_bytes == block * sum(int(cache.tier(place)["hit_blocks"]) for place in on if place != HBM)
+    for place in on:
+        if place >= SLOW:
+            links = cache.arrays.links[0, place - SLOW]
+            assert links[DOWN]["moved_bytes"] == block * cache.came[place]
+            assert links[UP]["moved_bytes"] == block * cache.tier(place)["hit_blocks"]
     if write == "back":
-        kept = set().union(*(tier.entries for tier in tiers))
-        roomy = [room for room in rooms if room]
-        if roomy and len(ever) <= roomy[-1]:  # the lowest tier alone could hold everything, so nothing is ever lost
+        kept = set().union(*(cache.held(place) for place in on))
+        if on and len(ever) <= rooms[on[-1]]:  # the lowest tier alone could hold everything, so nothing is ever lost
             assert kept == ever
-    elif not rooms[1] and not rooms[2] and not rooms[3]:
+    elif not any(rooms[DDR:]):
         assert down_bytes == 0
 
 

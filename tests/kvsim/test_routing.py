@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import HOST, MODEL, setup, trace
 
+from kvsim.engine.prefix_state import CANDIDATE
+from kvsim.engine.routing import BALANCE_RATIO, BALANCE_REQUESTS, kv_aware, prefix_affinity
 from kvsim.results import summarize
-from kvsim.routing import BALANCE_RATIO, BALANCE_REQUESTS, Candidate, Router, kv_aware, prefix_affinity
 from kvsim.simulate import simulate
+from kvsim.tenants import Tenant
 
 GIB = 1 << 30
 BLOCK = 512
@@ -21,24 +23,31 @@ ALONE = replace(HOST, gpus_max=1, gpus_per_switch=1)  # each replica has a DDR o
 
 
 def candidate(requests=0, tokens=0, cached=0, ttft_s=0.0):
-    return Candidate(requests, tokens, cached, ttft_s)
+    return requests, tokens, cached, ttft_s, 0.0
+
+
+def chosen(choose, *candidates):
+    return choose(np.array([*candidates], dtype=CANDIDATE), len(candidates))
 
 
 def test_affinity_by_hand():
-    assert prefix_affinity([candidate(cached=512), candidate(cached=1024), candidate()]) == 1
+    assert chosen(prefix_affinity, candidate(cached=512), candidate(cached=1024), candidate()) == 1
     # Two hold as much of it: the less loaded one. Nobody holds any: the least loaded of all.
-    assert prefix_affinity([candidate(cached=512, tokens=9), candidate(cached=512, tokens=8), candidate()]) == 1
-    assert prefix_affinity([candidate(tokens=9), candidate(tokens=7), candidate(tokens=8)]) == 1
+    two = candidate(cached=512, tokens=9), candidate(cached=512, tokens=8)
+    assert chosen(prefix_affinity, *two, candidate()) == 1
+    assert chosen(prefix_affinity, candidate(tokens=9), candidate(tokens=7), candidate(tokens=8)) == 1
     # The guard takes both: more than 64 requests above the least, and more than 1.5 times as many.
     hot = candidate(requests=100 + 65, tokens=10**6, cached=1024)
-    assert prefix_affinity([hot, candidate(requests=100, tokens=500)]) == 1
-    assert prefix_affinity([hot, candidate(requests=101, tokens=500)]) == 0
-    assert prefix_affinity([hot, candidate(requests=111, tokens=500)]) == 0
+    assert chosen(prefix_affinity, hot, candidate(requests=100, tokens=500)) == 1
+    assert chosen(prefix_affinity, hot, candidate(requests=101, tokens=500)) == 0
+    assert chosen(prefix_affinity, hot, candidate(requests=111, tokens=500)) == 0
     assert (BALANCE_REQUESTS, BALANCE_RATIO) == (64, 1.5)
 
 
 CANDIDATES = st.lists(
-    st.builds(Candidate, st.integers(0, 200), st.integers(0, 9), st.integers(0, 3), st.sampled_from([0.1, 0.2, 0.3])),
+    st.tuples(
+        st.integers(0, 200), st.integers(0, 9), st.integers(0, 3), st.sampled_from([0.1, 0.2, 0.3]), st.just(0.0)
+    ),
     min_size=1,
     max_size=6,
 )
@@ -47,15 +56,16 @@ CANDIDATES = st.lists(
 @given(candidates=CANDIDATES)
 def test_the_choice_by_its_definition(candidates):
     """Of all replicas, none is better by the rule, and none as good stands before it."""
-    guard = any(a.requests - b.requests > 64 and a.requests > 1.5 * b.requests for a in candidates for b in candidates)
+    loads = [requests for requests, *_ in candidates]
+    guard = any(a - b > 64 and a > 1.5 * b for a in loads for b in loads)
     for choose, rank in (
-        (prefix_affinity, lambda c: (0 if guard else -c.cached_tokens, c.outstanding_tokens)),
-        (kv_aware, lambda c: (c.ttft_s, c.outstanding_tokens)),
+        (prefix_affinity, lambda _requests, tokens, cached, *_: (0 if guard else -cached, tokens)),
+        (kv_aware, lambda _requests, tokens, _cached, ttft_s, *_: (ttft_s, tokens)),
     ):
-        chosen = choose(candidates)
+        best = chosen(choose, *candidates)
         for i, other in enumerate(candidates):
-            assert rank(other) >= rank(candidates[chosen])
-            assert i >= chosen or rank(other) > rank(candidates[chosen])
+            assert rank(*other) >= rank(*candidates[best])
+            assert i >= best or rank(*other) > rank(*candidates[best])
 
 
 def conversations(seed, sessions=12, turns=6, span_s=60.0, outputs=20):
@@ -112,15 +122,16 @@ def test_affinity_never_hits_less_than_round_robin(seed):
     assert hits[0] <= hits[1]
 
 
-def forced(monkeypatch, choices, requests, s):
-    """The result when requests go where `choices` say."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Router, "choose", lambda _self, _cluster, index: choices[index])
-        return simulate(requests, s)
+def forced(choices, requests, s):
+    """The result when requests go where `choices` say: tenants who share what is cached are pinned there."""
+    names = tuple(f"to {number}" for number in range(s.replicas))
+    pinned = {name: Tenant(replicas=(number, number)) for number, name in enumerate(names)}
+    asked = replace(requests, tenant=np.array(choices, np.int32), tenants=names)
+    return simulate(asked, replace(s, tenants=pinned, prefix_cache_sharing="all"))
 
 
 @pytest.mark.parametrize("ddr", [False, True])
-def test_kv_aware_finds_the_smallest_ttft_of_all_replicas(monkeypatch, ddr):
+def test_kv_aware_finds_the_smallest_ttft_of_all_replicas(ddr):
     """Prompts one after the other: for each request, the choice is the replica on which a whole run has the least TTFT.
 
     With the choices before it given, every replica is tried by a simulation of its own. (Where a session's turn before
@@ -131,17 +142,15 @@ def test_kv_aware_finds_the_smallest_ttft_of_all_replicas(monkeypatch, ddr):
     if ddr:
         options |= {"prefix_cache_hbm_bytes": 0, "prefix_cache_ddr_bytes": 100 * GIB, "host": ALONE}
     s = setup(router="kv-aware", **options)
-    chosen = simulate(requests, s).requests
-    choices = chosen["replica"].tolist()
+    found = simulate(requests, s).requests
+    choices = found["replica"].tolist()
     for index in range(len(requests)):
         ttfts = [
-            forced(monkeypatch, [*choices[:index], other, *choices[index + 1 :]], requests, s).requests[
-                "first_token_s"
-            ][index]
+            forced([*choices[:index], other, *choices[index + 1 :]], requests, s).requests["first_token_s"][index]
             for other in range(s.replicas)
         ]
         assert ttfts[choices[index]] <= min(ttfts) + 1e-9
-        assert ttfts[choices[index]] == chosen["first_token_s"][index]
+        assert ttfts[choices[index]] == found["first_token_s"][index]
     assert len(set(choices)) == s.replicas
 
 

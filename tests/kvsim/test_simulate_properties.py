@@ -4,17 +4,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from cached_prompts import Cache, paths_of, prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenarios import BLOCK, SMALL, TOKEN_BYTES, scenarios, squeezes, with_room
 from simulated import setup, trace
 
 from kvsim.attribution import spent_s
-from kvsim.prefix_cache import PrefixCache, Tier
 from kvsim.setup import SCHEDULERS
 from kvsim.simulate import simulate
 from kvsim.tenants import Tenant
-from policies import Reuse
 
 TERMS = st.builds(
     Tenant,
@@ -184,16 +183,12 @@ def test_lru_hits_what_a_stack_of_all_blocks_says(requests, room):
 
     So a larger tier hits all that a smaller one does. A block's id names its whole path, as in any trace.
     """
-    ids: dict[tuple[int, ...], int] = {}
-    cache = PrefixCache(Reuse.BLOCKS, BLOCK, 1, 1, [Tier(room * BLOCK), Tier(0), Tier(0), Tier(0)])
+    chains = paths_of(requests)
+    cache = Cache(prompts(chains, BLOCK), hbm=room)
     stack: list[int] = []
-    for path in requests:
-        blocks = [ids.setdefault(tuple(path[: i + 1]), len(ids)) for i in range(len(path))]
+    for index, blocks in enumerate(chains):
         expected = next((i for i, block in enumerate(blocks) if block not in stack[:room]), len(blocks))
-        hit = cache.match(blocks, BLOCK * len(blocks))
-        assert hit.blocks[0] == expected
-        cache.accept(blocks, hit)
-        cache.store(blocks, BLOCK * len(blocks))
+        assert cache.serve(index)[0] == expected
         stack = blocks + [block for block in stack if block not in blocks]
 
 
