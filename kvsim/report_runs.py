@@ -104,6 +104,7 @@ def _tier(node: str) -> str:
 
 
 def _joins_gpu_and_host(link: str) -> bool:
-    src, dst = map(_tier, link.split("->"))
+    src, _, dst = link.partition("->")  # `nic` is one end
+    src, dst = _tier(src), _tier(dst)
     other = {"hbm": dst}.get(src, src)
     return "hbm" in (src, dst) and (other in ("ddr", "nvme", "cpu", "root") or other.startswith("pcie"))

@@ -4,6 +4,7 @@ import json
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from html import escape
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,26 @@ def test_the_files_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "trace.perfetto.json",
         "report.html",
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "links"),
+    [
+        ("--gpus 16 --prefill-gpus 8", {"nic"}),
+        ("--gpus 4 --prefill-gpus 2", {"gpu->gpu"}),
+        ("--gpus 16 --tp 4 --pp 4", {"nic", "gpu->gpu"}),
+        ("--gpus 2 --prefix-cache-ddr 1GiB --prefix-cache-nvme 40GiB", {"hbm->ddr", "ddr->nvme"}),
+        ("--gpus 2 --prefix-cache-ddr 1GiB --prefix-cache-remote 40GiB", {"hbm->ddr", "ddr->remote"}),
+    ],
+)
+def test_the_page_shows_every_link(
+    flags: str, links: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--trace", LONG, "--model", "llama-3.1-8b", "--gpu", "h100-sxm", "--limit", "20", *flags.split())
+    summary = json.loads(out_of(capsys, "simulate", *args, "--out", str(tmp_path), "--json"))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert links <= {name for name, figures in summary["links"].items() if figures["bytes"]}
+    assert [name for name in links if escape(name) not in page] == []
 
 
 def test_every_operation_simulated(capsys: pytest.CaptureFixture[str]) -> None:

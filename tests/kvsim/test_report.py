@@ -296,6 +296,7 @@ def test_a_result_without_memories_links_or_names_still_has_a_page(make_result: 
         ("gpu0.hbm->gpu1.hbm", False),
         ("nvlink->gpu0.hbm", False),
         ("ddr->cpu", False),
+        ("nic", False),
     ],
 )
 def test_pcie_bytes_are_counted_at_the_gpu(make_result: Make, link: str, crosses: bool) -> None:
