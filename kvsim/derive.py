@@ -51,9 +51,10 @@ class Structure(NamedTuple):
         """How long its vectors are."""
         return AMOUNTS * len(self.ops) + len(TIERS)
 
-    def multiplicity(self) -> list[int]:
-        """How many layers run each operation of `ops`."""
-        counts = [self.group_of.count(g) for g in range(len(self.groups))]
+    def multiplicity(self, layers: range | None = None) -> list[int]:
+        """How many of all layers, or of these, run each operation of `ops`."""
+        own = self.group_of if layers is None else self.group_of[layers.start : layers.stop]
+        counts = [own.count(g) for g in range(len(self.groups))]
         return [n for n, group in zip((*counts, 1), (*self.groups, self.end), strict=True) for _ in group]
 
 

@@ -91,6 +91,7 @@ class Clock:
         self._kept: list[Structure] = []  # ids above stay valid while these live
         self._shapes = Counter(model.layers)
         self._head_bytes = model.head_bytes
+        self._multiplied_params = model.active_params - model.head_params  # by a token in the layers
         one, two = (machine.head_s(model, logits) for logits in (1, 2))
         self.head_parts_s = (2 * one - two, two - one)  # once, and for each position
         self._model_times: dict[int, tuple[Floats, Floats, int]] = {}
@@ -153,7 +154,7 @@ class Clock:
                 busy[NVLINK] += n * 2 * reduce_s
                 weights += n * model_bytes(model, shape, tokens)
             busy[HBM] = weights / machine.gpu.rates.hbm_Bps
-            flops = 2 * (model.active_params - model.head_params) * tokens
+            flops = 2 * self._multiplied_params * tokens
             busy[WORK] = flops / machine.weight_flops(model.weight_dtype)
             found = self._model_times[tokens] = (np.array(times), busy, weights)
         return found
@@ -162,8 +163,8 @@ class Clock:
         """Of the model's own layers: seconds of arithmetic and of streaming weights; the rest are launches."""
         _, busy, _ = self.own_layers(tokens)
         kernels = sum(
-            x.share_run(tokens) * (QKV_KERNELS + OUT_KERNELS + (MLP_KERNELS if x.mlp_params else 0))
-            for x in self.model.layers
+            n * x.share_run(tokens) * (QKV_KERNELS + OUT_KERNELS + (MLP_KERNELS if x.mlp_params else 0))
+            for x, n in self._shapes.items()
         )
         hbm_s = float(busy[HBM])
         return float(busy[SM]) - hbm_s - kernels * self.machine.gpu.rates.launch_s, hbm_s

@@ -51,13 +51,14 @@ def note_change(cluster: Cluster, number: int, time_s: float) -> None:
         note_now(cluster, number, time_s)
 
 
-def charge_plans(replica: Record, prices: Prices, structure: int, amounts: Ints, times: int) -> None:
-    """Book the bytes of `times` steps of these amounts."""
+def charge_plans(world: Record, replica: Record, prices: Prices, structure: int, amounts: Ints, times: int) -> None:
+    """Book the bytes of `times` steps of these amounts, on all stages."""
     head = prices.structures[structure]
-    for i in range(head["n_ops"]):
-        op, column = prices.ops[head["ops"] + i], OPS + AMOUNTS * i
-        nbytes = op["layers"] * (amounts[column + 1] + amounts[column + 2])
-        replica["plan_bytes"][op["link"]] += times * nbytes
+    for stage in range(world["stages"]):
+        for i in range(head["n_ops"]):
+            op, column = prices.ops[head["ops"] + stage * head["n_ops"] + i], OPS + AMOUNTS * i
+            nbytes = op["layers"] * (amounts[column + 1] + amounts[column + 2])
+            replica["plan_bytes"][op["link"]] += times * nbytes
 
 
 def charge_model(world: Record, replica: Record, prices: Prices, iterations: int, tokens: int, logits: int) -> None:

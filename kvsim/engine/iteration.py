@@ -46,45 +46,35 @@ def stall(cluster: Cluster, number: int, now_s: float) -> bool:
 
 def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
     """Price and book an iteration whose swaps are done. May make detours."""
-    replica, world, parts = cluster.replicas[number], cluster.world, 1
-    if world["stages"] == 1:
-        seconds = _price(cluster, prices, number)
-    else:
+    replica, world, rows, first = cluster.replicas[number], cluster.world, cluster.rows, first_load(cluster)
+    decoding, piped = replica["length"][DECODING], world["stages"] > 1
+    tokens = logits = prompt_tokens = parts = 0
+    if piped:
         parts = price_round(cluster, prices, number, now_s)
         seconds = world["round_s"]
+    else:
+        set_batch(cluster, number, 0, 1)
+        tokens, logits = world["tokens"], world["logits"]
+        on_host, on_switch = replica["on_host"], replica["on_switch"]
+        seconds = price(world, prices, rows, first, 0, 1.0, tokens, logits, on_host, on_switch)
+        prompt_tokens = tokens - decoding * world["step_tokens"]
+        seconds += guess(world, world["busy_s"], decoding, prompt_tokens)
     if replica["phase"] != STALLED:
         note_now(cluster, number, now_s)
         replica["began_s"] = now_s
-    if world["stages"] == 1:
-        _charge(cluster, prices, number)
-    else:
+    if piped:
         charge_round(cluster, prices, number, now_s, parts)
-    replica["decoding_now"] = replica["length"][DECODING]
+    else:
+        for row in range(first, first + world["loads"]):
+            charge_plans(world, replica, prices, rows[row, 0], rows[row], 1)
+        charge_model(world, replica, prices, 1, tokens, logits)
+        charge_guesses(world, replica, 1, decoding, prompt_tokens)
+        for i in range(len(BUSY)):
+            replica["busy_s"][i] += world["busy_s"][i]
+        note_shared(replica, world["busy_s"])
+    replica["decoding_now"] = decoding
     replica["phase"], replica["wake_s"] = ITERATING, now_s + seconds
     look(cluster, number, now_s)
-
-
-def _price(cluster: Cluster, prices: Prices, number: int) -> float:
-    """Seconds of an iteration; sets its batch. May make detours."""
-    replica, world = cluster.replicas[number], cluster.world
-    set_batch(cluster, number, 0, 1)
-    tokens, logits, on_host, on_switch = world["tokens"], world["logits"], replica["on_host"], replica["on_switch"]
-    seconds = price(world, prices, cluster.rows, first_load(cluster), 0, 1.0, tokens, logits, on_host, on_switch)
-    decoding = replica["length"][DECODING]
-    return seconds + guess(world, world["busy_s"], decoding, tokens - decoding * world["step_tokens"])
-
-
-def _charge(cluster: Cluster, prices: Prices, number: int) -> None:
-    """Book the iteration that was priced last."""
-    replica, world, rows, first = cluster.replicas[number], cluster.world, cluster.rows, first_load(cluster)
-    for row in range(first, first + world["loads"]):
-        charge_plans(replica, prices, rows[row, 0], rows[row], 1)
-    decoding = replica["length"][DECODING]
-    charge_model(world, replica, prices, 1, world["tokens"], world["logits"])
-    charge_guesses(world, replica, 1, decoding, world["tokens"] - decoding * world["step_tokens"])
-    for i in range(len(BUSY)):
-        replica["busy_s"][i] += world["busy_s"][i]
-    note_shared(replica, world["busy_s"])
 
 
 def end_iteration(cluster: Cluster, number: int, now_s: float) -> None:

@@ -148,7 +148,7 @@ def charge_round(cluster: Cluster, prices: Prices, number: int, now_s: float, pa
     for part in range(parts):
         set_batch(cluster, number, part, parts)
         for row in range(first, first + world["loads"]):
-            charge_plans(replica, prices, rows[row, 0], rows[row], 1)
+            charge_plans(world, replica, prices, rows[row, 0], rows[row], 1)
         charge_model(world, replica, prices, 1, world["tokens"], world["logits"])
         charge_sends(world, replica, 1, world["tokens"])
     for i in range(len(BUSY)):

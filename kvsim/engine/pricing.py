@@ -72,17 +72,19 @@ def price(
     program = prices.programs[_program_of(world, prices, rows, first) * world["stages"] + stage]
     for i in range(len(BUSY)):
         busy[i] = model["busy_s"][i]
-    n, times = prices.model_s.shape[1], program["times"]
+    n = prices.model_s.shape[1]
     for i in range(n):
         seconds[i] = prices.model_s[tokens, i]
     floor_s = max(on_host / world["ddr_Bps"], on_switch / world["switch_Bps"])
     for row in range(first, first + world["loads"]):
         structure = prices.structures[rows[row, 0]]
+        ops = structure["ops"] + stage * structure["n_ops"]
         for i in range(structure["n_ops"]):
-            op, column = prices.ops[structure["ops"] + i], OPS + AMOUNTS * i
+            column = OPS + AMOUNTS * i
             work, contiguous, scattered = rows[row, column], rows[row, column + 1], rows[row, column + 2]
-            layers = prices.times[times + n]["layers"]
-            seconds[n] = _op_s(op, layers, share * work, share * contiguous, share * scattered, on_host, floor_s, busy)
+            seconds[n] = _op_s(
+                prices.ops[ops + i], share * work, share * contiguous, share * scattered, on_host, floor_s, busy
+            )
             n += 1
     total_s = _makespan_s(world, prices, program)
     if logits and stage == world["stages"] - 1:
@@ -98,7 +100,6 @@ def price(
 
 def _op_s(
     op: Record,
-    layers: float,
     work: float,
     contiguous_bytes: float,
     scattered_bytes: float,
@@ -106,10 +107,7 @@ def _op_s(
     floor_s: float,
     busy: Floats,
 ) -> float:
-    """Seconds of one operation that so many layers run.
-
-    Copies go no faster than a fair share of the host, the CPU is divided evenly.
-    """
+    """Seconds of one operation: copies go no faster than a fair share of the host, the CPU is divided evenly."""
     work_s, streamed_s, scattered_s = op["work_s"], op["streamed_s"], op["scattered_s"]
     lane = op["lane"]
     if lane in (H2D, D2H):
@@ -120,11 +118,11 @@ def _op_s(
     seconds = max(arithmetic, transfers)
     if seconds > 0 or op["always"]:
         seconds += op["fixed_s"]
-    busy[lane] += layers * seconds
+    busy[lane] += op["layers"] * seconds
     if lane == SM:
-        busy[WORK] += layers * arithmetic
-        busy[HBM_BUSY] += layers * transfers
-        busy[BY_COMPUTE if arithmetic > transfers else BY_HBM] += layers * max(arithmetic, transfers)
+        busy[WORK] += op["layers"] * arithmetic
+        busy[HBM_BUSY] += op["layers"] * transfers
+        busy[BY_COMPUTE if arithmetic > transfers else BY_HBM] += op["layers"] * max(arithmetic, transfers)
     return float(seconds)
 
 

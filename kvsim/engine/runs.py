@@ -68,8 +68,10 @@ def end_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None
     sums = cluster.sums
     for structure in range(sums.shape[1]):
         if sums[number, structure, 0, COUNT]:
-            charge_plans(replica, prices, structure, sums[number, structure, 0], steps)
-            charge_plans(replica, prices, structure, sums[number, structure, 1], steps * (steps - 1) // 2)
+            charge_plans(cluster.world, replica, prices, structure, sums[number, structure, 0], steps)
+            charge_plans(
+                cluster.world, replica, prices, structure, sums[number, structure, 1], steps * (steps - 1) // 2
+            )
     if cluster.world["stages"] == 1:
         tokens = decoding * cluster.world["step_tokens"]
         charge_model(cluster.world, replica, prices, steps, tokens, tokens)

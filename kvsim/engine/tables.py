@@ -87,9 +87,10 @@ def price_arrays(
     heads = []
     for structure in structures:
         heads.append((len(ops), len(structure.ops), clock.uses_host([structure])))
-        for op, layers in zip(structure.ops, structure.multiplicity(), strict=True):
-            rates_s = (op.cost.fixed_s, op.cost.work_s, op.cost.streamed_s, op.cost.scattered_s)
-            ops.append((op.cost.lane, op.link, op.syncs, layers, *rates_s))
+        for held in stages:
+            for op, layers in zip(structure.ops, structure.multiplicity(held), strict=True):
+                rates_s = (op.cost.fixed_s, op.cost.work_s, op.cost.streamed_s, op.cost.scattered_s)
+                ops.append((op.cost.lane, op.link, op.syncs, layers, *rates_s))
     programs = []
     runs: list[tuple[int, int, int]] = []
     times: list[tuple[float, ...]] = []
