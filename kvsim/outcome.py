@@ -72,7 +72,7 @@ class Outcome:
         # Until nobody runs: what has timed out may keep an iteration busy after the last token that anyone gets.
         makespan_s = float(np.max(series["time_s"], where=series["running"].astype(bool), initial=start_s)) - start_s
         traffic = self._traffic()
-        memory = self._memory(series, start_s, start_s + makespan_s)
+        memory = self._memory(series, start_s, start_s + makespan_s) | self._slow_memory(start_s, makespan_s)
         replicas = self.engine.cluster.replicas
         return Result(
             inputs=_inputs(self.trace, self.setup),
@@ -221,6 +221,19 @@ class Outcome:
                 "utilization": busy_s / (makespan_s * len(links)) if makespan_s and len(links) else 0.0,
             }
         return rows
+
+    def _slow_memory(self, start_s: float, makespan_s: float) -> dict[str, dict[str, float]]:
+        """The drives of each host, and the pool, where prefixes are cached in them."""
+        setup, memory = self.setup, {}
+        sizes = {"nvme": setup.host.nvme_bytes, "remote": setup.prefix_cache_remote_bytes}
+        for name in self._slow:
+            for index, (peak_bytes, byte_s) in enumerate(self.prefixes.held(name, start_s + makespan_s)):
+                memory[f"host{index}.{name}" if name == "nvme" else name] = {
+                    "capacity_bytes": sizes[name],
+                    "peak_bytes": peak_bytes,
+                    "mean_bytes": byte_s / makespan_s if makespan_s else 0.0,
+                }
+        return memory
 
     def _cache(self) -> dict[str, dict[str, int]]:
         return {

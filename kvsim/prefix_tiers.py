@@ -14,6 +14,7 @@ from kvsim.engine.prefix_state import (
     DOWN,
     ENTRY,
     EVICTIONS,
+    HELD,
     HIT,
     LINK,
     PLACES,
@@ -83,6 +84,13 @@ class PrefixTiers:
         which = np.unique(self.arrays.caches["tiers"][..., TIER_NAMES.index(name)])
         found: Records = self.arrays.tiers[which[which != NOBODY]]
         return found
+
+    def held(self, name: str, until_s: float) -> list[tuple[int, float]]:
+        """What each memory of a tier below DDR held at its fullest, and the integral over time up to `until_s`."""
+        which = np.unique(self.tiers(name)["memory"])
+        memories = self.arrays.held[which]
+        byte_s = memories["byte_s"] + memories["nbytes"] * (until_s - memories["since_s"])
+        return list(zip(memories["peak_bytes"].tolist(), byte_s.tolist(), strict=True))
 
     def links(self, name: str, direction: int) -> Records:
         """Each host's link to or from a tier below DDR."""
@@ -167,6 +175,7 @@ def cache_arrays(
         shelf=shelf,
         caches=caches,
         tiers=tiers,
+        held=np.zeros(1 + int(tiers["memory"].max(initial=-1)), dtype=HELD),
         entries=np.zeros(room, dtype=ENTRY),
         heap=np.arange(room),
         table=_table(room),

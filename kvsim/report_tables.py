@@ -32,6 +32,9 @@ def _share(value: float) -> str:
 
 
 COMPARED = (
+    Column("finished", lambda run: run.summary["requests"]["finished"], format_count),
+    Column("rejected", lambda run: run.summary["requests"]["rejected"], format_count),
+    Column("timed out", lambda run: run.summary["requests"]["timed_out"], format_count),
     Column("output tokens/s", lambda run: run.summary["output_tokens_per_s"], format_rate, max),
     Column("goodput req/s", lambda run: run.summary["goodput_rps"], format_rate, max),
     Column("TTFT p50", lambda run: run.summary["ttft_s"]["p50"], format_s, min),

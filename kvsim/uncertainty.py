@@ -14,7 +14,7 @@ STATISTICS = ("mean", "p50", "p99")
 SAMPLES = 1000
 FEWEST_REQUESTS = 30  # below which resampling says little
 
-SEEDS = "Student's t interval over runs on traces drawn with different seeds"
+SEEDS = "Student's t interval over runs on traces drawn with different seeds, cut off at 0"
 BLOCKS = "percentile interval of a circular block bootstrap over a recorded trace's requests in order of arrival"
 TOO_FEW = f"none: the seed changes nothing in this trace, and fewer than {FEWEST_REQUESTS} requests finished"
 
@@ -25,7 +25,10 @@ def over_seeds(summaries: Sequence[Mapping[str, Any]], latencies: Sequence[str])
 
     def interval(values: Sequence[float | None]) -> dict[str, float | None]:
         known = [value for value in values if value is not None]
-        return _shown(t_interval(known) if len(known) == len(values) else None)
+        if not known or len(known) < len(values):
+            return _shown(None)
+        found = t_interval(known)
+        return _shown(found._replace(low=max(0.0, found.low)))  # neither a rate nor a latency can be below 0
 
     return {
         "method": SEEDS,

@@ -21,6 +21,7 @@ STATISTICS = ("mean", "p50", "p90", "p99", "max")
 COMPARED = (
     "finished",
     "rejected",
+    "timed out",
     "tokens/s",
     "vs first",
     "TTFT p50",
@@ -71,7 +72,8 @@ def _print_uncertainty(run: "Run") -> None:
 def _print_tenants(summary: Mapping[str, Any]) -> None:
     tenants = sorted(summary["tenants"].items(), key=lambda item: -item[1]["requests"]["submitted"])
     latencies = [(key, rank) for key in ("ttft_s", "tpot_s") for rank in ("p50", "p99")]
-    headings = ["SLO class", "finished", "rejected", "goodput/s", "service/weight"]
+    late = ["timed out"] if summary["requests"]["timed_out"] else []
+    headings = ["SLO class", "finished", "rejected", *late, "goodput/s", "service/weight"]
     headings += [f"{key.removesuffix('_s').upper()} {rank}" for key, rank in latencies]
     columns: Columns = {"tenant": "left", **dict.fromkeys(headings, "right")}
     rows = (
@@ -80,6 +82,7 @@ def _print_tenants(summary: Mapping[str, Any]) -> None:
             own["slo_class"] or MISSING,
             f"{own['requests']['finished']:,}",
             f"{own['requests']['rejected']:,}",
+            *(f"{own['requests']['timed_out']:,}" for _ in late),
             _rate(own["goodput_rps"]),
             format_count(round(own["weighted_service"])),
             *(_time(own[key][rank]) for key, rank in latencies),
@@ -102,8 +105,9 @@ def print_comparison(results: Sequence["Result"], slo_s: Mapping[str, float], wa
     if json:
         print_json({"runs": [run.summary for run in runs]})
         return
-    columns: Columns = {"policy": "left", **dict.fromkeys(COMPARED, "right"), "bottleneck": "left"}
-    print_table(columns, (_cells(run, runs[0]) for run in runs))
+    shown = [name for name in COMPARED if name != "timed out" or any(map(_timed_out, runs))]
+    columns: Columns = {"policy": "left", **dict.fromkeys(shown, "right"), "bottleneck": "left"}
+    print_table(columns, (_cells(run, runs[0], shown) for run in runs))
     for run in runs:
         if run.summary["uncertainty"]:
             _print_uncertainty(run)
@@ -146,12 +150,12 @@ def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:
     return facts
 
 
-def _cells(run: "Run", first: "Run") -> list[str]:
+def _cells(run: "Run", first: "Run", shown: Sequence[str]) -> list[str]:
     summary = run.summary
-    return [
-        run.label,
+    figures = [
         f"{summary['requests']['finished']:,}",
         f"{summary['requests']['rejected']:,}",
+        f"{_timed_out(run):,}",
         _rate(summary["output_tokens_per_s"]),
         _ratio(summary["output_tokens_per_s"], first.summary["output_tokens_per_s"]),
         *(_time(summary[name][x]) for name in ("ttft_s", "tpot_s") for x in ("p50", "p99")),
@@ -159,8 +163,13 @@ def _cells(run: "Run", first: "Run") -> list[str]:
         format_bytes(run.pcie_bytes()),
         _cached(run),
         f"{summary['swaps']['count']:,}",
-        summary["bottleneck"] or MISSING,
     ]
+    own = dict(zip(COMPARED, figures, strict=True))
+    return [run.label, *(own[name] for name in shown), summary["bottleneck"] or MISSING]
+
+
+def _timed_out(run: "Run") -> int:
+    return int(run.summary["requests"]["timed_out"])
 
 
 def _cached(run: "Run") -> str:

@@ -30,6 +30,7 @@ _KERNELS = (
     "plans",
     "preemption",
     "prefix_cache",
+    "prefix_held",
     "prefix_index",
     "prefix_links",
     "prefix_reuse",

@@ -39,6 +39,7 @@ TIER = np.dtype(  # of one part of a quota
         for name in (
             "capacity_bytes",
             "used_bytes",
+            "noted_bytes",  # of these, what its memory's record counts
             "lookup_blocks",
             "hit_blocks",
             "prefetched_blocks",
@@ -55,6 +56,9 @@ TIER = np.dtype(  # of one part of a quota
             "taken_bytes",  # by what has been fetched for waiting requests
         )
     ]
+)
+HELD = np.dtype(  # what a memory below DDR holds, of all parts
+    [(name, np.int64) for name in ("nbytes", "peak_bytes")] + [(name, np.float64) for name in ("byte_s", "since_s")]
 )
 CACHE = np.dtype([("tiers", np.int64, (PLACES,))])  # what a replica finds, of one part of a quota
 LINK = np.dtype(  # one direction of a device, which serves transfers in the order in which they come
@@ -131,6 +135,7 @@ class Prefixes(NamedTuple):
     shelf: Record
     caches: Records  # (replicas, parts)
     tiers: Records
+    held: Records  # of each memory
     entries: Records  # of all tiers; those that are in use are the first ones of `heap`
     heap: Ints
     table: Ints  # (places, 2): where a memory has a key (`prefix_index`)

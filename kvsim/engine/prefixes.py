@@ -7,6 +7,7 @@ import math
 
 from kvsim.engine.eviction import learn
 from kvsim.engine.prefix_cache import accept, fetch, match, store
+from kvsim.engine.prefix_held import note_held
 from kvsim.engine.prefix_reuse import shorten
 from kvsim.engine.prefix_state import AWARE, PLACES, SLOW, Prefixes
 from kvsim.engine.prefix_window import leave, wait
@@ -50,7 +51,7 @@ def admitted(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     if hit["landed_s"] > now_s:  # a pipeline: latencies add up, and the slowest link sets the pace
         own_s = cluster.world["pcie_latency_s"] if hit["load_bytes"] else 0.0
         request["ready_s"] = max(request["ready_s"] + latency_s, hit["landed_s"] + own_s)
-    _publish(cluster, number, chain["part"], own, others)
+    _publish(cluster, number, chain["part"], own, others, now_s)
     _free_ahead(cluster, number, chain, now_s)
 
 
@@ -69,7 +70,7 @@ def completed(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     if down_bytes:
         replica["prefix_down_bytes"] += down_bytes
         replica["background_s"][1] += cluster.world["pcie_latency_s"] + down_bytes * prefixes.shelf["pcie_down_s"]
-    _publish(cluster, number, part, own, others)
+    _publish(cluster, number, part, own, others, now_s)
 
 
 def _fetch_ahead(cluster: Cluster, ddr: Record, now_s: float) -> None:
@@ -94,7 +95,7 @@ def _fetch_ahead(cluster: Cluster, ddr: Record, now_s: float) -> None:
                     prefixes.tiers[tier]["prefetched_blocks"] += hit["blocks"][place]
             chain["is_ahead"], chain["ahead_bytes"] = 1, nbytes
             ddr["taken_bytes"] += nbytes
-            _publish(cluster, number, part, own, others)
+            _publish(cluster, number, part, own, others, now_s)
         ddr["first_ahead"] = chain["next_ahead"]
 
 
@@ -118,8 +119,9 @@ def _changes(prefixes: Prefixes, number: int, part: int, place: int) -> int:
     return changes
 
 
-def _publish(cluster: Cluster, number: int, part: int, own: int, others: int) -> None:
+def _publish(cluster: Cluster, number: int, part: int, own: int, others: int, now_s: float) -> None:
     """Let the replicas know of a change, and what their caches hold; DDR is divided among those of its host."""
+    note_held(cluster.prefixes, number, part, now_s)
     prefixes, replicas, shelf = cluster.prefixes, cluster.replicas, cluster.prefixes.shelf
     if _changes(prefixes, number, part, HBM) != own:
         replicas[number]["cache_bytes"][HBM] = _held_bytes(prefixes, number, HBM, shelf["ranks"])

@@ -156,6 +156,31 @@ def test_compare_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows[0][4] == "1.00x"
 
 
+def test_what_timed_out_has_a_column_where_there_is_any(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    late = (
+        "--trace",
+        "servegen-deepseek-r1:span_s=20",
+        *SMALL[2:],
+        "--timeout",
+        "40ms",
+        "--tenant",
+        "client-*:weight=2",
+    )
+    summary = json.loads(out_of(capsys, "simulate", *late, "--out", str(tmp_path), "--json"))
+    counts = summary["requests"]
+    assert counts["finished"] > 0
+    assert counts["timed_out"] > 0
+    lines = out_of(capsys, "compare", *late, "--policy", "full").splitlines()
+    assert lines[0].split()[:5] == ["policy", "finished", "rejected", "timed", "out"]
+    assert lines[2].split()[1:4] == [str(counts[name]) for name in ("finished", "rejected", "timed_out")]
+    rows = [line.split() for line in out_of(capsys, "simulate", *late).splitlines() if line.startswith("client-")]
+    shown = {row[0]: [int(count) for count in row[2:5]] for row in rows}
+    own = {name: list(of["requests"].values())[1:] for name, of in summary["tenants"].items()}
+    assert shown.items() <= own.items()
+    assert any(row[2] for row in shown.values())
+    assert "timed out" in (tmp_path / "report.html").read_text()
+
+
 def test_two_runs_write_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         out_of(capsys, "compare", *SMALL, *TWO, "--out", str(tmp_path / name))

@@ -101,6 +101,8 @@ def test_the_comparison_shows_the_summaries(compared: list[Result]) -> None:
     assert [row["policy"] for row in rows] == POLICIES
     for row, result in zip(rows, compared, strict=True):
         summary = summarize(result, slo, 60.0)
+        counts = [row[name] for name in ("finished", "rejected", "timed out")]
+        assert counts == list(summary["requests"].values())[1:]
         assert row["output tokens/s"] == summary["output_tokens_per_s"]
         assert row["goodput req/s"] == summary["goodput_rps"]
         for figure, name in (("TTFT", "ttft_s"), ("TPOT", "tpot_s")):
