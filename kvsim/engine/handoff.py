@@ -98,11 +98,12 @@ def take_over(cluster: Cluster, number: int, now_s: float) -> None:
         index = cluster.replicas[sender]["first"][HANDING]
         _set_first_need(cluster, index)
         if not _has_room(cluster.world, cluster.replicas[number]):
-            return
+            break
         take_out(cluster.requests, cluster.replicas[sender], index)
         _promise(cluster, index, number, now_s)
         _send(cluster, index, now_s, now_s, 0.0)
         sender = _next_sender(cluster)
+    take_in(cluster, number, now_s)  # what stays where it is, in the host's DDR, has come at once
 
 
 def take_in(cluster: Cluster, number: int, now_s: float) -> None:

@@ -181,9 +181,9 @@ def state_here(cluster: Cluster, number: int, index: int) -> int:
 
 
 def add_state(cluster: Cluster, sign: int) -> None:
-    """Count what the spared state holds in HBM among the need, or no more: its session's next turn takes it over."""
+    """Count what the spared state holds among the need, or no more: its session's next turn takes it over."""
     spared, world = cluster.world["spared"], cluster.world
-    if spared != NOBODY and cluster.requests[spared]["queue"] == KEPT:
+    if spared != NOBODY:
         for tier in range(TIERS):
             world["need_bytes"][tier] += sign * cluster.requests[spared]["held"][tier]
 

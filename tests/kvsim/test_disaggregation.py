@@ -204,6 +204,18 @@ def test_without_room_to_decode_the_state_waits_and_holds_its_memory(fidelity):
     assert np.dot(gaps, tokens) == pytest.approx((last - first).sum(), rel=1e-9)
 
 
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_state_that_stays_in_ddr_is_decoded_as_soon_as_there_is_a_slot(fidelity):
+    """One sequence decodes at a time: the second prompt waits for it, and then for nothing, since nothing moves."""
+    options = {"gpus": 2, "prefill_gpus": 1, "max_num_seqs": 1, "fidelity": fidelity}
+    result = simulate(trace([0.0, 0.001], 1000, [60, 5]), setup("offload-all", model=SMALL, **options))
+    r = result.requests
+    assert (r["status"] == "finished").all()
+    assert r["first_token_s"][1] < r["finish_s"][0]
+    assert r["handoff_s"][1] == pytest.approx(r["finish_s"][0] - r["first_token_s"][1], rel=1e-9)
+    assert result.traffic["gpu->gpu"]["handoff"] == 0
+
+
 @st.composite
 def clusters(draw):
     n = draw(st.integers(1, 8))

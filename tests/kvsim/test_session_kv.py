@@ -135,6 +135,17 @@ def test_memory_that_is_held_is_that_of_states_and_both_fidelities_agree(mode: s
         assert times[0][name] == pytest.approx(times[1][name], rel=1e-9)
 
 
+def test_a_turn_takes_over_what_lies_in_ddr_where_there_is_no_room_for_both() -> None:
+    """Half as much again as a state, all of which is in DDR anyway: the next turn is no second state beside it."""
+    requests, s = conversation(1.0, waits=False), setup("offload-all", session_kv="swap")
+    ddr_bytes = 3 * STATE_BYTES // 2
+    small = replace(s, host=replace(HOST, ddr_bytes=ddr_bytes), host_memory_utilization=1.0)
+    result = simulate(requests, small)
+    assert result.requests["status"].tolist() == ["finished", "finished"]
+    assert result.session_kv["resumed"] == 1
+    assert STATE_BYTES < result.memory["host0.ddr"]["peak_bytes"] < ddr_bytes
+
+
 REGIMES = {  # and the fixed choice that is best there
     "ample memory": ({}, "keep"),
     "little HBM": ({"gpu_memory_utilization": 0.26}, "swap"),
