@@ -66,7 +66,7 @@ def _names(replicas: list[int], lanes: bool) -> Iterator[Event]:
 
 
 def _overlap(requests: dict[str, Array], window_s: tuple[float, float]) -> Array:
-    gone = np.isin(requests["status"], ("rejected", "timed_out")) & np.isnan(requests["admitted_s"])
+    gone = (requests["status"] == "rejected") & np.isnan(requests["admitted_s"])
     over_s = np.where(np.isnan(requests["finish_s"]), np.inf, requests["finish_s"])
     if "timed_out_s" in requests:
         over_s = np.fmin(over_s, requests["timed_out_s"])
@@ -107,14 +107,18 @@ def _request(columns: dict[str, Array], row: int, away_s: _Aways, window_s: tupl
 def _phases(
     columns: dict[str, Array], row: int, away_s: Sequence[tuple[float, float]]
 ) -> Iterator[tuple[str, float, float]]:
-    """What a request did, one after the other, as far as it came."""
+    """What a request did, one after the other, as far as it came: until it left, where it has timed out."""
     arrival_s, admitted_s, first_s, finish_s = (
         float(columns[name][row]) for name in ("arrival_s", "admitted_s", "first_token_s", "finish_s")
     )
-    if math.isnan(admitted_s):
+    left_s = float(columns["timed_out_s"][row]) if "timed_out_s" in columns else math.nan
+    queued_s = left_s if math.isnan(admitted_s) else admitted_s
+    if math.isnan(queued_s):
         return
-    yield "queued", arrival_s, admitted_s
+    yield "queued", arrival_s, queued_s
     if math.isnan(first_s):
+        if admitted_s < left_s:
+            yield "prefill", admitted_s, left_s
         return
     ready_s = admitted_s + float(columns["prefix_s"][row])
     if ready_s > admitted_s:
@@ -152,7 +156,16 @@ def _operations(operations: dict[str, Array] | None) -> list[Event]:
 
 
 def _counters(series: dict[str, Array], from_s: float, to_s: float) -> Iterator[Event]:
-    for row in np.flatnonzero((series["time_s"] >= from_s) & (series["time_s"] <= to_s)).tolist():
-        at = {"ph": "C", "pid": int(series["replica"][row]), "ts": float(series["time_s"][row]) * 1e6}
-        for name in COUNTERS:
-            yield {**at, "name": name, "args": {name: int(series[name][row])}}
+    """The rows of a window, and before them what was there when it began."""
+    for replica in np.unique(series["replica"]).tolist():
+        rows = np.flatnonzero(series["replica"] == replica)
+        times_s = series["time_s"][rows]
+        if times_s[0] < from_s <= times_s[-1]:
+            yield from _count(replica, from_s, [np.interp(from_s, times_s, series[name][rows]) for name in COUNTERS])
+        for row in rows[(times_s >= from_s) & (times_s <= to_s)].tolist():
+            yield from _count(replica, float(series["time_s"][row]), [series[name][row] for name in COUNTERS])
+
+
+def _count(replica: int, at_s: float, values: Sequence[Any]) -> Iterator[Event]:
+    for name, value in zip(COUNTERS, values, strict=True):
+        yield {"ph": "C", "pid": replica, "ts": at_s * 1e6, "name": name, "args": {name: int(value)}}

@@ -14,6 +14,7 @@ from kvsim.shares import parse_shares
 from kvsim.tenants import parse_named
 
 if TYPE_CHECKING:
+    from kvsim.results import Result
     from kvsim.scenario import Scenario
     from kvsim.simulate import Setup
     from traces import Trace
@@ -190,6 +191,8 @@ def replay(
     with _folder(out), progress_bars(runs if len(drawn) > 1 else labels, len(requests)) as show:
         results, interrupted = simulate_all(jobs, show)
     results = asked.gather(results, len(setups), whole=not interrupted)
+    if results:
+        _warn_of_nothing_seen(asked, results[0])
     if out is not None and results:
         write(results, out, slo=asked.slo_s, warmup_s=asked.warmup)
     if several:
@@ -292,6 +295,18 @@ def _warn_of_unused_caches(setups: Sequence["Setup"]) -> None:
         if setup.session_kv != "recompute" and reuse_of(setup.policy) is not Reuse.BLOCKS:
             name = describe(setup.policy)
             _warn(f"session_kv={setup.session_kv} has no effect on {name}, whose state no longer prompt can use")
+
+
+def _warn_of_nothing_seen(asked: "Scenario", result: "Result") -> None:
+    arrival_s = result.requests["arrival_s"]
+    begin_s = float(arrival_s.min())
+    if asked.warmup > arrival_s.max():
+        _warn(
+            f"warmup={asked.warmup:g}s leaves no request for the latencies: the last arrives at {arrival_s.max():g} s"
+        )
+    if result.operations is not None and not len(result.operations["begin_s"]):
+        end_s = begin_s + result.makespan_s
+        _warn(f"nothing runs in the window of perfetto: the run goes from {begin_s:g} s to {end_s:g} s")
 
 
 @contextmanager

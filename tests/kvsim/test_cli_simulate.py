@@ -95,6 +95,16 @@ def test_a_window_is_written_in_full(capsys: pytest.CaptureFixture[str], tmp_pat
     assert message == "error: perfetto=0-1 is written to trace.perfetto.json in the folder of --out; add --out DIR"
 
 
+def test_figures_without_anything_to_see_are_warned_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["simulate", *SMALL, "--warmup", "1h", "--perfetto", "2h-3h", "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    last_s = traces.load("azure-2023-code", limit=60).arrival_s[-1]
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: warmup=3600s leaves no request for the latencies: the last arrives at {last_s:g} s",
+        f"warning: nothing runs in the window of perfetto: the run goes from 0 s to {summary['makespan_s']:g} s",
+    ]
+
+
 def test_seeds_resample_a_recorded_trace(capsys: pytest.CaptureFixture[str]) -> None:
     once, again = (json.loads(out_of(capsys, "simulate", *SMALL, "--seeds", "2", "--json")) for _ in range(2))
     found = once["uncertainty"]

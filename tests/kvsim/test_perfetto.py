@@ -13,6 +13,8 @@ from kvsim.perfetto import LANES, MOST_REQUESTS, perfetto_trace
 from kvsim.simulate import simulate
 
 LONG = (0.0, 1e6)
+TOKEN_BYTES = 131072  # Llama-3.1-8B, bf16
+WEIGHT_BYTES = setup().rank.weight_bytes
 
 
 def checked(result):
@@ -86,6 +88,31 @@ def test_a_rejected_request_has_no_slice_and_counters_are_the_series():
     counted = [e["args"]["hbm_bytes"] for e in document["traceEvents"] if e["ph"] == "C" and e["name"] == "hbm_bytes"]
     inside = result.series["time_s"] <= result.requests["finish_s"][0]
     assert counted == result.series["hbm_bytes"][inside].tolist()
+
+
+def test_a_window_between_two_notes_begins_with_what_is_there():
+    """While one request decodes its cache grows evenly: by a token a step."""
+    result = simulate(trace([0.0], 4000, 200), setup("full", perfetto=(0.5, 0.6)))
+    series, first_s, finish_s = result.series, *(result.requests[x][0] for x in ("first_token_s", "finish_s"))
+    assert first_s < 0.5
+    assert finish_s > 0.6
+    counted = {e["name"]: (e["ts"], e["args"]) for e in checked(result)["traceEvents"] if e["ph"] == "C"}
+    at, held = counted["hbm_bytes"]
+    grown = (0.5 - first_s) / (finish_s - first_s) * (series["hbm_bytes"].max() - 4000 * TOKEN_BYTES - WEIGHT_BYTES)
+    assert at == 0.5e6
+    assert held["hbm_bytes"] == pytest.approx(WEIGHT_BYTES + 4000 * TOKEN_BYTES + grown, abs=2 * TOKEN_BYTES)
+    assert (counted["running"][1], counted["waiting"][1]) == ({"running": 1}, {"waiting": 0})
+
+
+def test_who_timed_out_is_seen_until_then():
+    """The second waits in the queue for as long as it can, the first loses patience in its prefill."""
+    requests = trace([0.0, 0.01, 30.0], [60_000, 4000, 100], 1)
+    result = simulate(requests, setup("full", timeout_s=0.5, max_num_batched_tokens=256, max_num_seqs=1))
+    assert result.requests["status"].tolist()[:2] == ["timed_out", "timed_out"]
+    found = slices(checked(result))
+    assert found[0, "prefill"] == [pytest.approx((0.0, 0.5))]
+    assert found[1, "queued"][0][1] == pytest.approx(min(0.51, result.requests["admitted_s"][1]), nan_ok=True)
+    assert found[1, "request 1"] == [pytest.approx((0.01, 0.51))]
 
 
 def test_without_a_window_the_first_requests_are_shown():
