@@ -128,12 +128,16 @@ class Clock:
         model_times, _, _ = self.own_layers(tokens)
         program, prices = self._compiled([load.structure for load in loads], sharing)
         amounts = _amounts(loads)
-        before, nothing = [0.0] * len(model_times), [0] * len(model_times)
+        latency_s, _ = self.machine.peer
+        fixed_s, nbytes = [0.0], [0]
+        for _ in self._shapes:  # only their all-reduces transfer anything
+            fixed_s += [0.0, 0.0, 0.0, 2 * latency_s]
+            nbytes += [0, 0, 0, self.machine.allreduce_bytes(self.model, tokens)]
         return Iteration(
             program,
             [*model_times.tolist(), *prices.seconds(amounts)[0].tolist()],
-            before + prices.fixed_s.tolist(),
-            nothing + (amounts[1::AMOUNTS] + amounts[2::AMOUNTS]).tolist(),
+            fixed_s + prices.fixed_s.tolist(),
+            nbytes + (amounts[1::AMOUNTS] + amounts[2::AMOUNTS]).tolist(),
         )
 
     def head_s(self, logits: int) -> float:

@@ -9,45 +9,33 @@ moves at that moment, where the step fidelity gives each GPU a fixed share of th
 
 import math
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import simpy
 
 from kvsim.engine.engine import Engine
 from kvsim.engine.state import ITERATING, NOBODY, STALLED
 from kvsim.fairshare import FairShare
-from kvsim.hardware import Gpu, Host
-from kvsim.machine import CPU, D2H, H2D, LANES, SM
+from kvsim.machine import CPU, D2H, H2D, LANES, NVLINK, SM
 from kvsim.makespan import Iteration, Load
+from kvsim.op_transfers import LayerDone, Links, Process, Transfers, networks
 from kvsim.program import Slot
 from kvsim.setup import Setup
 from kvsim.timeline import STALL, operation_names
 
 _What = tuple[str, int]  # an operation's name and its layer
-Process = Generator[simpy.Event, Any, None]
 EVENTS_AT_ONCE = 5000
-
-
-class Node:
-    """One host: the links and processors that its replicas share."""
-
-    def __init__(self, env: simpy.Environment, gpu: Gpu, host: Host) -> None:
-        self.env, self.gpu, self.host = env, gpu, host
-        capacities = {"ddr": host.ddr_Bps, "cpu": 1.0}
-        for switch in range(-(-host.gpus_max // host.gpus_per_switch)):
-            capacities[f"switch{switch}.up"] = capacities[f"switch{switch}.down"] = host.switch_Bps
-        self.network = FairShare(env, capacities)
 
 
 def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
     """Replay the trace of an engine; says how many requests have left, now and then."""
     env = simpy.Environment()
+    links = [Links(setup, number) for number in range(setup.replicas)]
+    transfers: list[Transfers] = []
     replicas = []
-    for number in range(setup.replicas):
-        position = number % setup.replicas_per_host
-        if position == 0:
-            node = Node(env, setup.gpu, setup.host)
-        replicas.append(_Replica(env, engine, number, _Rank(node, engine, number, position)))
+    for number, network in enumerate(networks(env, setup, links)):
+        transfers.append(Transfers(engine, setup, number, links[number], network, transfers))
+        rank = _Rank(network, engine, number, links[number])
+        replicas.append(_Replica(env, engine, number, rank, transfers[number]))
     if setup.prefill_gpus:
         for replica in replicas:
             replica.beside = replicas
@@ -99,8 +87,11 @@ class _Arrivals:
 class _Replica:
     """The clock of one replica."""
 
-    def __init__(self, env: simpy.Environment, engine: Engine, number: int, rank: "_Rank") -> None:
-        self.env, self.engine, self.number, self.rank = env, engine, number, rank
+    def __init__(
+        self, env: simpy.Environment, engine: Engine, number: int, rank: "_Rank", transfers: Transfers
+    ) -> None:
+        self.env, self.engine, self.number, self.rank, self.transfers = env, engine, number, rank, transfers
+        transfers.wake = self.look
         self._wake: simpy.Event = env.event()
         self._until_s = math.inf
         self.beside: Sequence[_Replica] = ()
@@ -116,10 +107,11 @@ class _Replica:
         record = self.engine.cluster.replicas[self.number]
         while True:
             if record["phase"] == ITERATING:
-                yield from self.rank.execute(*self.engine.batch())
+                yield from self.rank.execute(*self.engine.batch(), self.transfers.streams())
             elif record["phase"] == STALLED:
-                self.rank.note(STALL, ("waits for swaps", 0), self.env.now, float(record["wake_s"]))
-                yield self.env.timeout(record["wake_s"] - self.env.now)
+                began_s = self.env.now
+                yield from self.transfers.swap()
+                self.rank.note(STALL, ("waits for swaps", 0), began_s, self.env.now)
             else:
                 self._wake = self.env.event()
                 self._until_s = ready_s = float(record["wake_s"])
@@ -131,6 +123,7 @@ class _Replica:
                     yield self._wake
             self._until_s = -math.inf  # nobody need wake it
             self.engine.turn(self.number, self.env.now)
+            self.transfers.set_out()
             for other in self.beside:
                 other.look()
             if self.arrivals is not None:
@@ -140,25 +133,20 @@ class _Replica:
 class _Rank:
     """A replica's ranks do the same at the same time, so one stands for all and takes `tp` shares of the host."""
 
-    def __init__(self, node: Node, engine: Engine, number: int, position: int) -> None:
-        self.env, self.network, self.clock = node.env, node.network, engine.clock
+    def __init__(self, network: FairShare, engine: Engine, number: int, links: Links) -> None:
+        self.env, self.network, self.clock = network.env, network, engine.clock
         self._timeline, self._number = engine.timeline, number
-        tp, per_switch = self.clock.machine.tp, node.host.gpus_per_switch
-        first = position * tp
-        switches = [gpu // per_switch for gpu in range(first, first + tp)]
-        self._uses = {
-            CPU: {"cpu": float(tp)},
-            H2D: {"ddr": float(tp), **{f"switch{s}.down": float(switches.count(s)) for s in set(switches)}},
-            D2H: {"ddr": float(tp), **{f"switch{s}.up": float(switches.count(s)) for s in set(switches)}},
-        }
+        self._uses = {CPU: links.cpu, H2D: links.h2d, D2H: links.d2h, NVLINK: links.ring}
 
     def note(self, lane: int, what: _What, begin_s: float, end_s: float) -> None:
         """Show an operation to whoever looks."""
         if self._timeline is not None:
             self._timeline.add(self._number, lane, *what, begin_s, end_s)
 
-    def execute(self, loads: list[Load], tokens: int, logits: int, guess_s: float) -> Process:
-        """Run one iteration from its first operation to its last."""
+    def execute(
+        self, loads: list[Load], tokens: int, logits: int, guess_s: float, layer_done: LayerDone | None
+    ) -> Process:
+        """Run one iteration from its first operation to its last, and tell what each layer's end depends on."""
         work, layer = self.clock.work(loads, tokens), -1
         names = operation_names(self.clock, [load.structure for load in loads])
         tails: list[simpy.Event | None] = [None] * len(LANES)
@@ -179,6 +167,8 @@ class _Rank:
                                 self._after(SM, what, [tails[SM]], slot.sm_share * work.seconds[slot.time])
                             )
                     done[0][slot.slot] = finished
+                if layer_done is not None:
+                    layer_done([finished for finished in done[0] if finished is not None])
         for slot in work.program.end:
             tails[slot.lane] = self._start(slot, (names[slot.time], layer), list(tails), work)
         yield self.env.all_of([tail for tail in tails if tail is not None])

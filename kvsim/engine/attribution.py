@@ -22,15 +22,20 @@ def expose(busy: Floats, total_s: float) -> None:
 
 def note_shared(replica: Record, busy: Floats) -> None:
     """Keep what of an iteration competes with others for the host."""
-    replica["shared_s"][0], replica["shared_s"][1] = busy[H2D] + busy[D2H], busy[CPU]
+    replica["shared_s"][0], replica["shared_s"][1], replica["shared_s"][2] = (
+        busy[H2D] + busy[D2H],
+        busy[CPU],
+        busy[NVLINK],
+    )
 
 
 def contend(replica: Record, late_s: float) -> None:
-    """An iteration took so much longer than it would alone: its copies and its CPU work had to share."""
-    shared_s = replica["shared_s"][0] + replica["shared_s"][1]
+    """An iteration took so much longer than it would alone: copies, CPU work and all-reduces had to share."""
+    shared_s = replica["shared_s"][0] + replica["shared_s"][1] + replica["shared_s"][2]
     if shared_s > 0:
         replica["busy_s"][BY_PCIE] += late_s * (replica["shared_s"][0] / shared_s)
         replica["busy_s"][BY_CPU] += late_s * (replica["shared_s"][1] / shared_s)
+        replica["busy_s"][BY_NVLINK] += late_s * (replica["shared_s"][2] / shared_s)
 
 
 def enter_batch(replica: Record, request: Record) -> None:

@@ -21,6 +21,7 @@ _KERNELS = (
     "estimate",
     "eviction",
     "handoff",
+    "inbound",
     "iteration",
     "loop",
     "memory",

@@ -1,5 +1,7 @@
 """The inner loop and what it needs from outside: plans, programs and times that it has not met."""
 
+import math
+
 import numpy as np
 
 from kvsim.derive import PlanTable, Structure
@@ -14,7 +16,9 @@ from kvsim.engine.sessions import next_arrival
 from kvsim.engine.state import (
     BOUNDS,
     COUNT,
+    INCOMING,
     NOBODY,
+    PREFILLING,
     PROMPTS,
     RUNNING,
     STORED,
@@ -105,6 +109,34 @@ class Engine:
     def depart(self, index: int, now_s: float) -> int:
         """Let a request leave without its first token; its replica is returned."""
         return depart(self.cluster, index, now_s)
+
+    def inbound(self, number: int) -> list[tuple[int, int]]:
+        """The requests that wait at a replica for state that has not set out yet, with its place in their order."""
+        requests, found = self.cluster.requests, []
+        for queue in (PREFILLING, INCOMING):
+            index = int(self.cluster.replicas[number]["first"][queue])
+            while index != NOBODY:
+                inbound = self.cluster.inbound[index]
+                if requests[index]["ready_s"] == math.inf and inbound["nbytes"]:
+                    found.append((int(inbound["serial"]), index))
+                index = int(requests[index]["after"])
+        return found
+
+    def streams(self, number: int) -> list[tuple[int, int, tuple[float, float]]]:
+        """Whose state leaves a replica in this iteration, where to, and what a layer adds to it in HBM and in DDR."""
+        world, found = self.cluster.world, []
+        index = int(self.cluster.replicas[number]["first"][PREFILLING])
+        while index != NOBODY:
+            request = self.cluster.requests[index]
+            share = request["chunk_tokens"] / request["prompt_tokens"]
+            if not world["streams_chunks"]:
+                last = request["past_tokens"] + request["chunk_tokens"] == request["prompt_tokens"]
+                share = float(last and share > 0)
+            if request["receiver"] != NOBODY and share:
+                hbm_bytes, ddr_bytes, *_ = (share / world["layers"] * request["sent"]).tolist()
+                found.append((index, int(request["receiver"]), (hbm_bytes, ddr_bytes)))
+            index = int(request["after"])
+        return found
 
     def batch(self) -> tuple[list[Load], int, int, float]:
         """The iteration begun last: its loads, tokens and rows of the head, and the seconds of guessing."""

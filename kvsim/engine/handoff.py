@@ -10,6 +10,7 @@ import math
 from kvsim.engine.attribution import leave_batch, taken_in
 from kvsim.engine.books import note_change
 from kvsim.engine.decoding import join, last_generated, target_tokens
+from kvsim.engine.inbound import BY_NIC, BY_PEER, bring
 from kvsim.engine.memory import fits, margin_bytes, release, set_need
 from kvsim.engine.plans import DECODE, amounts, find
 from kvsim.engine.queues import push_last, take_out
@@ -68,9 +69,9 @@ def hand_over(cluster: Cluster, number: int, index: int, now_s: float) -> None:
         last_share = request["chunk_tokens"] / request["prompt_tokens"]
         if not world["streams_chunks"]:  # what is built at the end of a prompt
             began_s, last_share = first_layer_s(cluster, number, now_s), 1.0
-        _send(cluster, index, began_s, now_s, last_share / world["layers"])
+        _send(cluster, index, began_s, now_s - replica["tail_s"], last_share / world["layers"], now_s)
     elif reserve(cluster, index, now_s):
-        _send(cluster, index, now_s, now_s, 0.0)
+        _send(cluster, index, now_s, now_s, 0.0, now_s)
     else:
         push_last(cluster.requests, replica, HANDING, index)
 
@@ -101,7 +102,7 @@ def take_over(cluster: Cluster, number: int, now_s: float) -> None:
             break
         take_out(cluster.requests, cluster.replicas[sender], index)
         _promise(cluster, index, number, now_s)
-        _send(cluster, index, now_s, now_s, 0.0)
+        _send(cluster, index, now_s, now_s, 0.0, now_s)
         sender = _next_sender(cluster)
     take_in(cluster, number, now_s)  # what stays where it is, in the host's DDR, has come at once
 
@@ -131,8 +132,9 @@ def take_in(cluster: Cluster, number: int, now_s: float) -> None:
 
 def first_layer_s(cluster: Cluster, number: int, now_s: float) -> float:
     """When the first layer of the iteration that ends now was done, as if layers took equally long."""
-    began_s = cluster.replicas[number]["began_s"]
-    return float(began_s + (now_s - began_s) / cluster.world["layers"])
+    replica = cluster.replicas[number]
+    layers_s = now_s - replica["tail_s"] - replica["began_s"]
+    return float(replica["began_s"] + layers_s / cluster.world["layers"])
 
 
 def _next_sender(cluster: Cluster) -> int:
@@ -171,35 +173,47 @@ def _promise(cluster: Cluster, index: int, receiver: int, now_s: float) -> None:
     note_change(cluster, receiver, now_s)
 
 
-def _send(cluster: Cluster, index: int, began_s: float, now_s: float, last_share: float) -> None:
-    """Send a state of which all is there now, and of which some was from `began_s` on.
+def _send(cluster: Cluster, index: int, began_s: float, last_s: float, last_share: float, now_s: float) -> None:
+    """Send a state of which some was there from `began_s` on, and the last `last_share` of it from `last_s` on.
 
-    Before the last `last_share` of it could leave, the prompt had to be complete. On one host state in DDR stays where
-    it is.
+    Nobody decodes before now. On one host state in DDR stays where it is.
     """
     world, request = cluster.world, cluster.requests[index]
     number, receiver = request["replica"], request["receiver"]
     sender, replica = cluster.replicas[number], cluster.replicas[receiver]
+    free_s = max(began_s, sender["link_free_s"], replica["link_free_s"])
     if sender["first_neighbour"] == replica["first_neighbour"]:
         nbytes, seconds = request["sent"][HBM], request["sent"][HBM] * world["peer_byte_s"]
-        latency_s = world["peer_latency_s"]
+        way, latency_s, done_s = BY_PEER, world["peer_latency_s"], free_s + seconds
         sender["handoff_peer_bytes"] += nbytes
         sender["busy_s"][NVLINK] += seconds
     else:
         nbytes = 0
         for tier in range(TIERS):
             nbytes += request["sent"][tier]
-        seconds, latency_s = nbytes * world["nic_byte_s"], world["nic_latency_s"]
+        seconds = nbytes * max(world["tp"] / world["nic_Bps"], world["pcie_down_s"])
+        way, latency_s, done_s = BY_NIC, world["nic_latency_s"], free_s + seconds
+        done_s = max(done_s, _through_adapters(cluster, number, receiver, nbytes, free_s))
         sender["handoff_nic_bytes"] += nbytes
         sender["nic_s"] += seconds
     request["ready_s"] = now_s
     if nbytes:
-        free_s = max(began_s, sender["link_free_s"], replica["link_free_s"]) + seconds
-        sender["link_free_s"] = replica["link_free_s"] = free_s
-        request["ready_s"] = max(free_s, now_s + last_share * seconds) + latency_s
+        come_s = max(done_s, last_s + last_share * seconds)
+        sender["link_free_s"] = replica["link_free_s"] = come_s
+        request["ready_s"] = bring(cluster, index, way, nbytes, now_s, max(now_s, come_s + latency_s))
     for tier in range(TIERS):
         request["lent"][tier], request["held"][tier] = request["held"][tier], request["reserved"][tier]
     request["sender"], request["replica"] = number, receiver
     push_last(cluster.requests, replica, INCOMING, index)
     if replica["phase"] == IDLE or (replica["phase"] == RUNNING and not replica["cut"]):
         replica["wake_s"] = min(replica["wake_s"], request["ready_s"])
+
+
+def _through_adapters(cluster: Cluster, sender: int, receiver: int, nbytes: int, from_s: float) -> float:
+    """When the last of these bytes is through the adapters of both hosts, which serve their GPUs in turn."""
+    done_s, seconds = from_s, nbytes * cluster.world["tp"] / cluster.world["nic_Bps"]
+    for way, end in enumerate((sender, receiver)):
+        host = cluster.replicas[cluster.replicas[end]["first_neighbour"]]
+        host["adapters_free_s"][way] = max(host["adapters_free_s"][way], from_s) + seconds
+        done_s = max(done_s, host["adapters_free_s"][way])
+    return float(done_s)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from kvsim.engine.records import AWAY, GAP, NOTE, PART, PATIENCE, PIN, REPLICA, REQUEST, TENANT, WORLD
+from kvsim.engine.records import AWAY, GAP, INBOUND, NOTE, PART, PATIENCE, PIN, REPLICA, REQUEST, TENANT, WORLD
 from kvsim.engine.state import (
     IDLE,
     MOST_PARTS,
@@ -41,6 +41,7 @@ def initial_cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTi
     return Cluster(
         world=world,
         requests=requests,
+        inbound=np.zeros(len(trace) if world["step_by_step"] else 0, dtype=INBOUND),
         order=np.full(len(trace), NOBODY),
         known=np.full(len(trace), NOBODY),
         replicas=_replicas(setup, prefixes),
@@ -179,7 +180,7 @@ def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:
         world[f"{name}_latency_s"], world[f"{name}_byte_s"] = latency_s, 1 / rate_Bps if rate_Bps else math.inf
     world["pcie_latency_s"] = rates.pcie_latency_s
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
-    world["ddr_Bps"], world["switch_Bps"] = host.ddr_Bps, host.switch_Bps
+    world["ddr_Bps"], world["switch_Bps"], world["nic_Bps"] = host.ddr_Bps, host.switch_Bps, host.nic_Bps
     world["spared"] = NOBODY
     world["session_kv"] = SESSION_KVS.index(setup.session_kv)
     world["several_tenants"] = len(trace.tenants) > 1

@@ -58,7 +58,9 @@ def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
         on_host, on_switch = replica["on_host"], replica["on_switch"]
         seconds = price(world, prices, rows, first, 0, 1.0, tokens, logits, on_host, on_switch)
         prompt_tokens = tokens - decoding * world["step_tokens"]
-        seconds += guess(world, world["busy_s"], decoding, prompt_tokens)
+        guess_s = guess(world, world["busy_s"], decoding, prompt_tokens)
+        replica["tail_s"] = guess_s + (world["head_s"] + logits * world["logit_s"] if logits else 0.0)
+        seconds += guess_s
     if replica["phase"] != STALLED:
         note_now(cluster, number, now_s)
         replica["began_s"] = now_s

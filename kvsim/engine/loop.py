@@ -117,8 +117,9 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
             begin_run(cluster, prices, number, now_s)
         else:
             note_now(cluster, number, now_s)
-            share(cluster, prices, number, 0, now_s)
-            replica["phase"], replica["wake_s"] = IDLE, next_ready_s(cluster, replica, now_s)
+            ready_s = next_ready_s(cluster, replica, now_s)
+            share(cluster, prices, number, int(ready_s < math.inf), now_s)  # what loads uses the host
+            replica["phase"], replica["wake_s"] = IDLE, ready_s
     return True
 
 

@@ -97,6 +97,8 @@ def transfer_s(world: Record, replica: Record, nbytes: int, direction: int) -> f
 def swap(world: Record, replica: Record, nbytes: int, direction: int) -> None:
     """Move a session's HBM bytes; the next iteration waits for it."""
     replica["stall_s"] += transfer_s(world, replica, nbytes, direction)
+    replica["stalls"] += nbytes > 0
+    replica["stall_bytes"][direction] += nbytes
     replica["swaps"] += 1
     if direction == UP:
         replica["swap_up_bytes"] += nbytes

@@ -6,6 +6,7 @@ Every function is for a replica that has caches. Replicas take note of a change 
 import math
 
 from kvsim.engine.eviction import learn
+from kvsim.engine.inbound import delay
 from kvsim.engine.prefix_cache import accept, fetch, match, store
 from kvsim.engine.prefix_held import note_held
 from kvsim.engine.prefix_reuse import shorten
@@ -41,7 +42,7 @@ def look_up(cluster: Cluster, prices: Prices, number: int, index: int, now_s: fl
 
 def admitted(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A request begins with what it has hit: that is used, and its slow blocks come up to DDR."""
-    prefixes, request = cluster.prefixes, cluster.requests[index]
+    prefixes = cluster.prefixes
     chain, hit = prefixes.chains[index], prefixes.hits[index]
     if prefixes.shelf["order"] == AWARE:
         leave(prefixes, number, index)
@@ -50,7 +51,7 @@ def admitted(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     latency_s = accept(prefixes, number, index, hit, now_s)
     if hit["landed_s"] > now_s:  # a pipeline: latencies add up, and the slowest link sets the pace
         own_s = cluster.world["pcie_latency_s"] if hit["load_bytes"] else 0.0
-        request["ready_s"] = max(request["ready_s"] + latency_s, hit["landed_s"] + own_s)
+        delay(cluster, index, latency_s, hit["landed_s"] + own_s)
     _publish(cluster, number, chain["part"], own, others, now_s)
     _free_ahead(cluster, number, chain, now_s)
 

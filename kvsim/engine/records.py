@@ -93,6 +93,7 @@ REPLICA = np.dtype(
         "loader_free_s",
         "link_free_s",  # when all state that it sends or receives has moved
         "nic_s",  # for which it sends to other hosts
+        "tail_s",  # of the iteration under way: the head and guesses, after all layers
         "round_begin_s",  # of a pipeline's last iteration
         "round_end_s",
     )
@@ -133,6 +134,7 @@ REPLICA = np.dtype(
         "swap_up_bytes",
         "swap_down_bytes",
         "swaps",
+        "stalls",  # copies of all that iterations have waited for, and their bytes up and down
         "turns_kept",
         "turns_swapped",
         "turns_dropped",
@@ -149,10 +151,12 @@ REPLICA = np.dtype(
         ("used_bytes", np.int64, (TIERS,)),  # at the start of this iteration or run
         ("cache_bytes", np.int64, (TIERS,)),
         ("plan_bytes", np.int64, (LINKS,)),
+        ("stall_bytes", np.int64, (2,)),
+        ("adapters_free_s", np.float64, (2,)),  # of its host, if it is the first there: sending and receiving
         ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
         ("stage_free_s", np.float64, (MOST_STAGES,)),  # when each stage is free
         ("exit_s", np.float64, (MOST_STAGES,)),  # when those micro-batches are out
-        ("shared_s", np.float64, (2,)),  # copies, and CPU work, of the iteration under way, if alone on the host
+        ("shared_s", np.float64, (3,)),  # copies, CPU work and all-reduces of the iteration under way, if alone
         *_seconds("busy_s"),
     ]
 )
@@ -184,6 +188,9 @@ PART = np.dtype(  # iterations whose durations lie on a line, and while a run is
 NOTE = np.dtype(
     _floats("time_s") + _ints("hbm_bytes", "ddr_bytes") + [(n, np.int32) for n in ("replica", "running", "waiting")]
 )
+INBOUND = np.dtype(
+    _ints("serial", "way", "nbytes") + _floats("from_s", "late_s", "least_s")
+)  # what a request waits for
 AWAY = np.dtype(_ints("request") + _floats("from_s", "to_s"))  # while it was preempted
 # Before a token of `whose`, or those of a batch (EVERYBODY); without steps, who joined or left that.
 GAP = np.dtype(
@@ -222,6 +229,7 @@ WORLD = np.dtype(
         "notes",  # rows written
         "gaps",
         "aways",
+        "set_out",  # states so far for which requests wait, where somebody else keeps the time
         "loads",  # of the batch, which was priced last, its tokens and its rows of the head
         "tokens",
         "logits",
@@ -229,7 +237,7 @@ WORLD = np.dtype(
     )
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
     + _floats("peer_latency_s", "peer_byte_s", "nic_latency_s", "nic_byte_s")  # between replicas
-    + _floats("ddr_Bps", "switch_Bps")
+    + _floats("ddr_Bps", "switch_Bps", "nic_Bps")
     + _floats("think_s", "return_share")  # on average, of sessions
     + _floats("prompt_weight", "output_weight")  # service of a token
     + _floats("window_from_s", "window_to_s")  # what begins within is shown

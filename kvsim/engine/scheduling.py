@@ -5,6 +5,7 @@ import math
 from kvsim.engine.attribution import enter_batch, prefix_ready, returned
 from kvsim.engine.decoding import join, target_tokens
 from kvsim.engine.handoff import hands_over, reserve
+from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.memory import (
     UP,
     hold,
@@ -144,7 +145,7 @@ def _begin(cluster: Cluster, prices: Prices, number: int, index: int, now_s: flo
         replica["prefix_up_bytes"] += load_bytes
         began_s = max(now_s, replica["loader_free_s"])
         replica["loader_free_s"] = began_s + transfer_s(cluster.world, replica, load_bytes, UP)
-        request["ready_s"] = replica["loader_free_s"]
+        request["ready_s"] = bring(cluster, index, BY_LOADER, load_bytes, now_s, replica["loader_free_s"])
     elif not waits:
         enter_batch(replica, request)
         request["chunk_tokens"] = chunk

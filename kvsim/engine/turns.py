@@ -12,6 +12,7 @@ evicted from HBM.
 
 import math
 
+from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.memory import DOWN, UP, copy_s, fits, set_need, transfer_s, used
 from kvsim.engine.queues import push_before, push_last, take_out
 from kvsim.engine.state import (
@@ -199,8 +200,10 @@ def resume(cluster: Cluster, index: int, parent: int, now_s: float) -> float:
     if parked and state["state_bytes"]:
         tokens = state["prompt_tokens"] + state["output_tokens"]
         nbytes = -(-state["state_bytes"] * request["shared_tokens"] // tokens)
-        began_s = max(now_s, replica["loader_free_s"], state["parked_s"])
-        replica["loader_free_s"] = ready_s = began_s + transfer_s(world, replica, nbytes, UP)
+        from_s = max(now_s, state["parked_s"])
+        began_s = max(from_s, replica["loader_free_s"])
+        replica["loader_free_s"] = began_s + transfer_s(world, replica, nbytes, UP)
+        ready_s = bring(cluster, index, BY_LOADER, nbytes, from_s, replica["loader_free_s"])
         replica["swap_up_bytes"] += nbytes
         replica["swaps"] += 1
     return float(ready_s)

@@ -35,6 +35,18 @@ def chunk_s(policy, prompt, past, new):
     return Clock(MODEL, machine).iteration([load], new, int(past + new == prompt))[0]
 
 
+HEAD_S = Clock(MODEL, Machine(gpu=GPU, host=HOST)).head_s(1)  # after all layers of a prompt's last chunk
+
+
+def tail_s(all_s, prefill_s, latency_s=1e-5):
+    """How long decoding waits for a state that takes `all_s` to send, of a prompt of one chunk that takes `prefill_s`.
+
+    Layers are done one after the other, each one's state takes its part, and after the last there is the head.
+    """
+    n, layers_s = MODEL.n_layers, prefill_s - HEAD_S
+    return max(0, max(all_s / n, all_s - layers_s * (n - 1) / n) - HEAD_S + latency_s)
+
+
 def kept_bytes(policy, prompt, model=MODEL):
     """What decoding finds of a prompt, layer by layer, without any algebra: bytes in HBM and in DDR."""
     kept = {Tier.HBM: 0, Tier.DDR: 0}
@@ -64,15 +76,10 @@ def pair(policy, **options):
 @pytest.mark.parametrize("fidelity", ["step", "op"])
 @pytest.mark.parametrize("nvlink_Bps", [400e9, 10e9, 1e9])
 def test_the_tail_of_a_lone_transfer_by_hand(fidelity, nvlink_Bps):
-    """A prompt of one chunk: its L layers are done one after the other in P, each layer's state then takes X / L.
-
-    On a fast link only the last layer's is late; on a slow one all of it moves from the end of the first layer on.
-    """
-    n_layers, prefill_s = MODEL.n_layers, chunk_s("full", 20_000, 0, 20_000)
-    all_s = 20_000 * TOKEN_BYTES / nvlink_Bps
-    tail_s = max(all_s / n_layers, all_s - prefill_s * (n_layers - 1) / n_layers) + 1e-5
+    """On a fast link at most the last layer's state is late; on a slow one all of it moves from the first layer on."""
+    expected_s = tail_s(20_000 * TOKEN_BYTES / nvlink_Bps, chunk_s("full", 20_000, 0, 20_000))
     late_s = pair("full", gpu=with_peers(nvlink_Bps), max_num_batched_tokens=1 << 15, fidelity=fidelity)
-    assert late_s == pytest.approx(tail_s, rel=1e-6)
+    assert late_s == pytest.approx(expected_s, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("nvlink_Bps", [400e9, 5e9])
@@ -81,31 +88,27 @@ def test_chunks_are_sent_while_later_ones_are_computed(nvlink_Bps):
     ends = np.cumsum([chunk_s("full", 20_000, past, new) for past, new in ((0, 8192), (8192, 8192), (16384, 3616))])
     all_s = 20_000 * TOKEN_BYTES / nvlink_Bps
     last_s = all_s * 3616 / 20_000 / MODEL.n_layers
-    tail_s = max(ends[0] / MODEL.n_layers + all_s - ends[2], last_s) + 1e-5
+    expected_s = max(0, max(ends[0] / MODEL.n_layers + all_s - ends[2], last_s - HEAD_S) + 1e-5)
     late_s = pair("full", gpu=with_peers(nvlink_Bps), max_num_batched_tokens=8192)
-    assert late_s == pytest.approx(tail_s, rel=1e-6)
+    assert late_s == pytest.approx(expected_s, rel=1e-6, abs=1e-9)
 
 
 def test_what_is_built_at_the_end_of_a_prompt_is_sent_during_its_last_chunk():
     """ShadowKV decomposes the keys of the whole prompt: nothing of its state is there before."""
-    n, nvlink_Bps = MODEL.n_layers, 2e9
-    last_chunk_s = chunk_s("shadowkv", 20_000, 16384, 3616)
-    all_s = kept_bytes("shadowkv", 20_000)[Tier.HBM] / nvlink_Bps
-    tail_s = max(all_s / n, all_s - last_chunk_s * (n - 1) / n) + 1e-5
-    late_s = pair("shadowkv", gpu=with_peers(nvlink_Bps), max_num_batched_tokens=8192)
-    assert late_s == pytest.approx(tail_s, rel=1e-6)
+    expected_s = tail_s(kept_bytes("shadowkv", 20_000)[Tier.HBM] / 2e9, chunk_s("shadowkv", 20_000, 16384, 3616))
+    late_s = pair("shadowkv", gpu=with_peers(2e9), max_num_batched_tokens=8192)
+    assert late_s == pytest.approx(expected_s, rel=1e-6)
 
 
 def test_between_hosts_the_network_carries_everything():
-    """An eighth of the adapters' 400 GB/s, no more than PCIe; what lies in DDR crosses it too."""
-    host = replace(LONELY, nic_Bps=20e9)
-    for policy in ("full", "offload-all"):
-        prefill_s = chunk_s(policy, 20_000, 0, 20_000)
-        all_s = 20_000 * TOKEN_BYTES / 20e9
-        n = MODEL.n_layers
-        tail_s = max(all_s / n, all_s - prefill_s * (n - 1) / n) + host.nic_latency_s
-        late_s = pair(policy, host=host, max_num_batched_tokens=1 << 15)
-        assert late_s == pytest.approx(tail_s, rel=1e-6)
+    """As fast as the adapters, but no faster than PCIe; what lies in DDR crosses them too."""
+    for nic_Bps, rate_Bps in ((20e9, 20e9), (400e9, GPU.rates.pcie_d2h_Bps)):
+        host = replace(LONELY, nic_Bps=nic_Bps)
+        for policy in ("full", "offload-all"):
+            all_s = 20_000 * TOKEN_BYTES / rate_Bps
+            expected_s = tail_s(all_s, chunk_s(policy, 20_000, 0, 20_000), host.nic_latency_s)
+            late_s = pair(policy, host=host, max_num_batched_tokens=1 << 15)
+            assert late_s == pytest.approx(expected_s, rel=1e-6, abs=1e-9)
     assert Machine(gpu=GPU, host=HOST).nic == (HOST.nic_latency_s, 50e9)
     assert Machine(gpu=GPU, host=replace(HOST, nic_Bps=8e12)).nic[1] == GPU.rates.pcie_d2h_Bps
 
@@ -268,8 +271,12 @@ def test_any_small_cluster_ends_and_conserves_and_both_fidelities_agree(cluster)
         sent = sum(state.bytes_of(n)[0] for n in r["prompt_tokens"][decodes].tolist())
         moved = result.traffic["gpu->gpu"]["handoff"] + result.traffic["nic"]["handoff"]
         assert moved == s.tp * sent or not done.all()
-    assert step.requests["replica"].tolist() == op.requests["replica"].tolist()
-    assert step.requests["finish_s"] == pytest.approx(op.requests["finish_s"], rel=1e-6, nan_ok=True)
+    # Step tells when a state comes by its first and its last layer. That is so where chunks are whole prompts, prompts
+    # follow one another, and nothing else is on the links: no all-reduces, and no state of another GPU.
+    one_by_one = s.max_num_seqs == 1 and s.max_num_batched_tokens == 8192
+    if one_by_one and s.tp == 1 and s.host.gpus_max >= s.gpus:
+        assert step.requests["replica"].tolist() == op.requests["replica"].tolist()
+        assert step.requests["finish_s"] == pytest.approx(op.requests["finish_s"], rel=1e-6, nan_ok=True)
 
 
 def test_decoding_is_not_disturbed_by_prompts():
