@@ -100,6 +100,38 @@ def test_whoever_is_offered_ends_in_one_way_and_leaves_nothing(options: dict) ->
     assert (ended[0] == ended[1]).all()
 
 
+CACHES = (
+    {"prefix_cache_eviction": "lfu", "prefix_cache_hbm_bytes": 2 << 30},
+    {"prefix_cache_eviction": "scheduler-aware"},
+    {"prefix_cache_prefetch": True, "prefix_cache_nvme_bytes": 4 << 30, "prefix_cache_write": "back"},
+    {"gpus": 2, "router": "kv-aware", "prefix_cache_remote_bytes": 4 << 30},
+)
+
+
+@pytest.mark.parametrize("options", CACHES)
+def test_who_was_admitted_has_asked_the_caches_and_nothing_is_kept_for_who_has_left(options: dict) -> None:
+    """Every admitted prompt asks the first tier for all its blocks, whether or not its client stays until the end."""
+    rng, n, blocks, documents = np.random.default_rng(5), 40 * options.get("gpus", 1), 8, 6
+    ids = (100 * rng.integers(documents, size=n)[:, None] + np.arange(blocks)).ravel()
+    requests = trace(
+        np.sort(rng.uniform(0, 2, n)), 512 * blocks, 8, block_tokens=512, block_ids=ids, block_counts=[blocks] * n
+    )
+    s = setup("full", timeout_s=0.3, max_num_batched_tokens=512, prefix_cache_ddr_bytes=1 << 30, **options)
+    cluster = _Cluster(requests, s)
+    cluster.play(None)
+    result = cluster.outcome().result(wall_s=0, cpu_s=0, setup_cpu_s=0)
+    admitted = ~np.isnan(result.requests["admitted_s"])
+    assert (admitted & (result.requests["status"] == "timed_out")).any()
+    assert not admitted.all()
+    asked = max(
+        tier["lookup_blocks"] for tier in result.cache.values()
+    )  # the first tier; the rest are asked for misses
+    assert asked == blocks * admitted.sum()
+    prefixes = cluster.engine.cluster.prefixes
+    assert not prefixes.tiers["taken_bytes"].any()
+    assert not prefixes.chains["is_ahead"].any()
+
+
 def test_memory_of_a_prompt_that_is_given_up_goes_to_who_waits_for_it() -> None:
     """In chunks of 256 tokens the first prompt takes longer than its client waits, and there is no room beside it."""
     requests = trace([0.0, 0.01], [60_000, 50_000], 1, tenant=[0, 1], tenants=("a", "b"))
