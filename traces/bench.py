@@ -52,7 +52,9 @@ def load(table: Table, options: Options, *, name: str, seed: int = 0, skip_bad_r
     for field in fields:
         cells = result[field]
         if not isinstance(cells, list) or len(cells) != len(result[COLUMNS[0]]):
-            shown = f"{len(cells)} entries" if isinstance(cells, list) else cells
+            shown = cells
+            if isinstance(cells, list):
+                shown = f"{len(cells)} entries beside {len(result[COLUMNS[0]])} of {COLUMNS[0]}"
             raise TraceError.at(table.source, line, field, shown, "must be a list, one entry for each request")
     requests = Table(
         source=table.source if runs == 1 else f"{table.source} run {row + 1}",

@@ -74,6 +74,18 @@ def test_random_clusters_stay_within_the_stated_bounds(policy, seed):
     assert 0.99 < a["tpot_s"]["mean"] / b["tpot_s"]["mean"] < (1.45 if policy == "offload-all" else 1.06)
 
 
+def test_where_most_time_is_decoding_the_gap_is_wider():
+    """Eight layers, outputs of 150 to 200 tokens: each step fetches, and step lets every fetch meet a neighbour's."""
+    model = replace(MODEL, name="eight layers", layers=MODEL.layers[:8])
+    requests = random_trace(301, 40, span_s=0.3, prompts=(12_000, 16_000), outputs=(150, 200))
+    step, op = (simulate(requests, setup("shadowkv", model=model, gpus=2, fidelity=f)) for f in ("step", "op"))
+    a, b = summarize(step), summarize(op)
+    assert step.traffic == op.traffic
+    assert 1.0 < step.makespan_s / op.makespan_s < 1.10
+    assert 1.0 < a["e2e_s"]["mean"] / b["e2e_s"]["mean"] < 1.18
+    assert 1.0 < a["tpot_s"]["mean"] / b["tpot_s"]["mean"] < 1.20
+
+
 class Run:
     """A run of the engine in which iteration i takes `seconds(i)`."""
 

@@ -223,7 +223,8 @@ def test_runs_of_one_file_are_chosen_by_number(saved):
     [
         ({"output_lens": [1, 0, 3]}, r"bench\.json:2: output_lens=0: must be a whole number from 1"),
         ({"input_lens": None}, r"bench\.json:1: input_lens=None: the result has no entry for each request; run vllm"),
-        ({"output_lens": [1]}, r"bench\.json:1: output_lens=1 entries: must be a list, one entry for each request"),
+        ({"output_lens": [1]}, r"bench\.json:1: output_lens=1 entries beside 3 of input_lens: must be a list, one"),
+        ({"input_lens": 7}, r"bench\.json:1: input_lens=7: must be a list, one entry for each request"),
         ({"request_rate": "trace"}, r"bench\.json:1: request_rate=trace: the result has no start_times and no rate"),
         ({"request_rate": None}, r"request_rate=None: the result has no start_times and no rate"),
         ({"max_concurrency": 0}, r"max_concurrency=0: must be a whole number from 1"),
