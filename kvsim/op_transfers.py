@@ -16,6 +16,7 @@ from kvsim.engine.memory import DOWN, UP
 from kvsim.engine.state import BY_SWAP, IDLE, Record
 from kvsim.fairshare import FairShare
 from kvsim.setup import Setup
+from kvsim.timeline import HANDOFF, LOAD, STORE
 
 Process = Generator[simpy.Event, Any, None]
 Uses = Mapping[str, float]
@@ -119,8 +120,10 @@ class Transfers:
     def _store(self, before: simpy.Event, nbytes: int) -> Process:
         rates = self._machine.gpu.rates
         yield before
+        began_s = self.env.now
         yield self.env.timeout(rates.pcie_latency_s)
         yield self.network.flow(nbytes, rates.pcie_d2h_Bps, self.links.d2h)
+        self._note(STORE, "store", began_s)
 
     def bring(self, index: int) -> Process:
         """Bring a request's state, and let the request know unless it has left or waits anew."""
@@ -143,8 +146,10 @@ class Transfers:
         rates, before, done = self._machine.gpu.rates, self._loaded, self.env.event()
         self._loaded = done
         yield before
-        yield self.env.timeout(max(0.0, inbound["from_s"] - self.env.now) + rates.pcie_latency_s)
+        began_s = max(self.env.now, float(inbound["from_s"]))
+        yield self.env.timeout(began_s - self.env.now + rates.pcie_latency_s)
         yield self.network.flow(float(inbound["nbytes"]), rates.pcie_h2d_Bps, self.links.h2d)
+        self._note(LOAD, "load", began_s)
         done.succeed()
 
     def _receive(self, sender: "Transfers", index: int, inbound: Record) -> Process:
@@ -188,5 +193,12 @@ class Transfers:
         if receiver.links.host != self.links.host:
             cap_Bps = min(machine.host.nic_Bps / machine.tp, machine.gpu.rates.pcie_d2h_Bps)
         yield self.env.all_of(waits)
+        began_s = self.env.now
         yield self.network.flow(nbytes, cap_Bps, self.links.to(receiver.links))
+        self._note(HANDOFF, "state", began_s)
         done.succeed(self.env.now)
+
+    def _note(self, lane: int, name: str, began_s: float) -> None:
+        """Show a transfer to whoever looks."""
+        if self._engine.timeline is not None:
+            self._engine.timeline.add(self.number, lane, name, 0, began_s, self.env.now)

@@ -23,6 +23,9 @@ LANES = {
     "nvlink": "NVLink",
     "host": "host thread",
     "stall": "waits for swaps",
+    "load": "PCIe up, beside iterations",
+    "store": "PCIe down, beside iterations",
+    "handoff": "NVLink or network, to other replicas",
 }
 
 Event = dict[str, Any]

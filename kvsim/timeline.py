@@ -12,7 +12,8 @@ from kvsim.program import Floats, Program
 from kvsim.results import Array
 
 MOST_OPERATIONS = 250_000  # a viewer takes more, but not with ease
-STALL = len(LANES)  # the lane of waits for swaps, beside those of the machine
+BESIDE = ("stall", "load", "store", "handoff")  # lanes beside those of the machine; all but the first only in `op`
+STALL, LOAD, STORE, HANDOFF = range(len(LANES), len(LANES) + len(BESIDE))
 OWN = ("qkv", "out", "mlp", "all-reduce")  # what the model itself runs, for each shape of layer
 
 
@@ -77,7 +78,7 @@ class Timeline:
         )
         rows = rows[np.lexsort((rows["begin_s"], rows["lane"], rows["replica"]))]
         names = np.array([*self._names], dtype=object)
-        lanes = np.array([*LANES, "stall"], dtype=object)
+        lanes = np.array([*LANES, *BESIDE], dtype=object)
         return {
             "replica": rows["replica"],
             "lane": lanes[rows["lane"]],

@@ -81,6 +81,32 @@ def test_states_of_several_gpus_share_the_adapters_evenly(senders):
     assert late_s == pytest.approx(all_s - (prefill_s - first_s), rel=1e-6)
 
 
+def test_a_window_shows_what_moves_beside_iterations():
+    """Loads and stores of prefixes by the time that their bytes take alone, states of prompts by their layers."""
+    requests = cached([0.0, 50.0], [8 * BLOCK, 9 * BLOCK], [list(range(8))] * 2)
+    seen = {"perfetto": (0.0, 100.0), "fidelity": "op"}
+    shown = simulate(requests, setup(prefix_cache_ddr_bytes=100 << 30, **seen)).operations
+    took_s = {
+        lane: (shown["end_s"] - shown["begin_s"])[shown["lane"] == lane].tolist()
+        for lane in ("load", "store", "handoff")
+    }
+    rates, block_bytes = GPU.rates, BLOCK * TOKEN_BYTES
+    up_Bps, down_Bps = (min(rate, HOST.switch_Bps) for rate in (rates.pcie_h2d_Bps, rates.pcie_d2h_Bps))
+    assert took_s["load"] == pytest.approx([rates.pcie_latency_s + 8 * block_bytes / up_Bps])
+    assert took_s["store"] == pytest.approx(
+        [rates.pcie_latency_s + blocks * block_bytes / down_Bps for blocks in (8, 1)]
+    )
+    assert took_s["handoff"] == []
+    shown = simulate(
+        trace([0.0], 6000, 2), setup(gpus=2, prefill_gpus=1, max_num_batched_tokens=8192, **seen)
+    ).operations
+    sent = shown["lane"] == "handoff"
+    assert sent.sum() == MODEL.n_layers
+    assert set(shown["replica"][sent]) == {0}
+    all_s = (shown["end_s"] - shown["begin_s"])[sent].sum()
+    assert all_s == pytest.approx(6000 * TOKEN_BYTES / rates.nvlink_Bps, rel=1e-6)
+
+
 def test_all_reduces_over_pcie_compete_with_offloaded_caches():
     """Without NVLink the ranks' all-reduces take the links that the cache streams over; with it they do not."""
     requests, host = random_trace(3, 4, span_s=1.0, outputs=(4, 8)), replace(HOST, gpus_per_switch=1)
