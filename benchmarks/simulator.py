@@ -270,6 +270,7 @@ def main() -> None:
         "command": "python benchmarks/simulator.py " + " ".join(sys.argv[1:]),
         "commit": commit(),
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "load_average": os.getloadavg()[-1],  # of a quarter of an hour: above the cores, others have slowed this down
         "python": platform.python_version(),
         "rows": rows,
     }
