@@ -214,11 +214,13 @@ class Outcome:
     def _slow_links(self, makespan_s: float) -> dict[str, dict[str, float]]:
         rows = {}
         for name, links in self._slow_ways().items():
-            busy_s = sum(links["busy_s"].tolist())
+            shares = self.prefixes.host_shares
+            hosts = len(links) * len(shares)
+            busy_s = sum(links["busy_s"].tolist()) / max(shares)  # counted are the busiest hosts
             rows[name] = {
                 "bytes": int(links["moved_bytes"].sum()),
                 "busy_s": busy_s,
-                "utilization": busy_s / (makespan_s * len(links)) if makespan_s and len(links) else 0.0,
+                "utilization": busy_s / (makespan_s * hosts) if makespan_s and hosts else 0.0,
             }
         return rows
 
@@ -227,12 +229,14 @@ class Outcome:
         setup, memory = self.setup, {}
         sizes = {"nvme": setup.host.nvme_bytes, "remote": setup.prefix_cache_remote_bytes}
         for name in self._slow:
+            shares = self.prefixes.host_shares if name == "nvme" else [1.0]
             for index, (peak_bytes, byte_s) in enumerate(self.prefixes.held(name, start_s + makespan_s)):
-                memory[f"host{index}.{name}" if name == "nvme" else name] = {
-                    "capacity_bytes": sizes[name],
-                    "peak_bytes": peak_bytes,
-                    "mean_bytes": byte_s / makespan_s if makespan_s else 0.0,
-                }
+                for host, share in enumerate(shares, index * len(shares)):
+                    memory[f"host{host}.{name}" if name == "nvme" else name] = {
+                        "capacity_bytes": sizes[name],
+                        "peak_bytes": round(share * peak_bytes),
+                        "mean_bytes": share * byte_s / makespan_s if makespan_s else 0.0,
+                    }
         return memory
 
     def _cache(self) -> dict[str, dict[str, int]]:
@@ -250,17 +254,10 @@ class Outcome:
             return {}
         return {"prefetched_blocks": int(self.prefixes.tiers(name)["prefetched_blocks"].sum())}
 
-    @property
-    def _weight_bytes(self) -> list[int]:
-        """Of a GPU of each stage, with what guesses."""
-        guesser = self.setup.guesser()
-        guessing = 0 if guesser is None else guesser.weight_bytes
-        return [rank.weight_bytes + guessing for rank in self.setup.stages.ranks]
-
     def _series(self, notes: dict[str, Array]) -> dict[str, Array]:
         """The notes as results have them, in the same memory."""
         series = {name: notes[name] for name in ("time_s", "replica", *MEMORY, "running", "waiting")}
-        series["hbm_bytes"] += sum(self._weight_bytes)
+        series["hbm_bytes"] += sum(self.setup.weight_bytes)
         for name in MEMORY:
             series[name] *= self.setup.tp
         return series
@@ -273,7 +270,7 @@ class Outcome:
         own = [slice(*rows) for rows in pairwise([0, *ends])]
         for index, rows in enumerate(own):
             peak, mean = peak_and_mean([(notes["time_s"][rows], notes["hbm_bytes"][rows])], start_s, end_s)
-            for stage, (weight_bytes, share) in enumerate(zip(self._weight_bytes, hbm_shares, strict=True)):
+            for stage, (weight_bytes, share) in enumerate(zip(setup.weight_bytes, hbm_shares, strict=True)):
                 for gpu in range((index * pp + stage) * tp, (index * pp + stage + 1) * tp):
                     memory[f"gpu{gpu}.hbm"] = {
                         "capacity_bytes": setup.gpu.memory_bytes,

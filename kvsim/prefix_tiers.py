@@ -46,7 +46,14 @@ class PrefixTiers:
 
     def __init__(self, trace: Trace, setup: Setup) -> None:
         self._setup, self._reuse = setup, reuse_of(setup.policy)
-        self._token_bytes = [n * setup.tp for n in _token_bytes(setup)]
+        stages = [_token_bytes(setup, own) for own in setup.stages.layers]
+        self._token_bytes = [n * setup.tp for n in map(sum, zip(*stages, strict=True))]
+        self._stage_bytes = [sum(kept) for kept in stages]
+        self._host_bytes = [0] * (setup.stages.hosts[-1] + 1)  # that the hosts of a replica have of it
+        for host, nbytes in zip(setup.stages.hosts, self._stage_bytes, strict=True):
+            self._host_bytes[host] += nbytes
+        whole = sum(self._host_bytes)
+        self.host_shares = [nbytes / whole for nbytes in self._host_bytes] if whole else [1.0]
         sizes = setup.prefix_cache_bytes
         self.on = any(sizes.values()) and self._reuse is not Reuse.NOTHING and sum(self._token_bytes) > 0
         if self.on and not trace.block_tokens:
@@ -73,10 +80,13 @@ class PrefixTiers:
         shelf["cheaper"], shelf["prefetch"] = setup.prefix_cache_reuse == "cheaper", setup.prefix_cache_prefetch
         shelf["shared"], shelf["ranks"] = sizes["remote"] > 0, setup.tp
         shelf["block_hbm_bytes"] = trace.block_tokens * self._token_bytes[0]
+        in_hbm = [kept[0] for kept in stages]
+        shelf["widest_stage"] = max(in_hbm) / max(1, sum(in_hbm))
+        self.arrays.links["Bps"] /= max(self.host_shares)  # each host moves its part of a block
         floor_s = machine.copy_floor_s(ALONE)
         shelf["pcie_up_s"], shelf["pcie_down_s"] = (
-            max(1 / rates.pcie_h2d_Bps, floor_s),
-            max(1 / rates.pcie_d2h_Bps, floor_s),
+            shelf["widest_stage"] * max(1 / rates.pcie_h2d_Bps, floor_s),
+            shelf["widest_stage"] * max(1 / rates.pcie_d2h_Bps, floor_s),
         )
 
     def tiers(self, name: str) -> Records:
@@ -103,8 +113,7 @@ class PrefixTiers:
 
     def _lay_out(self, shares: Sequence[float]) -> tuple[Records, Records]:
         """For each part of a quota a share of all tiers; what each replica finds of each part."""
-        setup, sizes, hosts = self._setup, list(self._setup.prefix_cache_bytes.values()), self._hosts
-        sizes[0] //= setup.replicas_per_host
+        setup, hosts, sizes = self._setup, self._hosts, self._sizes()
         numbers = np.arange(setup.replicas)
         where = [numbers, numbers // setup.replicas_per_host, numbers // setup.replicas_per_host, 0 * numbers]
         caches = np.full((setup.replicas, len(shares)), NOBODY, dtype=CACHE)
@@ -120,6 +129,14 @@ class PrefixTiers:
         tiers = np.zeros(len(rows), dtype=TIER)
         tiers["capacity_bytes"], tiers["memory"] = np.array(rows, np.int64).reshape(-1, 2).T
         return tiers, caches
+
+    def _sizes(self) -> list[int]:
+        """Of one tier of each name: whole blocks that fit where stages and hosts hold their parts of each."""
+        setup = self._setup
+        hbm, ddr, nvme, remote = setup.prefix_cache_bytes.values()
+        stage = hbm * setup.tp // (setup.replicas_per_host * setup.gpus_on_host)
+        on_hosts = [_fitting_bytes(size, self._host_bytes) for size in (ddr, nvme)]
+        return [_fitting_bytes(stage, self._stage_bytes), *on_hosts, remote]
 
     def _share_of(self, name: str, whole_bytes: int, share: float) -> int:
         capacity_bytes = int(whole_bytes * share) if share < 1 else whole_bytes
@@ -222,12 +239,17 @@ def apart(trace: Trace) -> Trace:
     return replace(trace, block_ids=np.unique(pairs, return_inverse=True)[1].astype(np.int32))
 
 
-def _token_bytes(setup: Setup) -> Sequence[int]:
-    """Bytes per tier that one rank keeps for each further token of a long prompt, staging aside."""
+def _fitting_bytes(room: int, parts: Sequence[int]) -> int:
+    """Bytes of all parts of something that fit where each has so much room."""
+    return min((room * sum(parts) // part for part in parts if part), default=room)
+
+
+def _token_bytes(setup: Setup, layers: Sequence[int]) -> Sequence[int]:
+    """Bytes per tier that one rank of these layers keeps for each further token of a long prompt, staging aside."""
     kept = []
     for tokens in (1 << 20, 1 << 21):
         step = Step.decoding(tokens, 1)
-        plans = [plan_layer(setup.policy, setup.rank, step, layer) for layer in range(setup.rank.n_layers)]
+        plans = [plan_layer(setup.policy, setup.rank, step, layer) for layer in layers]
         stored = stored_bytes([[b for b in plan.buffers if not b.ring] for plan in plans])
         kept.append([stored[tier] for tier in TIERS])
     return [-(-(longer - long) // (1 << 20)) for long, longer in zip(*kept, strict=True)]

@@ -207,10 +207,8 @@ class Setup:
         others = {
             "fidelity=op": self.fidelity != "step",
             "prefill_gpus": self.prefill_gpus,
-            "prefix caches": any(self.prefix_cache_bytes.values()),
             "perfetto": self.perfetto,
-            "speculation": self.speculation,
-            "session_kv": self.session_kv != "recompute",
+            "a draft model of speculate": self.speculation is not None and self.speculation.draft is not None,
         }
         if used := [name for name, given in others.items() if given]:
             raise ValueError(f"pp={self.pp} does not work with {' and '.join(used)} yet; use pp=1 or leave that out")
@@ -287,6 +285,13 @@ class Setup:
         """What guessing costs a rank; None where nothing is guessed."""
         return None if self.speculation is None else Guesser(self.speculation, self.rank, self.machine())
 
+    @property
+    def weight_bytes(self) -> list[int]:
+        """Of a GPU of each stage; what guesses stands where the head does, on the last."""
+        guesser, weight_bytes = self.guesser(), [rank.weight_bytes for rank in self.stages.ranks]
+        weight_bytes[-1] += 0 if guesser is None else guesser.weight_bytes
+        return weight_bytes
+
     def machine(self) -> Machine:
         """One rank's place in its node."""
         return Machine(gpu=self.gpu, host=self.host, tp=self.tp)
@@ -299,14 +304,13 @@ class Setup:
         """
         ranks = self.replicas_per_host * self.gpus_on_host
         usable = int(self.gpu.memory_bytes * self.gpu_memory_utilization)
-        guesser = self.guesser()
-        guessing = 0 if guesser is None else guesser.weight_bytes
         cached = self.prefix_cache_hbm_bytes // ranks
-        rooms = [usable - rank.weight_bytes - guessing - self.activation_bytes - cached for rank in self.stages.ranks]
+        rooms = [usable - weight_bytes - self.activation_bytes - cached for weight_bytes in self.weight_bytes]
         if min(rooms) <= 0:
+            guesser = self.guesser()
             parts = [
                 ("weights", max(rank.weight_bytes for rank in self.stages.ranks)),
-                ("draft", guessing),
+                ("draft", 0 if guesser is None else guesser.weight_bytes),
                 ("activations", self.activation_bytes),
                 ("prefix cache", cached),
             ]

@@ -7,6 +7,7 @@ import numpy as np
 from kvsim.derive import PlanTable, Structure
 from kvsim.engine.batch import first_load
 from kvsim.engine.books import note_now
+from kvsim.engine.estimate import prefill_s
 from kvsim.engine.initial import initial_cluster, set_turns
 from kvsim.engine.loop import arrive, play
 from kvsim.engine.patience import depart, departure_s, next_departure
@@ -60,10 +61,11 @@ class Engine:
         self._clocks = [Clock(rank, clock.machine) for rank in setup.stages.ranks] if setup.pp > 1 else [clock]
         self._model, self._model_s = model_arrays(clock, setup.most_tokens, setup.pp)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
-        set_turns(self.cluster, trace, setup, prefill_estimate(table, clock, setup.max_num_batched_tokens))
         self._wanted = self.cluster.world["wanted"]
         self._lay_out_plans()
         self._lay_out_prices()
+        alone_s = prefill_estimate(table, clock, setup.max_num_batched_tokens)
+        set_turns(self.cluster, trace, setup, alone_s if setup.pp == 1 else self.prefill_s)
         for number in range(setup.replicas):
             note_now(self.cluster, number, 0.0)
         if setup.fidelity == "step":
@@ -94,6 +96,14 @@ class Engine:
         while True:
             try:
                 return arrive(self.cluster, self._prices, index, now_s)
+            except Detour:
+                self._serve()
+
+    def prefill_s(self, prompt_tokens: int, cached_tokens: int) -> float:
+        """How long a prompt's prefill takes by itself."""
+        while True:
+            try:
+                return prefill_s(self.cluster, self._prices, prompt_tokens, cached_tokens)
             except Detour:
                 self._serve()
 

@@ -78,25 +78,28 @@ def never_fits(cluster: Cluster, index: int) -> bool:
     return outgrows
 
 
-def copy_s(world: Record, replica: Record, nbytes: int, direction: int) -> float:
-    """Time to move one contiguous piece between HBM and DDR at a fair share of the host, each stage its part."""
+def copy_s(world: Record, replica: Record, nbytes: int, share: float, direction: int) -> float:
+    """Time to move one contiguous piece between HBM and DDR at a fair share of the host.
+
+    Each stage moves its part, a `share` of it at the most.
+    """
     floor_s = max(replica["on_host"] / world["ddr_Bps"], replica["on_switch"] / world["switch_Bps"])
     link_s = world["pcie_up_s"] if direction == UP else world["pcie_down_s"]
-    return float(world["pcie_latency_s"] + nbytes * world["widest_stage"] * max(link_s, floor_s))
+    return float(world["pcie_latency_s"] + nbytes * share * max(link_s, floor_s))
 
 
-def transfer_s(world: Record, replica: Record, nbytes: int, direction: int) -> float:
+def transfer_s(world: Record, replica: Record, nbytes: int, share: float, direction: int) -> float:
     """The same of something that moves, if anything; it counts as background."""
     if not nbytes:
         return 0.0
-    seconds = copy_s(world, replica, nbytes, direction)
+    seconds = copy_s(world, replica, nbytes, share, direction)
     replica["background_s"][direction] += seconds
     return seconds
 
 
 def swap(world: Record, replica: Record, nbytes: int, direction: int) -> None:
     """Move a session's HBM bytes; the next iteration waits for it."""
-    replica["stall_s"] += transfer_s(world, replica, nbytes, direction)
+    replica["stall_s"] += transfer_s(world, replica, nbytes, world["widest_stage"], direction)
     replica["stalls"] += nbytes > 0
     replica["stall_bytes"][direction] += nbytes
     replica["swaps"] += 1

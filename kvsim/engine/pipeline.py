@@ -9,6 +9,7 @@ on the slowest stage, or one of them through all stages.
 from kvsim.engine.batch import first_load, prompt_tokens, set_batch, share_of
 from kvsim.engine.books import charge_model, charge_plans
 from kvsim.engine.pricing import price
+from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state import (
     BOUND,
     BUSY,
@@ -55,8 +56,9 @@ def _pass(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: in
         set_batch(cluster, number, part, parts)
         tokens, logits = world["tokens"], world["logits"]
         decodes = share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)
-        ends += logits - decodes
-        at_s = ready_s if tokens > decodes else 0.0
+        prompts = tokens - decodes * world["step_tokens"]
+        ends += logits - (tokens - prompts)
+        at_s = ready_s if prompts else 0.0
         if decodes:
             out_s = replica["exit_s"][max(0, replica["parts"] - parts + part)]
             at_s = max(at_s, out_s if follows and replica["parts"] else now_s)
@@ -64,6 +66,8 @@ def _pass(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: in
             if stage:
                 at_s += _hop_s(world, stage, tokens)
             seconds = _price_stage(cluster, prices, number, stage, 1.0, tokens, logits, parts)
+            if stage == world["stages"] - 1:
+                seconds += guess(world, world["round_busy_s"], decodes, prompts)
             at_s = max(at_s, world["stage_s"][stage]) + seconds
             world["stage_s"][stage] = at_s
             work_s += seconds
@@ -82,8 +86,9 @@ def _ready_s(cluster: Cluster, number: int) -> float:
         return float(replica["round_end_s"])
     while index != NOBODY:
         request = cluster.requests[index]
-        late = request["arrival_s"] > replica["round_begin_s"] or request["preemptions"] > 0
-        if request["chunk_tokens"] and request["past_tokens"] == 0 and late:
+        loaded = request["prefix_s"] > 0 and request["ready_s"] > replica["round_begin_s"]
+        late = request["arrival_s"] > replica["round_begin_s"] or request["preemptions"] > 0 or loaded
+        if request["chunk_tokens"] and request["past_tokens"] in (0, request["cached_tokens"]) and late:
             return float(replica["round_end_s"])
         index = request["after"]
     return float(replica["round_begin_s"])
@@ -94,18 +99,21 @@ def circulate(cluster: Cluster, prices: Prices, number: int) -> None:
 
     Each micro-batch has the mean of the sequences, so that times stay convex in the step.
     """
-    world, tokens = cluster.world, cluster.replicas[number]["length"][DECODING]
-    size, parts = micro_batches(world, tokens)
-    if not prices.model[(tokens - (parts - 1) * size) * world["stages"]]["known"]:  # of the last, for the books
-        world["wanted"][0], world["wanted"][1] = WANT_TIMES, tokens - (parts - 1) * size
+    world, decoding = cluster.world, cluster.replicas[number]["length"][DECODING]
+    size, parts = micro_batches(world, decoding)
+    tokens, last = size * world["step_tokens"], (decoding - (parts - 1) * size) * world["step_tokens"]
+    if not prices.model[last * world["stages"]]["known"]:  # for the books
+        world["wanted"][0], world["wanted"][1] = WANT_TIMES, last
         raise Detour
     _clear(world)
     slowest_s = through_s = 0.0
     for stage in range(world["stages"]):
-        seconds = _price_stage(cluster, prices, number, stage, size / tokens, size, size, parts)
+        seconds = _price_stage(cluster, prices, number, stage, size / decoding, tokens, tokens, parts)
+        if stage == world["stages"] - 1:
+            seconds += guess(world, world["round_busy_s"], size, 0)
         slowest_s = max(slowest_s, parts * seconds)
         through_s += seconds
-    sent_s = send_s(world, size)
+    sent_s = send_s(world, tokens)
     if through_s + sent_s > slowest_s:
         _finish(world, through_s + sent_s, sent_s, parts * through_s, parts)
     else:
@@ -120,10 +128,10 @@ def note_exits(world: Record, replica: Record, now_s: float, seconds: float) -> 
     replica["parts"], replica["round_end_s"], replica["full"] = parts, now_s, 0
 
 
-def micro_batches(world: Record, tokens: int) -> tuple[int, int]:
+def micro_batches(world: Record, decoding: int) -> tuple[int, int]:
     """Sequences in each micro-batch of a decode iteration but the last, and how many there are."""
-    size = -(-tokens // world["stages"])
-    return int(size), int(-(-tokens // size))
+    size = -(-decoding // world["stages"])
+    return int(size), int(-(-decoding // size))
 
 
 def send_s(world: Record, tokens: int) -> float:
@@ -145,31 +153,34 @@ def _hop_s(world: Record, stage: int, tokens: int) -> float:
 def charge_round(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: int) -> None:
     """Book an iteration that begins now in so many micro-batches and has been priced."""
     world, replica, rows, first = cluster.world, cluster.replicas[number], cluster.rows, first_load(cluster)
+    decoding = replica["length"][DECODING]
     for part in range(parts):
         set_batch(cluster, number, part, parts)
+        decodes = share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)
         for row in range(first, first + world["loads"]):
             charge_plans(world, replica, prices, rows[row, 0], rows[row], 1)
         charge_model(world, replica, prices, 1, world["tokens"], world["logits"])
         charge_sends(world, replica, 1, world["tokens"])
+        charge_guesses(world, replica, 1, decodes, world["tokens"] - decodes * world["step_tokens"])
     for i in range(len(BUSY)):
         replica["busy_s"][i] += world["round_busy_s"][i]
     for stage in range(world["stages"]):
         replica["stage_free_s"][stage] = world["stage_s"][stage]
     for part in range(parts):
         replica["exit_s"][part] = world["exit_s"][part]
-    replica["parts"] = parts if replica["length"][DECODING] else 0
+    replica["parts"] = parts if decoding else 0
     replica["round_begin_s"], replica["round_end_s"] = now_s, now_s + world["round_s"]
     replica["full"] = replica["batch_tokens"] <= 0
 
 
-def charge_circulation(world: Record, replica: Record, prices: Prices, iterations: int, tokens: int) -> None:
+def charge_circulation(world: Record, replica: Record, prices: Prices, iterations: int, decoding: int) -> None:
     """Book the weights that decode iterations read, and the bytes of their collectives and activations."""
-    size, parts = micro_batches(world, tokens)
-    last = tokens - (parts - 1) * size
-    charge_model(world, replica, prices, iterations * (parts - 1), size, size)
-    charge_model(world, replica, prices, iterations, last, last)
-    charge_sends(world, replica, iterations * (parts - 1), size)
-    charge_sends(world, replica, iterations, last)
+    size, parts = micro_batches(world, decoding)
+    for times, sequences in ((iterations * (parts - 1), size), (iterations, decoding - (parts - 1) * size)):
+        tokens = sequences * world["step_tokens"]
+        charge_model(world, replica, prices, times, tokens, tokens)
+        charge_sends(world, replica, times, tokens)
+        charge_guesses(world, replica, times, sequences, 0)
 
 
 def charge_sends(world: Record, replica: Record, times: int, tokens: int) -> None:

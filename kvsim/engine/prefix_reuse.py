@@ -17,14 +17,14 @@ def shorten(cluster: Cluster, prices: Prices, number: int, index: int, now_s: fl
     chain, head = prefixes.chains[index], prefixes.hits[len(cluster.requests)]
     prompt_tokens, found = cluster.requests[index]["prompt_tokens"], prefixes.hits[index]["found"]
     queue_s = max(0.0, replica["loader_free_s"] - now_s)
-    best, best_s = NOBODY, 0.0
+    best, best_s, widest = NOBODY, 0.0, prefixes.shelf["widest_stage"]
     begin(head)
     for n in range(found + 1):
         if n:
             extend(prefixes, number, chain, prefixes.keys[chain["first"] + n - 1], head)
         if is_cut(prefixes, number, chain, found, n, prompt_tokens, world["max_num_batched_tokens"]):
             weigh(prefixes, chain, prompt_tokens, head)
-            load_s = queue_s + copy_s(world, replica, head["load_bytes"], UP) if head["load_bytes"] else 0.0
+            load_s = queue_s + copy_s(world, replica, head["load_bytes"], widest, UP) if head["load_bytes"] else 0.0
             total_s = max(load_s, fetch_s(prefixes, number, head, now_s))
             total_s += prefill_s(cluster, prices, prompt_tokens, head["tokens"])
             if best == NOBODY or total_s <= best_s:

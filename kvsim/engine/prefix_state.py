@@ -115,7 +115,6 @@ SHELF = np.dtype(
             "hosts",
             "replicas_per_host",
             "ranks",
-            "own_switch",  # GPUs of a replica that share a switch
             "block_tokens",
             "block_bytes",  # of all ranks
             "block_hbm_bytes",  # of these, what is in HBM while a sequence runs
@@ -125,7 +124,10 @@ SHELF = np.dtype(
             "evicted",
         )
     ]
-    + [(name, np.float64) for name in ("pcie_up_s", "pcie_down_s")]  # for each byte, alone on the host
+    + [
+        (name, np.float64) for name in ("pcie_up_s", "pcie_down_s")
+    ]  # for each byte of a rank of all stages, alone on the host
+    + [("widest_stage", np.float64)]  # the largest part of what a block has in HBM that a stage holds
 )
 
 

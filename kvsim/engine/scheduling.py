@@ -143,8 +143,8 @@ def _begin(cluster: Cluster, prices: Prices, number: int, index: int, now_s: flo
         request["loading"], request["since_s"] = 1, now_s
     if load_bytes:  # loads of a replica queue
         replica["prefix_up_bytes"] += load_bytes
-        began_s = max(now_s, replica["loader_free_s"])
-        replica["loader_free_s"] = began_s + transfer_s(cluster.world, replica, load_bytes, UP)
+        began_s, widest = max(now_s, replica["loader_free_s"]), cluster.prefixes.shelf["widest_stage"]
+        replica["loader_free_s"] = began_s + transfer_s(cluster.world, replica, load_bytes, widest, UP)
         request["ready_s"] = bring(cluster, index, BY_LOADER, load_bytes, now_s, replica["loader_free_s"])
     elif not waits:
         enter_batch(replica, request)

@@ -57,7 +57,7 @@ def end_turn(cluster: Cluster, index: int, now_s: float) -> None:
         replica["held_bytes"][tier] += world["need_bytes"][tier]
     request["parked_s"] = now_s
     if request["copied"]:  # behind the iterations: nobody waits for it but the session itself
-        request["parked_s"] += transfer_s(world, replica, request["state_bytes"], DOWN)
+        request["parked_s"] += transfer_s(world, replica, request["state_bytes"], world["widest_stage"], DOWN)
         replica["swap_down_bytes"] += request["state_bytes"]
         replica["swaps"] += request["state_bytes"] > 0
     if choice == TURNS_SWAP:
@@ -72,7 +72,7 @@ def _cheapest(cluster: Cluster, index: int) -> int:
     """What to do with a state of which all is needed."""
     world, request = cluster.world, cluster.requests[index]
     replica = cluster.replicas[request["replica"]]
-    up_s = copy_s(world, replica, request["state_bytes"], UP)
+    up_s = copy_s(world, replica, request["state_bytes"], world["widest_stage"], UP)
     hold_s = 0.0
     waits = replica["length"][WAITING] + replica["length"][SWAPPED] > 0
     if waits or not fits(world, replica, int(world["watermark_bytes"])):
@@ -86,7 +86,10 @@ def _copies(cluster: Cluster, index: int) -> bool:
     """Whether a state that is kept is copied to DDR meanwhile, so that nobody waits when it is evicted."""
     world, request = cluster.world, cluster.requests[index]
     replica, nbytes = cluster.replicas[request["replica"]], request["state_bytes"]
-    if world["session_kv"] != TURNS_CHEAPEST or copy_s(world, replica, nbytes, UP) >= request["anew_s"]:
+    if (
+        world["session_kv"] != TURNS_CHEAPEST
+        or copy_s(world, replica, nbytes, world["widest_stage"], UP) >= request["anew_s"]
+    ):
         return False
     parked_bytes = evictable_bytes(cluster, request["replica"], DDR)
     ddr_bytes = used(replica, DDR) - parked_bytes + world["need_bytes"][DDR] + nbytes
@@ -202,7 +205,7 @@ def resume(cluster: Cluster, index: int, parent: int, now_s: float) -> float:
         nbytes = -(-state["state_bytes"] * request["shared_tokens"] // tokens)
         from_s = max(now_s, state["parked_s"])
         began_s = max(from_s, replica["loader_free_s"])
-        replica["loader_free_s"] = began_s + transfer_s(world, replica, nbytes, UP)
+        replica["loader_free_s"] = began_s + transfer_s(world, replica, nbytes, world["widest_stage"], UP)
         ready_s = bring(cluster, index, BY_LOADER, nbytes, from_s, replica["loader_free_s"])
         replica["swap_up_bytes"] += nbytes
         replica["swaps"] += 1

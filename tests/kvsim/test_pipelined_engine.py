@@ -179,10 +179,9 @@ def test_the_command_and_its_errors(capsys, tmp_path):
         (["--pp", "2", "--fidelity", "op"], "pp=2 does not work with fidelity=op yet"),
         (["--pp", "2", "--perfetto", "0s-1s"], "pp=2 does not work with perfetto yet"),
         (
-            ["--pp", "2", "--speculate", "3", "--acceptance", "0.5", "--draft", "lookup"],
-            "does not work with speculation yet",
+            ["--pp", "2", "--speculate", "3", "--acceptance", "0.5", "--draft-share", "0.1"],
+            "pp=2 does not work with a draft model of speculate yet",
         ),
-        (["--pp", "2", "--prefix-cache-ddr", "1GiB"], "pp=2 does not work with prefix caches yet"),
         (["--gpus", "8", "--pp", "2", "--prefill-gpus", "2"], "pp=2 does not work with prefill_gpus yet"),
         (["--pp", "2", "--policy", "squeezed-attention"], "the policy works on all layers at once after a prompt"),
         (["--gpus", "40", "--pp", "40"], "pp=40 must be from 1 to the 32 layers of llama-3.1-8b"),

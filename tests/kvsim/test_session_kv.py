@@ -216,7 +216,6 @@ def test_turns_are_found_by_blocks_or_else_by_length() -> None:
         ({"session_kv": "kept"}, r"^unknown session_kv 'kept'; did you mean 'keep'\?"),
         ({"session_kv": "keep", "prefix_cache_ddr_bytes": 1 << 30}, r"^session_kv=keep holds .* prefix_cache_ddr does"),
         ({"session_kv": "swap", "gpus": 2, "prefill_gpus": 1}, r"^session_kv=swap holds .* prefill_gpus does"),
-        ({"session_kv": "swap", "gpus": 2, "pp": 2}, r"^pp=2 does not work with session_kv yet"),
         ({"session_kv": "swap"}, r"^trace 'test' has no sessions; replay it with session_kv=recompute$"),
     ],
 )
