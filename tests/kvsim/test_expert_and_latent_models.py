@@ -87,3 +87,30 @@ def test_deepseek_hands_its_latents_over():
     s = setup(model=model, gpu=load_gpu("h200-sxm"), tp=8, gpus=16, prefill_gpus=8)
     result = simulate(trace([0.0, 0.1], [1000, 700], [4, 2]), s)
     assert result.traffic["nic"]["handoff"] == 8 * 1700 * 61 * LATENT * 2
+
+
+def test_stages_divide_latents_that_ranks_repeat():
+    """DeepSeek on eight GPUs: two ranks for each of four stages hold each latent twice, not eight times.
+
+    So they have room for four times the tokens that eight ranks have, but for the stages' unequal layers, and each
+    projection down to a latent is read by two.
+    """
+    wide, _ = lone("deepseek-v3", 8, 3)
+    s = setup(model=load_model("deepseek-v3"), gpu=load_gpu("h200-sxm"), gpus=8, tp=2, pp=4)
+    results = [simulate(trace([0.0], 1000, output), s) for output in (2, 1)]
+    assert results[0].series["hbm_bytes"].max() - 2 * sum(s.weight_bytes) == 2 * 1001 * 61 * LATENT * 2
+    rooms = [int(0.9 * s.gpu.memory_bytes) - weight_bytes - s.activation_bytes for weight_bytes in s.weight_bytes]
+    fits = min(room // (len(own) * LATENT * 2) for room, own in zip(rooms, s.stages.layers, strict=True))
+    assert s.capacity()[0] // (61 * LATENT * 2) == pytest.approx(fits, abs=1)
+    assert fits / (wide.inputs["capacity_bytes"]["hbm"] // (61 * LATENT * 2)) == pytest.approx(4, rel=0.2)
+    read = results[0].traffic["hbm->sm"]["weights"] - results[1].traffic["hbm->sm"]["weights"]
+    assert read == pytest.approx(DEEPSEEK_ACTIVE + 61 * 7168 * (1536 + LATENT), rel=1e-4)
+
+
+def test_small_micro_batches_touch_most_experts_again():
+    """16 sequences in four micro-batches of 4 touch 8 (1 - (1 - 2 / 8)^4) = 5.47 experts each: 21.9 reads, not 7.92."""
+    s = setup(model=load_model("mixtral-8x7b"), gpu=load_gpu("h200-sxm"), gpus=4, pp=4, max_num_batched_tokens=16_000)
+    read = [simulate(trace([0.0] * 16, 1000, output), s).traffic["hbm->sm"]["weights"] for output in (2, 1)]
+    touched = 8 * (1 - (1 - 2 / 8) ** 4)
+    expected = 32 * (MIXTRAL_LAYER + touched * MIXTRAL_EXPERT) + MIXTRAL_HEAD
+    assert read[0] - read[1] == pytest.approx(4 * 2 * expected, rel=1e-4)
