@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-import networkx as nx
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from kvsim.documents import validated
@@ -46,6 +45,8 @@ def switch_figures(document: Mapping[str, Any], gpus_max: int, origin: str) -> d
 
 
 def _check_tree(switches: Mapping[str, Switch]) -> None:
+    import networkx as nx
+
     if ROOT in switches:
         raise ValueError(f"{ROOT!r} is the root complex, above all switches; name this one differently")
     for name, switch in switches.items():
