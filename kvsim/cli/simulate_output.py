@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvsim.results import Result
 
 MISSING = "-"
+SETTING_UP = "setting up (the first run on a machine compiles for some minutes)"
 TENANTS_SHOWN = 20
 STATISTICS = ("mean", "p50", "p90", "p99", "max")
 COMPARED = (
@@ -201,10 +202,11 @@ def progress_bars(labels: Sequence[str], requests: int) -> Iterator["Show"]:
 
     look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*look, console=Console(stderr=True), transient=True) as bars:
-        tasks = [bars.add_task(escape(label), total=requests) for label in labels]
+        tasks = [bars.add_task(f"{escape(label)}: {SETTING_UP}", total=requests) for label in labels]
 
         def show(left: Sequence[int]) -> None:
-            for task, gone in zip(tasks, left, strict=True):
-                bars.update(task, completed=gone)
+            for task, label, gone in zip(tasks, labels, left, strict=True):
+                if gone:
+                    bars.update(task, description=escape(label), completed=gone)
 
         yield show
