@@ -26,8 +26,8 @@ LayerDone: TypeAlias = Callable[[Sequence[simpy.Event]], object]  # called with 
 class Links:
     """What a byte of each rank of a replica takes of which link; ranks do the same at the same time.
 
-    `h2d` and `d2h` go between HBM and DDR, `send` and `receive` to and from a rank beside it, over NVLink or, where the
-    GPU has none, over PCIe: then a ring of ranks leaves each of its switches once. `cpu` is for a second of its work.
+    `h2d` and `d2h` go between HBM and DDR, `out` and `into` to and from a rank beside it, over NVLink or, where the GPU
+    has none, over PCIe: then a `ring` of ranks leaves each of its switches once. `cpu` is for a second of its work.
     """
 
     def __init__(self, setup: Setup, number: int) -> None:
@@ -58,15 +58,17 @@ def networks(env: simpy.Environment, setup: Setup, links: Sequence[Links]) -> li
     """For each replica the network that it is in: that of its host, or one of all where hosts send to one another."""
     host, rates = setup.host, setup.gpu.rates
     made: dict[int, FairShare] = {}
+    found = []
     for number, own in enumerate(links):
         name, key = f"host{own.host}", 0 if setup.prefill_gpus else own.host
         network = made.setdefault(key, FairShare(env, {}))
+        found.append(network)
         network.capacities |= {f"{name}.ddr": host.ddr_Bps, f"{name}.cpu": 1.0}
         network.capacities |= dict.fromkeys((*own.up, *own.down), host.switch_Bps)
         network.capacities |= {f"{name}.nic.out": host.nic_Bps, f"{name}.nic.in": host.nic_Bps}
         network.capacities |= {f"replica{number}.h2d": rates.pcie_h2d_Bps, f"replica{number}.d2h": rates.pcie_d2h_Bps}
         network.capacities |= {f"replica{number}.out": rates.nvlink_Bps, f"replica{number}.in": rates.nvlink_Bps}
-    return [made[0 if setup.prefill_gpus else own.host] for own in links]
+    return found
 
 
 class Transfers:

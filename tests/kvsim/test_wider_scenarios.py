@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scenarios import SMALL, TOKEN_BYTES, faster, with_room
+from scenarios import ENGINES, SMALL, TOKEN_BYTES, faster, with_room
 from simulated import HOST, setup, trace
 
 from kvsim.attribution import spent_s
@@ -19,16 +19,7 @@ from kvsim.turns import SESSION_KVS
 PLAIN = ("full", "offload-all")  # these go with all that follows
 OTHERS = ("quest:budget_tokens=256", "shadowkv:budget_tokens=256", "sink-window:window_tokens=200")
 GUESSES = Speculation(guesses=2, acceptance=(0.6, 0.5), candidates=2, method="lookup", draft=None, draft_share=0.25)
-ENGINES = st.fixed_dictionaries(
-    {
-        "fidelity": st.sampled_from(["step", "op"]),
-        "router": st.sampled_from(["round-robin", "least-loaded"]),
-        "preemption": st.sampled_from(["swap", "recompute"]),
-        "max_num_seqs": st.integers(1, 7),
-        "max_num_batched_tokens": st.sampled_from([16, 100, 512, 8192]),
-        "timeout_s": st.none() | st.sampled_from([0.002, 0.01, 0.05]),
-    }
-)
+TIMEOUTS_S = st.none() | st.sampled_from([0.002, 0.01, 0.05])
 
 
 @st.composite
@@ -54,7 +45,7 @@ def wider(draw):
     """Conversations, and a cluster with one of what other random scenarios leave out."""
     requests, tp = draw(conversations()), draw(st.sampled_from([1, 2]))
     kind = draw(st.sampled_from(["sessions", "apart", "stages", "guesses"]))
-    options, replicas = {**draw(ENGINES)}, draw(st.sampled_from([1, 2]))
+    options, replicas = {**draw(ENGINES), "timeout_s": draw(TIMEOUTS_S)}, draw(st.sampled_from([1, 2]))
     if kind == "apart":
         host = replace(HOST, gpus_max=draw(st.sampled_from([2, 8])) * tp, gpus_per_switch=1)
         options |= {"host": host, "gpus": 4 * tp, "prefill_gpus": draw(st.integers(1, 3)) * tp}
