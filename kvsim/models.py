@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kvsim.documents import read_document
 from kvsim.names import unknown_name
+from policies import hf
 from policies.model import ModelShape
 
 _CATALOGUE = files("kvsim") / "catalogue" / "models"
@@ -48,6 +49,6 @@ def _read(document: str, name: str, origin: str) -> ModelShape:
         raise ValueError(f"{origin} is not JSON: {error}") from None
     match config:
         case dict():
-            return ModelShape.from_hf_config(config, name)
+            return hf.read(config, name)
         case _:
             raise ValueError(f"{origin} holds a JSON {type(config).__name__}; a config.json holds an object")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from policies.dtypes import check_dtype, row_bytes
 
@@ -188,13 +186,6 @@ class ModelShape:
             source = layer.share_kv_with
             if source is not None and not (0 <= source < index and self.layers[source].share_kv_with is None):
                 raise ValueError(f"layer {index} shares the KV of layer {source}; name an earlier layer that stores KV")
-
-    @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any], name: str) -> ModelShape:
-        """The shape that a Hugging Face `config.json` describes; see `policies.hf_config.read`."""
-        from policies.hf_config import read  # hf_config builds ModelShape, so it cannot be imported above
-
-        return read(config, name)
 
     @property
     def n_layers(self) -> int:

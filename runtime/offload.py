@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from policies import ModelShape, Policy, Step, plan_layer
+from policies import ModelShape, Policy, Step, hf, plan_layer
 from policies.plan import Tier
 from runtime.arena import DTYPES
 from runtime.cache import HANDLE, LONG_PROMPT, Terms, TieredCache
@@ -138,7 +138,7 @@ def shape_of(model: Any) -> ModelShape:
     Raises ValueError for a dtype that the runtime cannot store.
     """
     config = model.config.get_text_config().to_dict()
-    shape = ModelShape.from_hf_config(config, config.get("model_type", "model"))
+    shape = hf.read(config, config.get("model_type", "model"))
     dtype = next((name for name, known in DTYPES.items() if known == model.dtype), None)
     if dtype is None or not model.dtype.is_floating_point:
         raise ValueError(f"the runtime cannot store a cache of {model.dtype}; load the model in bf16, fp16 or fp32")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from policies import hf
 from policies.model import ModelShape
 
 
@@ -25,7 +26,7 @@ def config(
 
 
 def read(values: dict[str, Any]) -> ModelShape:
-    return ModelShape.from_hf_config(values, "m")
+    return hf.read(values, "m")
 
 
 def kinds(shape: ModelShape) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from kvsim.models import load_model, model_source
-from policies import ModelShape, Step, parse_policy, plan_layer
+from policies import ModelShape, Step, hf, parse_policy, plan_layer
 from policies.model import LayerShape
 from policies.plan import Tier, flops, stored_bytes
 
@@ -160,6 +160,6 @@ def test_errors_of_nemotron_configs_name_the_key(changes: dict[str, object], mes
         "num_key_value_heads": 1, "mamba_num_heads": 2, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 4,
         "conv_kernel": 4, "max_position_embeddings": 64, "hybrid_override_pattern": "M-",
     }  # fmt: skip
-    assert [x.mlp_params for x in ModelShape.from_hf_config(config, "m").layers] == [2 * 8 * 8 + 8]
+    assert [x.mlp_params for x in hf.read(config, "m").layers] == [2 * 8 * 8 + 8]
     with pytest.raises(ValueError, match=message):
-        ModelShape.from_hf_config({**config, **changes}, "m")
+        hf.read({**config, **changes}, "m")

@@ -5,7 +5,7 @@ from importlib.resources import files
 
 import pytest
 
-from policies.model import ModelShape
+from policies import hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -38,4 +38,4 @@ def test_every_weight_is_counted(config: dict) -> None:
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model(config["model_type"], **given)
         )
-    assert ModelShape.from_hf_config(config, "m").params == sum(x.numel() for x in model.state_dict().values())
+    assert hf.read(config, "m").params == sum(x.numel() for x in model.state_dict().values())

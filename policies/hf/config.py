@@ -5,9 +5,9 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from policies.hf_keys import Keys
-from policies.hf_layers import LINEAR, Experts, Family, attention, dense_mlp, layer, mla, sparse_mlp
-from policies.hf_nemotron import NEMOTRON_H, common_keys, nemotron_layers
+from policies.hf.keys import Keys
+from policies.hf.layers import LINEAR, Experts, Family, attention, dense_mlp, layer, mla, sparse_mlp
+from policies.hf.nemotron import NEMOTRON_H, common_keys, nemotron_layers
 from policies.model import LayerShape, ModelShape
 
 _QWEN_EXPERTS = Experts(count="num_experts", width="moe_intermediate_size")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from policies.hf_keys import Keys
+from policies.hf.keys import Keys
 from policies.model import LayerShape
 
 

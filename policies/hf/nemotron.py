@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from policies.hf_keys import Keys
-from policies.hf_layers import Experts, Family, attention, dense_mlp, layer, mamba2, sparse_mlp
+from policies.hf.keys import Keys
+from policies.hf.layers import Experts, Family, attention, dense_mlp, layer, mamba2, sparse_mlp
 from policies.model import LayerShape
 
 _EXPERTS = Experts(
