@@ -90,6 +90,10 @@ class Outcome:
                 "count": int(replicas["swaps"].sum()),
                 "bytes": sum(traffic[link]["swaps"] for link in (UP, DOWN)),
             },
+            recomputed={
+                "count": int(replicas["recomputations"].sum()),
+                "tokens": int(replicas["anew_tokens"].sum()),
+            },
             busy=self._busy(makespan_s),
             makespan_s=makespan_s,
             wall_s=wall_s,

@@ -49,6 +49,7 @@ class Result:
     traffic: dict[str, dict[str, int]]  # link -> bytes by cause, which add up to the link's bytes
     cache: dict[str, dict[str, int]]  # tier -> lookup_blocks, hit_blocks
     swaps: dict[str, int]  # count, bytes
+    recomputed: dict[str, int]  # count of preempted sequences that began anew, tokens computed once more
     busy: dict[str, float]  # resource -> share of the makespan, mean over replicas
     makespan_s: float
     wall_s: float
@@ -151,6 +152,7 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
         "traffic": plain(result.traffic),
         "cache": plain(result.cache),
         "swaps": plain(result.swaps),
+        "preemptions": _preemptions(result),
         "session_kv": plain(result.session_kv),
         "busy": plain(result.busy),
         "bottleneck": bottleneck(everything["attribution"]["e2e"]["mean_s"]),
@@ -173,6 +175,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _preemptions(result: Result) -> dict[str, int]:
+    """How often sequences made room, whatever became of them later; by swap are those that kept their state in DDR."""
+    count, anew = int(result.requests["preemptions"].sum()), int(result.recomputed["count"])
+    tokens = int(result.recomputed["tokens"])
+    return {"count": count, "by_swap": count - anew, "by_recomputation": anew, "recomputed_tokens": tokens}
 
 
 def _uncertainty(

@@ -34,6 +34,7 @@ COMPARED = (
     "PCIe",
     "cached",
     "swaps",
+    "preempted",
 )
 
 
@@ -106,7 +107,8 @@ def print_comparison(results: Sequence["Result"], slo_s: Mapping[str, float], wa
     if json:
         print_json({"runs": [run.summary for run in runs]})
         return
-    shown = [name for name in COMPARED if name != "timed out" or any(map(_timed_out, runs))]
+    seldom = {"timed out": _timed_out, "preempted": _preempted}
+    shown = [name for name in COMPARED if name not in seldom or any(map(seldom[name], runs))]
     columns: Columns = {"policy": "left", **dict.fromkeys(shown, "right"), "bottleneck": "left"}
     print_table(columns, (_cells(run, runs[0], shown) for run in runs))
     for run in runs:
@@ -141,6 +143,12 @@ def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:
     turns = {name: count for name, count in summary["session_kv"].items() if count}
     if turns:
         facts["session KV"] = ", ".join(f"{count:,} {name}" for name, count in turns.items())
+    preempted = summary["preemptions"]
+    if preempted["count"]:
+        facts["preemptions"] = (
+            f"{preempted['count']:,}: {preempted['by_swap']:,} by swap, {preempted['by_recomputation']:,} by "
+            f"recomputation of {preempted['recomputed_tokens']:,} tokens"
+        )
     if summary["swaps"]["count"]:
         facts["swaps"] = f"{summary['swaps']['count']:,}, {format_bytes(summary['swaps']['bytes'])}"
     if guessed := summary.get("speculation"):
@@ -164,6 +172,7 @@ def _cells(run: "Run", first: "Run", shown: Sequence[str]) -> list[str]:
         format_bytes(run.pcie_bytes()),
         _cached(run),
         f"{summary['swaps']['count']:,}",
+        f"{_preempted(run):,}",
     ]
     own = dict(zip(COMPARED, figures, strict=True))
     return [run.label, *(own[name] for name in shown), summary["bottleneck"] or MISSING]
@@ -171,6 +180,10 @@ def _cells(run: "Run", first: "Run", shown: Sequence[str]) -> list[str]:
 
 def _timed_out(run: "Run") -> int:
     return int(run.summary["requests"]["timed_out"])
+
+
+def _preempted(run: "Run") -> int:
+    return int(run.summary["preemptions"]["count"])
 
 
 def _cached(run: "Run") -> str:

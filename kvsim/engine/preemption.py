@@ -1,7 +1,7 @@
 """Who makes room: sequences that leave for the next iteration, or for a more urgent request, and come back later."""
 
 from kvsim.engine.attribution import preempted, prefix_ready
-from kvsim.engine.decoding import generated_tokens, leave, withdraw
+from kvsim.engine.decoding import generated_tokens, leave, target_tokens, withdraw
 from kvsim.engine.memory import DOWN, fits, fits_alone, hold, margin_bytes, release, set_need, swap, used
 from kvsim.engine.queues import take_out
 from kvsim.engine.state import (
@@ -150,7 +150,15 @@ def _begin_anew(cluster: Cluster, index: int, generated: float) -> None:
     """Let a sequence that is in no list wait to be recomputed up to this generated token."""
     request = cluster.requests[index]
     request["recomputed_tokens"] += int(generated)
+    _drop(cluster, index, target_tokens(request) - 1)  # without the token that it would have fed next
+
+
+def _drop(cluster: Cluster, index: int, tokens: int) -> None:
+    """Give up the state of so many tokens of a sequence that is in no list, and let it wait to compute them anew."""
+    request = cluster.requests[index]
+    request["dropped_tokens"] = tokens
     request["past_tokens"] = 0
+    cluster.replicas[request["replica"]]["recomputations"] += 1
     queue_again(cluster, request["replica"], index)
 
 
@@ -190,11 +198,11 @@ def _abandon(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     preempted(replica, request, now_s)
     replica["batch_tokens"] += request["chunk_tokens"]
     replica["chunks"] -= request["chunk_tokens"] > 0
-    request["chunk_tokens"] = request["past_tokens"] = 0
+    request["chunk_tokens"] = 0
     request["preemptions"] += 1
     take_out(cluster.requests, replica, index)
     release(cluster, index)
-    queue_again(cluster, number, index)
+    _drop(cluster, index, request["past_tokens"])
 
 
 def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> None:

@@ -46,6 +46,7 @@ REQUEST = np.dtype(
         "cached_tokens",
         "past_tokens",  # of its prompt that are done
         "recomputed_tokens",  # output tokens that a preemption made part of its prompt
+        "dropped_tokens",  # whose state a preemption gave up, until they are computed anew
         "chunk_tokens",  # of its prompt in this iteration
         "preemptions",
         "rejected",  # or timed out
@@ -134,6 +135,8 @@ REPLICA = np.dtype(
         "swap_up_bytes",
         "swap_down_bytes",
         "swaps",
+        "recomputations",  # preempted sequences that begin anew
+        "anew_tokens",  # that they compute once more
         "stalls",  # copies of all that iterations have waited for, and their bytes up and down
         "turns_kept",
         "turns_swapped",

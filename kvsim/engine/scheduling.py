@@ -133,6 +133,8 @@ def _begin(cluster: Cluster, prices: Prices, number: int, index: int, now_s: flo
         request["admitted_s"], request["cached_tokens"] = now_s, past
         charge_prompt(cluster, number, index, request["prompt_tokens"] - past)
     else:
+        replica["anew_tokens"] += max(0, request["dropped_tokens"] - past)
+        request["dropped_tokens"] = 0
         returned(cluster, index, now_s)
     fetches = False  # blocks that are below DDR
     if looks_up:

@@ -99,6 +99,7 @@ def build_result(
             "ddr": {"lookup_blocks": 3800, "hit_blocks": 950},
         },
         "swaps": {"count": 12, "bytes": 7 * GIB},
+        "recomputed": {"count": 0, "tokens": 0},
         "busy": {"compute": 0.41, "hbm": 0.3 + 0.6 * rng.random(), "pcie": 0.22, "cpu": 0.0, "nvlink": 0.01},
         "makespan_s": 650.0,
         "wall_s": 1.5,

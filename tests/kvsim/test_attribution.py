@@ -10,6 +10,7 @@ from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 from kvsim.attribution import CAUSES, spent_s
 from kvsim.machine import Machine
 from kvsim.makespan import WORK, Clock
+from kvsim.results import summarize
 from kvsim.simulate import simulate
 
 INSIDE = CAUSES[2:]
@@ -100,6 +101,16 @@ def test_preemption_by_hand():
     # The second leaves after `steps` tokens each, when the first has 400 - 1 - steps to go; its own return is a wait.
     assert second["swap"] == pytest.approx(r["finish_s"][0] - left_s(result) + back_s, rel=1e-9)
     assert spent(r, "ttft", 1)["swap"] == 0
+
+
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_what_preemption_costs_stands_in_the_summary(fidelity):
+    """The second of two sequences leaves after 200 tokens of output: by swap, or for 300 + 200 tokens computed anew."""
+    for preemption, by_swap, anew in (("swap", 1, 0), ("recompute", 0, 1)):
+        summary = summarize(simulate(*squeezed(fidelity, preemption)))
+        expected = {"count": 1, "by_swap": by_swap, "by_recomputation": anew, "recomputed_tokens": anew * (300 + 200)}
+        assert summary["preemptions"] == expected
+        assert summary["swaps"]["count"] == 2 * by_swap  # out and back
 
 
 def left_s(result):

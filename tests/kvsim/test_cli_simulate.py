@@ -135,6 +135,7 @@ def test_the_summary_has_every_name_of_the_contract(capsys: pytest.CaptureFixtur
     assert all({"capacity_bytes", "peak_bytes", "mean_bytes"} <= set(node) for node in summary["memory"].values())
     assert all({"bytes", "busy_s", "utilization"} <= set(link) for link in summary["links"].values())
     assert set(summary["swaps"]) == {"count", "bytes"}
+    assert set(summary["preemptions"]) == {"count", "by_swap", "by_recomputation", "recomputed_tokens"}
     assert summary["cache"]["ddr"]["lookup_blocks"] > 0
     for name in ("limit", "rate_scale", "seed", "host", "gpus", "tp", "kv_dtype", "weight_dtype", "fidelity", "slo"):
         assert name in summary["inputs"], name
@@ -420,3 +421,15 @@ def test_progress_is_shown_on_a_terminal_alone(
     assert ("quest:budget_tokens=512" in stream.getvalue()) is shown
     assert ("the first run on a machine compiles" in stream.getvalue()) is shown
     assert ("60/60" in stream.getvalue()) is shown
+
+
+def test_preemptions_are_printed_where_there_are_any(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "preempt" not in out_of(capsys, "simulate", *SMALL)
+    (tmp_path / "crowd.csv").write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n" + "0,1000,900\n" * 10)
+    crowded = ("--trace", str(tmp_path / "crowd.csv"), *BASE[2:], "--gpu-memory-utilization", "0.22")
+    crowded += ("--preemption", "recompute")
+    found = json.loads(out_of(capsys, "simulate", *crowded, "--json"))["preemptions"]
+    assert found["count"] == found["by_recomputation"] > 0
+    shown = f"{found['count']}: 0 by swap, {found['count']} by recomputation of {found['recomputed_tokens']:,} tokens"
+    assert shown in out_of(capsys, "simulate", *crowded)
+    assert "preempted" in out_of(capsys, "compare", *crowded, "--policy", "full")

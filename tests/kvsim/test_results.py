@@ -65,6 +65,12 @@ def test_figures_by_hand(make_result: Make) -> None:
     assert summary["itl_s"] == {"mean": 5 / 6, "p50": 1, "p90": 1, "p99": 1, "max": 1}  # the third of six gaps is 1
 
 
+def test_preemptions_by_hand(make_result: Make) -> None:
+    """The fourth request made room twice: once it came back from DDR, once it computed its 300 tokens anew."""
+    summary = summarize(make_result(**BY_HAND, recomputed={"count": 1, "tokens": 300}))
+    assert summary["preemptions"] == {"count": 2, "by_swap": 1, "by_recomputation": 1, "recomputed_tokens": 300}
+
+
 def test_attribution_by_hand(make_result: Make) -> None:
     summary = summarize(make_result(**BY_HAND))
     found = {
@@ -185,6 +191,7 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
         "traffic",
         "cache",
         "swaps",
+        "preemptions",
         "session_kv",
         "busy",
         "bottleneck",

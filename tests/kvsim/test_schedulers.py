@@ -28,6 +28,9 @@ def test_with_one_tenant_every_scheduler_is_first_come_first_served(scheduler: s
         simulate(requests, setup("full", scheduler=x, preemption=preemption, **TIGHT)) for x in ("fcfs", scheduler)
     ]
     assert results[0].requests["preemptions"].sum() > 0
+    told = summarize(results[0])["preemptions"]
+    assert told["count"] == told["by_swap"] + told["by_recomputation"] == results[0].requests["preemptions"].sum()
+    assert bool(told["recomputed_tokens"]) == bool(told["by_recomputation"]) == (preemption == "recompute")
     assert same(*(result.requests for result in results), names=(*TIMES, "preemptions", "cached_tokens"))
     assert same(*(result.series for result in results), names=("time_s", "hbm_bytes", "running", "waiting"))
 
