@@ -9,6 +9,9 @@ from typer.exceptions import TyperException
 
 from kvsim.cli import TargetUnmet
 from kvsim.cli.app import app
+from policies.shown import MOST_SHOWN
+
+LONGEST_WORD = 1024  # a path may be long; a value that typer or the system quotes whole may be longer
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -44,7 +47,8 @@ def _explain(error: ValueError | OSError | MemoryError) -> str:
 
 def _fail(message: str, code: int) -> int:
     if message:  # empty when typer has printed the help in place of a message
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        words = (word if len(word) <= LONGEST_WORD else f"{word[:MOST_SHOWN]}..." for word in message.split())
+        sys.stderr.write(f"error: {' '.join(words)}\n")
     return code
 
 

@@ -8,6 +8,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kvsim.names import nearest_first
+from policies.shown import shown
 
 T = TypeVar("T")
 
@@ -21,7 +22,7 @@ class _Loader(yaml.SafeLoader):
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
             if first.setdefault(key.value, key) is not key:
                 lines = f"{first[key.value].start_mark.line + 1} and {key.start_mark.line + 1}"
-                raise ValueError(f"the key {key.value!r} stands twice, in lines {lines}; keep one of them")
+                raise ValueError(f"the key {shown(key.value)} stands twice, in lines {lines}; keep one of them")
         return node
 
 
@@ -63,7 +64,7 @@ def _fault(location: tuple[int | str, ...], kind: str, message: str, value: obje
     key = str(location[-1])
     where = ".".join(str(part) for part in location)
     if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
-        return f"unknown key {where!r}; did you mean {nearest_first(key, known)[0]!r}?"
+        return f"unknown key {shown(where)}; did you mean {shown(nearest_first(key, known)[0])}?"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{where} is missing"
-    return f"{where}={value!r}: {message.removeprefix('Value error, ')}"
+    return f"{where}={shown(value)}: {message.removeprefix('Value error, ')}"

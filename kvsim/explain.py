@@ -17,6 +17,7 @@ from kvsim.makespan import BUSY, HBM, WORK, Clock, Load
 from kvsim.program import Floats
 from kvsim.speculation import Speculation
 from policies import ModelShape, Policy
+from policies.shown import shown
 
 PAPER_PCIE_Bps = 20e9
 
@@ -63,7 +64,7 @@ class Explainer:
         speculation: Speculation | None = None,
     ) -> None:
         if not 1 <= tp <= host.gpus_max:
-            raise ValueError(f"tp={tp} does not fit host {host.name!r}; it takes 1 to {host.gpus_max} GPUs")
+            raise ValueError(f"tp={tp} does not fit host {shown(host.name)}; it takes 1 to {host.gpus_max} GPUs")
         if not 0 < utilization <= 1:
             raise ValueError(f"gpu_memory_utilization={utilization} must be above 0 and at most 1")
         rank = model.shard(tp)
@@ -174,7 +175,7 @@ def paper_costs(model: ModelShape, gpu: Gpu, context_tokens: int, *, tp: int = 1
     """
     for index, layer in enumerate(model.layers):
         if layer.kind != "full" or layer.experts:
-            what = "routes experts" if layer.experts else f"is of kind {layer.kind!r}"
+            what = "routes experts" if layer.experts else f"is of kind {shown(layer.kind)}"
             raise ValueError(
                 f"the paper mode is for dense models of full attention; layer {index} of {model.name} {what}"
             )

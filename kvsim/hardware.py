@@ -15,6 +15,7 @@ from kvsim.documents import parse_yaml, read_document, validated
 from kvsim.gpu_file import PARAMETER_SETS, read_gpu_file
 from kvsim.names import unknown_name
 from kvsim.switches import switch_figures
+from policies.shown import shown
 
 Curve = tuple[tuple[int, float], ...]
 """Rate in B/s by size of a contiguous row in bytes, ascending."""
@@ -56,7 +57,7 @@ class Rates:
         """FLOP/s of large GEMMs in `dtype`; ValueError when this chip has no rate for it."""
         rates = dict(self.matmul_flops)
         if dtype not in rates:
-            raise ValueError(f"this GPU has no GEMM rate for dtype {dtype!r}; it has {', '.join(rates)}")
+            raise ValueError(f"this GPU has no GEMM rate for dtype {shown(dtype)}; it has {', '.join(rates)}")
         return rates[dtype]
 
     def gather_Bps(self, row_bytes: int) -> float:
@@ -152,7 +153,7 @@ def load_gpu(text: str) -> Gpu:
     name, data, origin = _document("gpus", "GPU", where, gpu_names())
     file = read_gpu_file(data, origin)
     if chosen not in file.parameter_sets:
-        raise ValueError(f"{origin} has no parameter set {chosen!r}; it has {', '.join(file.parameter_sets)}")
+        raise ValueError(f"{origin} has no parameter set {shown(chosen)}; it has {', '.join(file.parameter_sets)}")
     try:
         figures, sources = file.figures(chosen)
     except ValueError as error:
@@ -204,7 +205,7 @@ def _catalogue_text(folder: str, name: str) -> str:
 def _document(folder: str, kind: str, text: str, names: Sequence[str]) -> tuple[str, dict[str, Any], str]:
     """Name, content and origin (for errors) of a catalogue file or a user's."""
     if text in names:
-        origin = f"catalogue {kind} {text!r}"
+        origin = f"catalogue {kind} {shown(text)}"
         return text, parse_yaml(_catalogue_text(folder, text), origin), origin
     path = Path(text).expanduser()
     if path.suffix not in (".yaml", ".yml") and len(path.parts) <= 1:

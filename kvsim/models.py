@@ -8,6 +8,7 @@ from kvsim.documents import read_document
 from kvsim.names import unknown_name
 from policies import hf
 from policies.model import ModelShape
+from policies.shown import shown
 
 _CATALOGUE = files("kvsim") / "catalogue" / "models"
 
@@ -24,7 +25,7 @@ def load_model(text: str) -> ModelShape:
     for a config that is not understood; FileNotFoundError for a path that leads nowhere.
     """
     if text in model_names():
-        return _read((_CATALOGUE / f"{text}.json").read_text(encoding="utf-8"), text, f"catalogue model {text!r}")
+        return _read((_CATALOGUE / f"{text}.json").read_text(encoding="utf-8"), text, f"catalogue model {shown(text)}")
     path = Path(text).expanduser()
     if path.is_dir():
         path = path / "config.json"

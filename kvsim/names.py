@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
+from policies.shown import shown
+
 _LIKELY_TYPO = 0.6  # difflib's own cutoff for a close match
 
 
@@ -18,10 +20,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """
     candidates = nearest_first(name, known)
     if not candidates:
-        return ValueError(f"unknown {kind} {name!r}; none is known")
+        return ValueError(f"unknown {kind} {shown(name)}; none is known")
     likely = _similarity(name, candidates[0]) >= _LIKELY_TYPO
-    hint = f" did you mean {candidates[0]!r}?" if likely else ""
-    return ValueError(f"unknown {kind} {name!r};{hint} known: {', '.join(candidates)}")
+    hint = f" did you mean {shown(candidates[0])}?" if likely else ""
+    return ValueError(f"unknown {kind} {shown(name)};{hint} known: {', '.join(candidates)}")
 
 
 def _similarity(name: str, candidate: str) -> float:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from kvsim.machine import Machine
 from policies.dtypes import row_bytes
 from policies.model import LayerShape
+from policies.shown import shown
 
 QUERY_TILE = {"prefill": 128, "decode": 64}
 MOST_SPLITS = 128
@@ -37,7 +38,9 @@ class Attention:
 
     def __post_init__(self) -> None:
         if self.layer.kind != "full":
-            raise ValueError(f"thread blocks are counted for layers of full attention, not of kind {self.layer.kind!r}")
+            raise ValueError(
+                f"thread blocks are counted for layers of full attention, not of kind {shown(self.layer.kind)}"
+            )
         if not self.key_tokens or not 1 <= self.query_tokens <= min(self.key_tokens):
             raise ValueError(
                 f"query_tokens={self.query_tokens} must be from 1 to the shortest sequence's "

@@ -14,6 +14,7 @@ from kvsim.machine import Machine
 from kvsim.makespan import Clock, Load
 from kvsim.stages import stages_of
 from policies import Full, ModelShape
+from policies.shown import shown
 
 
 def pipeline_s(chunks: Sequence[Sequence[float]], send_s: Sequence[float]) -> float:
@@ -60,7 +61,7 @@ class Pipelined:
         self, model: ModelShape, gpu: Gpu, host: Host, *, pp: int, tp: int = 1, utilization: float = 0.9
     ) -> None:
         if not 1 <= tp <= host.gpus_max:
-            raise ValueError(f"tp={tp} does not fit host {host.name!r}; it takes 1 to {host.gpus_max} GPUs")
+            raise ValueError(f"tp={tp} does not fit host {shown(host.name)}; it takes 1 to {host.gpus_max} GPUs")
         self.pp, self.tp = pp, tp
         self.machine = Machine(gpu=gpu, host=host, tp=tp)
         self._stages = stages_of(model, self.machine, pp)

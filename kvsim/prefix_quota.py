@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from kvsim.names import unknown_name
+from policies.shown import shown
 
 Quota: TypeAlias = float | dict[str, float] | None
 """One share for each tenant, shares by tenant, or no quota."""
@@ -59,7 +60,7 @@ def read_quota(value: object) -> Quota:
     for item in value.split(","):
         name, equals, share = item.partition("=")
         if not equals or name in quota:
-            raise ValueError(f"{value!r} must be one share, or name=share for each tenant once, such as chat=0.5")
+            raise ValueError(f"{shown(value)} must be one share, or name=share for each tenant once, such as chat=0.5")
         quota[name] = _share(share, f"{name}=")
     return quota
 

@@ -34,6 +34,7 @@ from kvsim.setup import Setup
 from kvsim.units import format_bytes
 from policies import Reuse, Step, plan_layer, reuse_of
 from policies.plan import stored_bytes
+from policies.shown import shown
 from traces import Trace
 
 
@@ -58,7 +59,7 @@ class PrefixTiers:
         self.on = any(sizes.values()) and self._reuse is not Reuse.NOTHING and sum(self._token_bytes) > 0
         if self.on and not trace.block_tokens:
             raise ValueError(
-                f"trace {trace.name!r} has no block ids, so no prefix can be cached; leave --prefix-cache-* out"
+                f"trace {shown(trace.name)} has no block ids, so no prefix can be cached; leave --prefix-cache-* out"
             )
         self._block_bytes = trace.block_tokens * sum(self._token_bytes)
         shares, of_tenant = divided(setup.prefix_cache_quota, trace.tenants) if self.on else ([], [])

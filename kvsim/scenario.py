@@ -20,6 +20,7 @@ from kvsim.speculation import parse_acceptance, speculation
 from kvsim.tenants import Tenant, parse_tenant
 from kvsim.units import parse_bytes, parse_duration_s, parse_tokens
 from policies import ModelShape, parse_policy
+from policies.shown import shown
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a number such as 0.4") from None
+        raise ValueError(f"{shown(text)} is not a number such as 0.4") from None
 
 
 def _known_latencies(slo: dict[str, float]) -> dict[str, float]:
@@ -75,7 +76,7 @@ def _window(value: object) -> object:
     """Two times, as a list or as text with a dash between them."""
     parts = value.split("-") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or len(parts) != 2:
-        raise ValueError(f"{value!r} is not a window of two times such as 10s-12s")
+        raise ValueError(f"{shown(value)} is not a window of two times such as 10s-12s")
     return tuple(parse_duration_s(part) if isinstance(part, str) else part for part in parts)
 
 

@@ -16,6 +16,7 @@ from kvsim.turns import SESSION_KVS
 from kvsim.units import format_bytes
 from policies import ModelShape, Policy
 from policies.plan import Tier
+from policies.shown import shown
 
 ROUTERS = ("round-robin", "least-loaded", "prefix-affinity", "kv-aware")
 CACHE_ROUTERS = ROUTERS[2:]  # these look into prefix caches
@@ -109,7 +110,7 @@ class Setup:
         self._check_disaggregation()
         self._check_session_kv()
         if self.tp > self.host.gpus_max:
-            raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {self.host.name!r}")
+            raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {shown(self.host.name)}")
         self._check_prefix_cache()
         self._check_speculation()
         if self.pp > 1:
@@ -154,11 +155,11 @@ class Setup:
             )
         if nvme_bytes > host.nvme_bytes:
             has = f"the {format_bytes(host.nvme_bytes)} of NVMe" if host.nvme_bytes else "the NVMe, which is none,"
-            raise ValueError(f"prefix_cache_nvme={format_bytes(nvme_bytes)} exceeds {has} of host {host.name!r}")
+            raise ValueError(f"prefix_cache_nvme={format_bytes(nvme_bytes)} exceeds {has} of host {shown(host.name)}")
         if self.prefix_cache_remote_bytes and not host.nic_Bps:
             raise ValueError(
-                f"prefix_cache_remote needs a network, and host {host.name!r} has none (nic_Bps is 0); choose another "
-                "--host or leave it out"
+                f"prefix_cache_remote needs a network, and host {shown(host.name)} has none (nic_Bps is 0); choose "
+                "another --host or leave it out"
             )
         below = self.prefix_cache_nvme_bytes or self.prefix_cache_remote_bytes
         if self.prefix_cache_prefetch and not (below and self.prefix_cache_ddr_bytes):
@@ -188,7 +189,11 @@ class Setup:
             )
         limits = [name for name, one in self.tenants.items() if one.quota < 1 or one.replicas is not None]
         if prefill and (self.scheduler != "fcfs" or limits):
-            what = f"scheduler={self.scheduler}" if self.scheduler != "fcfs" else f"quota or replicas of {limits[0]!r}"
+            what = (
+                f"scheduler={self.scheduler}"
+                if self.scheduler != "fcfs"
+                else f"quota or replicas of {shown(limits[0])}"
+            )
             raise ValueError(
                 f"prefill_gpus={prefill} works with scheduler=fcfs and no limits to tenants, not with {what}"
             )
@@ -199,8 +204,8 @@ class Setup:
             )
         if prefill and self.replicas > self.host.gpus_max // tp and not self.host.nic_Bps:
             raise ValueError(
-                f"prefill_gpus={prefill}: host {self.host.name!r} has no network to hand state over to another host; "
-                f"use at most its {self.host.gpus_max} GPUs, or a host whose nic_Bps is above 0"
+                f"prefill_gpus={prefill}: host {shown(self.host.name)} has no network to hand state over to another "
+                f"host; use at most its {self.host.gpus_max} GPUs, or a host whose nic_Bps is above 0"
             )
 
     def _check_pipeline(self) -> None:
@@ -324,7 +329,8 @@ class Setup:
         if ddr < 0:
             raise ValueError(
                 f"prefix_cache_ddr={format_bytes(self.prefix_cache_ddr_bytes)} exceeds the usable "
-                f"{format_bytes(int(self.host.ddr_bytes * self.host_memory_utilization))} of host {self.host.name!r}"
+                f"{format_bytes(int(self.host.ddr_bytes * self.host_memory_utilization))} of host "
+                f"{shown(self.host.name)}"
             )
         hbm = fitting_bytes(rooms, self.held_shares(Tier.HBM))
         return hbm, fitting_bytes([ddr] * self.pp, self.held_shares(Tier.DDR)), 0

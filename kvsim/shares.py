@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from policies.shown import shown
+
 
 def parse_shares(texts: Sequence[str]) -> dict[str, float]:
     """The shares by count that `--counts` gives: `miss=0.4,keep=0.1`, or one file that `kvsim generate` recorded.
@@ -16,15 +18,17 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
     for item in text.split(","):
         name, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"--counts {item!r} is neither NAME=SHARE nor the one file of a recorded run")
+            raise ValueError(f"--counts {shown(item)} is neither NAME=SHARE nor the one file of a recorded run")
         try:
             share = float(value)
         except ValueError:
-            raise ValueError(f"--counts {item!r} must be a name and a share of its maximum, such as miss=0.4") from None
+            raise ValueError(
+                f"--counts {shown(item)} must be a name and a share of its maximum, such as miss=0.4"
+            ) from None
         if not 0 <= share <= 1:
-            raise ValueError(f"--counts {item!r}: the share must be from 0 to 1")
+            raise ValueError(f"--counts {shown(item)}: the share must be from 0 to 1")
         if name in shares:
-            raise ValueError(f"--counts gives {name!r} twice")
+            raise ValueError(f"--counts gives {shown(name)} twice")
         shares[name] = share
     return shares
 

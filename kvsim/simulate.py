@@ -14,6 +14,7 @@ from kvsim.outcome import Outcome
 from kvsim.prefix_tiers import PrefixTiers, apart
 from kvsim.results import Result
 from kvsim.setup import Setup
+from policies.shown import shown
 from traces import Trace
 
 __all__ = ["Setup", "simulate"]
@@ -47,7 +48,7 @@ class _Cluster:
         if (trace.session < 0).all():
             for option, without in (("sessions", "open"), ("session_kv", "recompute")):
                 if getattr(setup, option) != without:
-                    raise ValueError(f"trace {trace.name!r} has no sessions; replay it with {option}={without}")
+                    raise ValueError(f"trace {shown(trace.name)} has no sessions; replay it with {option}={without}")
         machine = setup.machine()
         guesser = setup.guesser()
         table = PlanTable(setup.policy, setup.rank, machine, setup.counts, guesser)

@@ -8,6 +8,7 @@ from typing import Any
 from kvsim.models import load_model
 from kvsim.names import unknown_name
 from policies import POLICIES, ModelShape, Policy, leaves
+from policies.shown import shown
 
 HEADS = ("medusa", "hidden-transfer")  # guess with weights added to the model itself
 LOOKUP = "lookup"  # guesses cost nothing: n-grams of the prompt
@@ -163,5 +164,5 @@ def parse_acceptance(text: str) -> tuple[float, ...]:
     except ValueError:
         values = (math.nan,)
     if not all(math.isfinite(value) for value in values):
-        raise ValueError(f"acceptance={text!r} is not a probability such as 0.7, nor several such as 0.8,0.6,0.5")
+        raise ValueError(f"acceptance={shown(text)} is not a probability such as 0.7, nor several such as 0.8,0.6,0.5")
     return values

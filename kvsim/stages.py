@@ -10,6 +10,7 @@ from policies import ModelShape, Policy, Step, resolve
 from policies.dtypes import row_bytes
 from policies.model import LayerShape
 from policies.plan import Tier, stored_bytes
+from policies.shown import shown
 
 MOST_STAGES = 128
 _CONTEXTS = [1 << power for power in range(4, 21, 2)]  # at which the parts that stages hold are compared
@@ -54,7 +55,9 @@ def stages_of(model: ModelShape, machine: Machine, pp: int) -> Stages:
     layers, host = stage_layers(model, pp), machine.host
     hosts = tuple(stage // (host.gpus_max // machine.tp) for stage in range(pp))
     if hosts[-1] and not host.nic_Bps:
-        raise ValueError(f"pp={pp} x tp={machine.tp} GPUs are more than one host {host.name!r}, which has no network")
+        raise ValueError(
+            f"pp={pp} x tp={machine.tp} GPUs are more than one host {shown(host.name)}, which has no network"
+        )
     ranks = tuple(stage_shape(model, own).shard(machine.tp) for own in layers)
     return Stages(machine, tuple(layers), ranks, hosts, row_bytes((model.hidden_dim,), model.dtype))
 

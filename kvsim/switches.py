@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from kvsim.documents import validated
 from kvsim.names import unknown_name
+from policies.shown import shown
 
 ROOT = "root"
 
@@ -48,10 +49,10 @@ def _check_tree(switches: Mapping[str, Switch]) -> None:
     import networkx as nx
 
     if ROOT in switches:
-        raise ValueError(f"{ROOT!r} is the root complex, above all switches; name this one differently")
+        raise ValueError(f"{shown(ROOT)} is the root complex, above all switches; name this one differently")
     for name, switch in switches.items():
         if switch.under not in (ROOT, *switches):
-            raise unknown_name(f"switch above {name!r},", switch.under, (ROOT, *switches))
+            raise unknown_name(f"switch above {shown(name)},", switch.under, (ROOT, *switches))
     graph = nx.DiGraph([(name, switch.under) for name, switch in switches.items()])
     if not nx.is_directed_acyclic_graph(graph):
         ring = [edge[0] for edge in nx.find_cycle(graph)]

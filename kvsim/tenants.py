@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from kvsim.names import nearest_first, unknown_name
 from kvsim.units import parse_duration_s
+from policies.shown import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ def parse_tenant(terms: Mapping[str, object]) -> Tenant:
     """A tenant from its terms as a scenario file has them, numbers or text; ValueError says which is wrong."""
     for name in terms:
         if name not in TERMS:
-            raise ValueError(f"unknown key {name!r}; did you mean {nearest_first(str(name), TERMS)[0]!r}?")
+            raise ValueError(f"unknown key {shown(name)}; did you mean {shown(nearest_first(str(name), TERMS)[0])}?")
     parsed = {
         "weight": lambda value: _number("weight", value),
         "priority": lambda value: _whole("priority", value),
@@ -70,16 +71,16 @@ def parse_named(flag: str, texts: Iterable[str]) -> dict[str, dict[str, str]]:
     for text in texts:
         name, colon, rest = text.rpartition(":")
         if not colon:
-            raise ValueError(f"{flag} {text!r} must be written NAME:key=value,key=value")
+            raise ValueError(f"{flag} {shown(text)} must be written NAME:key=value,key=value")
         if name in named:
-            raise ValueError(f"{flag} gives {name!r} twice")
+            raise ValueError(f"{flag} gives {shown(name)} twice")
         named[name] = {}
         for item in rest.split(","):
             key, equals, value = item.partition("=")
             if not equals:
-                raise ValueError(f"{flag} {text!r}: {item!r} must be written key=value")
+                raise ValueError(f"{flag} {shown(text)}: {shown(item)} must be written key=value")
             if key in named[name]:
-                raise ValueError(f"{flag} {text!r} gives {key!r} twice")
+                raise ValueError(f"{flag} {shown(text)} gives {shown(key)} twice")
             named[name][key] = value
     return named
 
@@ -99,8 +100,8 @@ def terms_of(tenants: Mapping[str, Tenant], names: Sequence[str]) -> list[Tenant
     for key, one in tenants.items():
         if one.slo_class not in have:
             raise ValueError(
-                f"no tenant has the SLO class {one.slo_class!r}: those that {key!r} matches have terms from a name or "
-                "pattern before it; set the class there, or leave it out"
+                f"no tenant has the SLO class {shown(one.slo_class)}: those that {shown(key)} matches have terms from "
+                "a name or pattern before it; set the class there, or leave it out"
             )
     return terms
 
@@ -113,7 +114,7 @@ def check_classes(tenants: Mapping[str, Tenant], classes: Mapping[str, Mapping[s
             raise unknown_name("SLO class", name, classes)
     for name in classes:
         if name not in named:
-            raise ValueError(f"no tenant has the SLO class {name!r}; give it to one, or leave it out")
+            raise ValueError(f"no tenant has the SLO class {shown(name)}; give it to one, or leave it out")
 
 
 def check_timeout(timeout_s: float | None) -> None:
@@ -127,8 +128,8 @@ def check_pins(tenants: Mapping[str, Tenant], replicas: int) -> None:
     for name, one in tenants.items():
         if one.replicas is not None and one.replicas[1] >= replicas:
             raise ValueError(
-                f"tenant {name!r}: replicas={_range(one.replicas)} exceeds the {replicas} replicas of the cluster, "
-                f"0 to {replicas - 1}"
+                f"tenant {shown(name)}: replicas={_range(one.replicas)} exceeds the {replicas} replicas of the "
+                f"cluster, 0 to {replicas - 1}"
             )
 
 
@@ -144,7 +145,7 @@ def _number(name: str, value: object) -> float:
             return float(value)
         except ValueError:
             pass
-    raise ValueError(f"{name}={value!r} is not a number such as 0.5")
+    raise ValueError(f"{name}={shown(value)} is not a number such as 0.5")
 
 
 def _whole(name: str, value: object) -> int:
@@ -152,13 +153,13 @@ def _whole(name: str, value: object) -> int:
         return value
     if isinstance(value, str) and value.removeprefix("-").isdecimal():
         return int(value)
-    raise ValueError(f"{name}={value!r} is not a whole number")
+    raise ValueError(f"{name}={shown(value)} is not a whole number")
 
 
 def _class(value: object) -> str:
     if isinstance(value, str) and value:
         return value
-    raise ValueError(f"slo_class={value!r} is not the name of an SLO class")
+    raise ValueError(f"slo_class={shown(value)} is not the name of an SLO class")
 
 
 def _replicas(value: object) -> tuple[int, int]:
@@ -168,7 +169,7 @@ def _replicas(value: object) -> tuple[int, int]:
             return int(first), int(last or first)
     elif isinstance(value, int) and not isinstance(value, bool):
         return value, value
-    raise ValueError(f"replicas={value!r} must be a replica, or the first and the last: 0-3")
+    raise ValueError(f"replicas={shown(value)} must be a replica, or the first and the last: 0-3")
 
 
 def _seconds(value: object) -> float:

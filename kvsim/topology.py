@@ -12,6 +12,7 @@ import networkx as nx
 
 from kvsim.hardware import Gpu, Host
 from kvsim.names import unknown_name
+from policies.shown import shown
 
 Edge: TypeAlias = tuple[str, str]
 _ROUTE_BYTES = 2**20  # routes are compared at the size of a few pages of KV
@@ -20,7 +21,7 @@ _ROUTE_BYTES = 2**20  # routes are compared at the size of a few pages of KV
 def node_graph(gpu: Gpu, host: Host, gpus: int) -> "nx.DiGraph[str]":
     """The graph of `host` with `gpus` GPUs; ValueError when it does not hold as many."""
     if not 1 <= gpus <= host.gpus_max:
-        raise ValueError(f"gpus={gpus} does not fit host {host.name!r}; it takes 1 to {host.gpus_max}")
+        raise ValueError(f"gpus={gpus} does not fit host {shown(host.name)}; it takes 1 to {host.gpus_max}")
     graph: nx.DiGraph[str] = nx.DiGraph()
     rates = gpu.rates
     _link(graph, "host.ddr", "host.cpu", host.ddr_Bps, host.ddr_Bps)

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
+from policies.shown import shown
+
 _TOKENS: Mapping[str, int] = (
     {"": 1} | {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9} | {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 )
@@ -79,18 +81,24 @@ def format_count(count: float) -> str:
 def _whole(what: str, text: str, units: Mapping[str, int | Fraction], examples: str) -> int:
     value = _quantity(what, text, units, examples)
     if value.denominator != 1:
-        raise ValueError(f"{what} {text!r} is {float(value):g}, which is not a whole number; write it as {examples}")
+        raise ValueError(
+            f"{what} {shown(text)} is {float(value):g}, which is not a whole number; write it as {examples}"
+        )
     return int(value)
 
 
 def _quantity(what: str, text: str, units: Mapping[str, int | Fraction], examples: str) -> Fraction:
     match = _QUANTITY.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"{what} {text!r} is not a finite number >= 0 with an optional unit; write it as {examples}")
+        raise ValueError(
+            f"{what} {shown(text)} is not a finite number >= 0 with an optional unit; write it as {examples}"
+        )
     unit = match["unit"]
     if unit not in units:
         known = ", ".join(name for name in units if name)
-        raise ValueError(f"{what} {text!r} has the unknown unit {unit!r}; known: {known}; write it as {examples}")
+        raise ValueError(
+            f"{what} {shown(text)} has the unknown unit {shown(unit)}; known: {known}; write it as {examples}"
+        )
     return Fraction(match["number"]) * units[unit]
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from math import prod
 from types import MappingProxyType
 
+from policies.shown import shown
+
 DTYPE_BITS: Mapping[str, int] = MappingProxyType(
     {
         "fp32": 32,
@@ -30,7 +32,7 @@ MXFP4_GROUP = 32
 def check_dtype(dtype: str) -> None:
     """Raise ValueError, listing the known dtypes, when `dtype` is not one of them."""
     if dtype not in DTYPE_BITS:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPE_BITS)}")
+        raise ValueError(f"unknown dtype {shown(dtype)}; known: {', '.join(DTYPE_BITS)}")
 
 
 def row_bytes(shape: tuple[int, ...], dtype: str) -> int:

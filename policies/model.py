@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from policies.dtypes import check_dtype, row_bytes
+from policies.shown import shown
 
 LAYER_KINDS = ("full", "sliding", "mla", "linear", "block", "core")
 
@@ -53,7 +54,7 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         if self.kind not in LAYER_KINDS:
-            raise ValueError(f"unknown layer kind {self.kind!r}; known: {', '.join(LAYER_KINDS)}")
+            raise ValueError(f"unknown layer kind {shown(self.kind)}; known: {', '.join(LAYER_KINDS)}")
         for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -181,7 +182,7 @@ class ModelShape:
         for dtype in (self.dtype, self.kv_dtype, self.weight_dtype, self.expert_dtype or self.weight_dtype):
             check_dtype(dtype)
         if not self.layers:
-            raise ValueError(f"model {self.name!r} has no layers")
+            raise ValueError(f"model {shown(self.name)} has no layers")
         for index, layer in enumerate(self.layers):
             source = layer.share_kv_with
             if source is not None and not (0 <= source < index and self.layers[source].share_kv_with is None):
@@ -263,7 +264,7 @@ class ModelShape:
         """
         least = min((layer.kv_heads for layer in self.layers if layer.kind != "linear"), default=0)
         if not 1 <= kv_heads <= least:
-            raise ValueError(f"kv_heads={kv_heads} is not within 1 and the {least} KV heads of {self.name!r}")
+            raise ValueError(f"kv_heads={kv_heads} is not within 1 and the {least} KV heads of {shown(self.name)}")
         layers = tuple(
             layer if layer.kind == "linear" else layer.with_heads(kv_heads * layer.group, kv_heads)
             for layer in self.layers

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from policies.model import ModelShape
 from policies.plan import Buffer, Count, Plan, Step
+from policies.shown import shown
 
 
 class Reuse(StrEnum):
@@ -62,7 +63,7 @@ def at_least(policy: Policy, **minimum: int) -> None:
     for field, low in minimum.items():
         value = getattr(policy, field)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{policy.name}: {field}={value!r} is not a whole number")
+            raise ValueError(f"{policy.name}: {field}={shown(value)} is not a whole number")
         if value < low:
             raise ValueError(f"{policy.name}: {field}={value} must be at least {low}")
 
@@ -72,14 +73,14 @@ def share_of(policy: Policy, *fields: str) -> None:
     for field in fields:
         value = getattr(policy, field)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise ValueError(f"{policy.name}: {field}={value!r} must be above 0 and at most 1")
+            raise ValueError(f"{policy.name}: {field}={shown(value)} must be above 0 and at most 1")
 
 
 def one_of(policy: Policy, field: str, *allowed: str) -> None:
     """Raise ValueError when the parameter of `policy` is none of the allowed words."""
     value = getattr(policy, field)
     if value not in allowed:
-        raise ValueError(f"{policy.name}: {field}={value!r} must be one of {', '.join(allowed)}")
+        raise ValueError(f"{policy.name}: {field}={shown(value)} must be one of {', '.join(allowed)}")
 
 
 def multiple_of(policy: Policy, field: str, divisor: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from policies.compose import ByContext, ByHeads, ByLayer
 from policies.policy import Policy
+from policies.shown import shown
 
 SUFFIXES = {"": 1, "k": 1000, "M": 1_000_000, "Ki": 1024, "Mi": 1024**2}
 _WHOLE = re.compile(r"(-?\d{1,18})(|k|M|Ki|Mi)", re.ASCII)
@@ -33,7 +34,7 @@ def parse(text: str, known: Mapping[str, type[Policy]]) -> Policy:
         return ByHeads(parts=tuple((_int(f"{policy.name}@heads", n), policy) for n, policy in sized))
     if kinds[-1] is not None or not set(kinds[:-1]) <= {"layers", "below"}:
         raise ValueError(
-            f"policy {text!r}: join parts as 'full@layers=0-1+shadowkv', 'full@below=8k+shadowkv' or "
+            f"policy {shown(text)}: join parts as 'full@layers=0-1+shadowkv', 'full@below=8k+shadowkv' or "
             "'full@heads=2+sink-window@heads=6'; the last part, for the rest, has no selector"
         )
     rest = policies[-1]
@@ -93,15 +94,15 @@ def _one(text: str, known: Mapping[str, type[Policy]]) -> Policy:
     for item in filter(None, (piece.strip() for piece in rest.split(","))):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"policy {text!r}: {item!r} must be key=value")
+            raise ValueError(f"policy {shown(text)}: {shown(item)} must be key=value")
         if key not in allowed:
             raise ValueError(_unknown(f"parameter of {name}", key, allowed))
         if key in given:
-            raise ValueError(f"policy {text!r}: {key} is given twice")
+            raise ValueError(f"policy {shown(text)}: {key} is given twice")
         given[key] = _value(f"{name}: {key}", value, kinds[key])
     required = [f.name for f in allowed.values() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [field for field in required if field not in given]:
-        raise ValueError(f"policy {text!r} needs {', '.join(missing)}")
+        raise ValueError(f"policy {shown(text)} needs {', '.join(missing)}")
     return cls(**given)
 
 
@@ -109,9 +110,13 @@ def _outside(module: str, name: str) -> type[Policy]:
     try:
         cls = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        raise ValueError(f"policy {module}:{name}: cannot import {module!r} ({error}); is it on PYTHONPATH?") from error
+        raise ValueError(
+            f"policy {module}:{name}: cannot import {shown(module)} ({error}); is it on PYTHONPATH?"
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
-        raise ValueError(f"policy {module}:{name}: {name!r} in {module!r} is not a subclass of policies.Policy")
+        raise ValueError(
+            f"policy {module}:{name}: {shown(name)} in {shown(module)} is not a subclass of policies.Policy"
+        )
     return cls
 
 
@@ -121,7 +126,7 @@ def _value(what: str, text: str, kind: Any) -> Any:
         return None
     if bool in options:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"{what}={text!r} must be true or false")
+            raise ValueError(f"{what}={shown(text)} must be true or false")
         return text.lower() == "true"
     if int in options:
         return _int(what, text)
@@ -129,9 +134,9 @@ def _value(what: str, text: str, kind: Any) -> Any:
         try:
             value = float(text)
         except ValueError:
-            raise ValueError(f"{what}={text!r} is not a number") from None
+            raise ValueError(f"{what}={shown(text)} is not a number") from None
         if not abs(value) < float("inf"):
-            raise ValueError(f"{what}={text!r} is not finite")
+            raise ValueError(f"{what}={shown(text)} is not finite")
         return value
     return text
 
@@ -139,14 +144,14 @@ def _value(what: str, text: str, kind: Any) -> Any:
 def _int(what: str, text: str) -> int:
     number = _WHOLE.fullmatch(text)
     if number is None:
-        raise ValueError(f"{what}={text!r} is not a whole number such as 2048, 2k or 2Ki")
+        raise ValueError(f"{what}={shown(text)} is not a whole number such as 2048, 2k or 2Ki")
     return int(number[1]) * SUFFIXES[number[2]]
 
 
 def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
     if not known:
-        return f"unknown {what} {name!r}; none is known"
+        return f"unknown {what} {shown(name)}; none is known"
     near = get_close_matches(name, known, n=len(known), cutoff=0.0)
     guess = get_close_matches(name, known, n=1)
-    hint = f" did you mean {guess[0]!r}?" if guess else ""
-    return f"unknown {what} {name!r};{hint} known: {', '.join(near)}"
+    hint = f" did you mean {shown(guess[0])}?" if guess else ""
+    return f"unknown {what} {shown(name)};{hint} known: {', '.join(near)}"

@@ -7,6 +7,7 @@ import typer
 from kvsim.cli.output import Columns, JsonFlag, print_json, print_table
 from kvsim.cli.trace import LimitOption, SeedOption, SkipOption, TraceArgument
 from kvsim.units import format_count, format_s, parse_duration_s, parse_tokens
+from policies.shown import shown
 
 
 def batching(
@@ -41,7 +42,7 @@ def batching(
     card = load_gpu(gpu)
     machine = Machine(gpu=card, host=load_host(host or default_host(card.name)), tp=tp)
     if tp > machine.host.gpus_max:
-        raise ValueError(f"tp={tp} exceeds the {machine.host.gpus_max} GPUs of host {machine.host.name!r}")
+        raise ValueError(f"tp={tp} exceeds the {machine.host.gpus_max} GPUs of host {shown(machine.host.name)}")
     loaded = traces.load(trace, limit=limit, seed=seed, skip_bad_rows=skip_bad_rows)
     lengths = loaded.prompt_tokens
     if window is not None:
@@ -85,5 +86,5 @@ def batching(
 def _window(text: str) -> tuple[float, float]:
     ends = [parse_duration_s(part) for part in text.split("-")]
     if len(ends) != 2 or not ends[0] < ends[1]:
-        raise ValueError(f"window={text!r} goes from one time to a later one, such as 0s-60s")
+        raise ValueError(f"window={shown(text)} goes from one time to a later one, such as 0s-60s")
     return ends[0], ends[1]

@@ -12,6 +12,7 @@ from kvsim.cli.prefill import print_density, print_occupancy, print_schemes
 from kvsim.names import unknown_name
 from kvsim.shares import parse_shares
 from kvsim.units import format_bytes, format_count, format_s, parse_tokens
+from policies.shown import shown
 
 if TYPE_CHECKING:
     from kvsim.explain import Costs
@@ -157,7 +158,9 @@ def _paper_rows(
 
     for name in names:
         if name != "full":
-            raise ValueError(f"--paper prices the policy full alone, not {name!r}; leave --paper or the policy out")
+            raise ValueError(
+                f"--paper prices the policy full alone, not {shown(name)}; leave --paper or the policy out"
+            )
     card = load_gpu(gpu if "@" in gpu else f"{gpu}@datasheet")
     return [("full", paper_costs(model, card, tokens, tp=tp, batch=batch)) for tokens in contexts]
 

@@ -10,6 +10,7 @@ import typer
 
 from kvsim.cli.output import SCHEMA_VERSION, print_table
 from kvsim.units import format_bytes, format_count, format_s
+from policies.shown import shown
 
 if TYPE_CHECKING:
     from policies import ModelShape
@@ -135,7 +136,7 @@ def print_schemes(
 
     card, server = load_gpu(gpu), load_host(host)
     if devices > server.gpus_max:
-        raise ValueError(f"--sp {devices} does not fit host {server.name!r}; it takes 1 to {server.gpus_max} GPUs")
+        raise ValueError(f"--sp {devices} does not fit host {shown(server.name)}; it takes 1 to {server.gpus_max} GPUs")
     machine = Machine(gpu=card, host=server)
     rows: list[dict[str, Any]] = []
     for tokens in contexts:

@@ -12,6 +12,7 @@ import typer
 from kvsim.cli.output import JsonFlag
 from kvsim.shares import parse_shares
 from kvsim.tenants import parse_named
+from policies.shown import shown
 
 if TYPE_CHECKING:
     from kvsim.results import Result
@@ -240,9 +241,9 @@ def _bounds(texts: Sequence[str]) -> dict[str, str]:
     for item in ",".join(texts).split(","):
         name, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"--slo {item!r} must be written name=value")
+            raise ValueError(f"--slo {shown(item)} must be written name=value")
         if name in bounds:
-            raise ValueError(f"--slo gives {name!r} twice")
+            raise ValueError(f"--slo gives {shown(name)} twice")
         bounds[name] = value
     return bounds
 

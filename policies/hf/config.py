@@ -5,10 +5,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from policies.hf.keys import Keys
+from policies.hf.keys import Keys, check_kinds
 from policies.hf.layers import LINEAR, Experts, Family, attention, dense_mlp, layer, mla, sparse_mlp
 from policies.hf.nemotron import NEMOTRON_H, common_keys, nemotron_layers
 from policies.model import LayerShape, ModelShape
+from policies.shown import shown
 
 _QWEN_EXPERTS = Experts(count="num_experts", width="moe_intermediate_size")
 _QWEN_SHARED = replace(_QWEN_EXPERTS, shared_width="shared_expert_intermediate_size", shared_gate=True)
@@ -96,8 +97,10 @@ def read(config: Mapping[str, Any], name: str) -> ModelShape:
 
     Raises ValueError for a missing key, a value out of range, or an architecture that is not known.
     """
+    check_kinds(config, name)
     text = config.get("text_config")
     if isinstance(text, Mapping):
+        check_kinds(text, name)
         outer = {key: value for key, value in config.items() if key not in ("text_config", "model_type")}
         config = {"model_type": config.get("model_type"), **outer, **text}
     model_type = {"gemma3": "gemma3_text", "llama4": "llama4_text"}.get(config.get("model_type", ""))
@@ -139,7 +142,7 @@ def _unknown_family(config: Mapping[str, Any], model_type: str, name: str) -> Fa
     if missing or foreign:
         reason = f"it has no {', '.join(missing)}" if missing else f"it has {', '.join(foreign)}"
         raise ValueError(
-            f"config of {name!r}: unknown model_type {model_type!r}, and it is no plain Llama: {reason}; "
+            f"config of {shown(name)}: unknown model_type {shown(model_type)}, and it is no plain Llama: {reason}; "
             f"known: {', '.join(sorted(FAMILIES))}"
         )
     return _LLAMA
@@ -165,14 +168,14 @@ def _from_chatglm(config: Mapping[str, Any]) -> dict[str, Any]:
 def _layer_kinds(keys: Keys, model_type: str) -> list[str]:
     """`full`, `sliding` or `linear` for each layer."""
     layers = keys.number("num_hidden_layers")
-    named = keys.sequence("layer_types")
+    named = keys.names("layer_types")
     if named:
         if len(named) != layers:
             raise keys.error("num_hidden_layers", f"differs from the {len(named)} entries of layer_types")
         for layer_type in named:
             if layer_type not in _KIND_OF_LAYER_TYPE:
                 known = ", ".join(_KIND_OF_LAYER_TYPE)
-                raise keys.error("layer_types", f"has {layer_type!r}; known: {known}")
+                raise keys.error("layer_types", f"has {shown(layer_type)}; known: {known}")
         return [_KIND_OF_LAYER_TYPE[layer_type] for layer_type in named]
     return [_kind_by_rule(keys, model_type, index) for index in range(layers)]
 
@@ -206,7 +209,7 @@ def _kind_by_rule(keys: Keys, model_type: str, index: int) -> str:
 def _layer(keys: Keys, family: Family, model_type: str, index: int, kind: str) -> LayerShape:
     if kind == "linear":
         if not family.linear:
-            raise keys.error("layer_types", f"has linear layers, which {model_type!r} models do not have")
+            raise keys.error("layer_types", f"has linear layers, which {shown(model_type)} models do not have")
         first = LINEAR[family.linear](keys)
     elif family.kv == "mla":
         first = mla(keys)

@@ -6,6 +6,7 @@ from typing import Any
 from policies.hf.keys import Keys
 from policies.hf.layers import Experts, Family, attention, dense_mlp, layer, mamba2, sparse_mlp
 from policies.model import LayerShape
+from policies.shown import shown
 
 _EXPERTS = Experts(
     count="n_routed_experts",
@@ -74,13 +75,13 @@ def _pairs(keys: Keys) -> Iterator[tuple[str, str]]:
 
 
 def _pattern(keys: Keys) -> str:
-    names = keys.sequence("layers_block_type")
+    names = keys.names("layers_block_type")
     for name in names:
         if name not in _BLOCK_TYPES:
-            raise keys.error("layers_block_type", f"has {name!r}; known: {', '.join(_BLOCK_TYPES)}")
+            raise keys.error("layers_block_type", f"has {shown(name)}; known: {', '.join(_BLOCK_TYPES)}")
     pattern = "".join(_BLOCK_TYPES[name] for name in names) or keys.text("hybrid_override_pattern")
     for letter in pattern:
         if letter not in _BLOCKS:
             known = ", ".join(f"{letter} ({what})" for letter, what in _BLOCKS.items())
-            raise keys.error("hybrid_override_pattern", f"has {letter!r}; known: {known}")
+            raise keys.error("hybrid_override_pattern", f"has {shown(letter)}; known: {known}")
     return pattern

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvsim.names import nearest_first, unknown_name
 from kvsim.units import format_bytes, format_count, format_rate, format_s, parse_bytes, parse_duration_s, parse_tokens
+from policies.shown import shown
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_a_duration_is_the_float_nearest_to_what_is_written(number: int, unit: s
 def test_what_is_no_finite_number_from_zero_on_is_refused(parse: Callable[[str], float], text: str) -> None:
     with pytest.raises(ValueError, match=r"write it as '") as error:
         parse(text)
-    assert repr(text) in str(error.value)
+    assert shown(text) in str(error.value)
 
 
 def test_an_unknown_unit_lists_the_known() -> None:
