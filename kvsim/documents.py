@@ -1,5 +1,6 @@
-"""Reading YAML documents and checking them against a schema, with errors that name the key and the fix."""
+"""Reading YAML and JSON documents, and checking them against a schema, with errors that name the key and the fix."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,36 +9,40 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kvsim.names import nearest_first
+from kvsim.yaml_subset import MOST_CHARACTERS, Loader
 from policies.shown import shown
 
 T = TypeVar("T")
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain values alone, and no key twice: of two values for one key, YAML itself would keep the last silently."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        first: dict[str, yaml.Node] = {}
-        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if first.setdefault(key.value, key) is not key:
-                lines = f"{first[key.value].start_mark.line + 1} and {key.start_mark.line + 1}"
-                raise ValueError(f"the key {shown(key.value)} stands twice, in lines {lines}; keep one of them")
-        return node
+DOCUMENT_BYTES = 8 << 20
+"""The largest file of settings that is taken for one; the longest published `config.json` has a fiftieth of it."""
 
 
-def read_document(path: Path) -> str:
-    """The text of a user's file; ValueError when it is not UTF-8, OSError when it cannot be read."""
+def read_document(path: Path, most_bytes: int = DOCUMENT_BYTES) -> str:
+    """The text of a user's file; ValueError when it is not UTF-8, no regular file or larger than `most_bytes`.
+
+    OSError when it cannot be read.
+    """
+    from traces.files import check_regular  # with it comes numpy, which a command without files does not need
+
+    check_regular(path)
+    with path.open("rb") as stream:
+        content = stream.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"{path} is larger than the {most_bytes:,} bytes of any file of its kind; name another one")
     try:
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from None
 
 
 def parse_yaml(document: str, origin: str) -> dict[str, Any]:
-    """The mapping that a YAML document holds; ValueError, naming `origin`, when it holds none or a key twice."""
+    """The mapping that a YAML document holds, as `kvsim.yaml_subset` reads it; ValueError, naming `origin`, else."""
+    if len(document) > MOST_CHARACTERS:
+        raise ValueError(f"{origin} has {len(document):,} characters; a YAML file here has at most {MOST_CHARACTERS:,}")
     try:
-        data = yaml.load(document, _Loader)  # noqa: S506 - a safe loader
+        data = yaml.load(document, Loader)  # noqa: S506 - a safe loader
     except yaml.YAMLError as error:
         raise ValueError(f"{origin} is not YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
@@ -47,6 +52,27 @@ def parse_yaml(document: str, origin: str) -> dict[str, Any]:
             return data
         case _:
             raise ValueError(f"{origin} holds no mapping of keys to values")
+
+
+def parse_json(document: str, origin: str) -> Any:
+    """The value that a JSON document holds; ValueError, naming `origin`, for malformed JSON and a key given twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {shown(twice)} stands twice in one object; keep one of them")
+        return found
+
+    try:
+        return json.loads(document, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{origin} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{origin} nests too deep; write it flatter") from None
+    except ValueError as error:  # a key given twice, or a number of thousands of digits
+        raise ValueError(f"{origin}: {error}") from None
 
 
 def validated(schema: TypeAdapter[T], data: Mapping[str, Any], known: list[str], origin: str) -> T:

@@ -4,7 +4,7 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
-from kvsim.documents import read_document
+from kvsim.documents import parse_json, read_document
 from kvsim.names import unknown_name
 from policies import hf
 from policies.model import ModelShape
@@ -44,10 +44,7 @@ def model_source(name: str) -> str:
 
 
 def _read(document: str, name: str, origin: str) -> ModelShape:
-    try:
-        config = json.loads(document)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{origin} is not JSON: {error}") from None
+    config = parse_json(document, origin)
     match config:
         case dict():
             return hf.read(config, name)

@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from traces.archive import members
-from traces.schema import Trace, TraceError, expand_runs
+from traces.npz import read_npz
+from traces.schema import MAX_TOKENS, Trace, TraceError, expand_runs
 
 _INT32_MAX = 2**31 - 1
+MAX_BLOCKS = 1 << 28  # of all prompts, which runs write in no room: the published sessions have a third of them
 STARTS = ("poisson", "together")
+_OF_REQUESTS = ("session", "model", "time_s", "think_s", "prompt_tokens", "output_tokens", "runs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +71,55 @@ class Sessions:
 
     @classmethod
     def read(cls, path: Path) -> Sessions:
-        """Read the packed form."""
+        """Read the packed form; TraceError for a file that is none, or whose columns do not fit each other."""
         try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
-                return cls(**{name: stored[name] for name in (column.name for column in fields(cls))})
-        except (KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise TraceError(f"{path}: truncated archive, or not packed agentic sessions ({error})") from error
+            stored = read_npz(path)
+            sessions = cls(**{column.name: stored[column.name] for column in fields(cls)})
+        except KeyError as error:
+            raise TraceError(f"{path}: truncated archive, or not packed agentic sessions ({error})") from None
+        except ValueError as error:
+            if isinstance(error, TraceError):
+                raise
+            raise TraceError(f"{path}: truncated archive, or not packed agentic sessions ({error})") from None
+        if (fault := sessions.fault()) is not None:
+            raise TraceError(f"{path}: not packed agentic sessions: {fault}; pack them again")
+        return sessions
+
+    def fault(self) -> str | None:
+        """What is wrong with the columns, if anything: their types, lengths, ranges, and the sums that runs make."""
+        for column in fields(self):
+            array, wanted = (
+                getattr(self, column.name),
+                get_args(get_args(get_type_hints(type(self))[column.name])[1])[0],
+            )
+            if not np.issubdtype(array.dtype, wanted):
+                return f"{column.name} holds {array.dtype}, not {wanted.__name__}"
+            if array.ndim != (0 if column.name == "block_tokens" else 1):
+                return f"{column.name} has the shape {array.shape}"
+        lengths = {name: len(getattr(self, name)) for name in _OF_REQUESTS}
+        if len(set(lengths.values())) > 1 or not lengths["session"]:
+            return f"each request needs one of {', '.join(_OF_REQUESTS)}"
+        if len(self.run_start) != len(self.run_length) or int(self.runs.astype(np.int64).sum()) != len(self.run_start):
+            return "runs does not add up to the runs there are"
+        for name in ("session", "model", "output_tokens", "runs", "run_start"):
+            if (getattr(self, name) < 0).any():
+                return f"{name} has a number below 0"
+        for name in ("prompt_tokens", "run_length", "block_tokens"):
+            if (getattr(self, name) < 1).any():
+                return f"{name} has a number below 1"
+        if self.prompt_tokens.max() > MAX_TOKENS or int(self.run_length.astype(np.int64).sum()) > MAX_BLOCKS:
+            return f"prompts may have {MAX_TOKENS:,} tokens each, and {MAX_BLOCKS:,} block ids together"
+        if self.session.max() >= len(self.session_names) or self.model.max() >= len(self.models):
+            return "a request is of a session or model that has no name"
+        if not (np.isfinite(self.time_s) & (self.time_s >= 0)).all():
+            return "time_s must be finite and not negative"
+        if not ((self.think_s >= 0) | np.isnan(self.think_s)).all():
+            return "think_s must not be negative"
+        request = np.repeat(np.arange(len(self.runs)), self.runs)
+        blocks = np.bincount(request, weights=self.run_length, minlength=len(self.runs))
+        if (blocks != self.prompt_tokens // int(self.block_tokens)).any():
+            return "a prompt has other than one id for each of its full blocks"
+        return None
 
 
 def to_trace(sessions: Sessions, options: Options, *, name: str, seed: int = 0, limit: int | None = None) -> Trace:

@@ -13,6 +13,9 @@ from traces.schema import MAX_TOKENS, Codes, Floats, Ints, TraceError
 from traces.table import Table
 
 _INT32_MAX = 2**31 - 1
+NAME_CHARACTERS = 1000
+COLUMNS_NAMED = 20
+_NAME = f"must be text of at most {NAME_CHARACTERS} characters, without lone surrogates, or a number"
 
 
 class Rows:
@@ -79,12 +82,14 @@ class Rows:
 
     def labels(self, field: str) -> tuple[Codes, tuple[str, ...]]:
         """Names as codes in order of first appearance; a blank cell is named "default"."""
+        self.reject(field, np.array([not _is_name(cell) for cell in self.table.columns[field]]), _NAME)
         names = ["default" if cell in (None, "") else str(cell) for cell in self.table.columns[field]]
         known = {name: code for code, name in enumerate(dict.fromkeys(names))}
         return np.array([known[name] for name in names], np.int32), tuple(known)
 
     def sessions(self, field: str) -> Codes:
         """Session numbers: whole numbers are kept, other names are numbered by first appearance, blank is -1."""
+        self.reject(field, np.array([not _is_name(cell) for cell in self.table.columns[field]]), _NAME)
         cells = ["" if cell is None else str(cell) for cell in self.table.columns[field]]
         if all(cell == "" or (cell.isdecimal() and int(cell) <= _INT32_MAX) for cell in cells):
             return np.array([int(cell) if cell else -1 for cell in cells], np.int32)
@@ -130,9 +135,20 @@ class Rows:
 
 
 def ignored_columns_note(table: Table, used: Sequence[str]) -> tuple[str, ...]:
-    """A note naming the columns that were not read, if any."""
+    """A note naming the columns that were not read, if any; of many, the first ones."""
     extra = [name for name in table.columns if name not in used]
-    return (f"columns not read: {', '.join(extra)}",) if extra else ()
+    shown = [name[:80].encode(errors="backslashreplace").decode() for name in extra[:COLUMNS_NAMED]]
+    more = f" and {len(extra) - COLUMNS_NAMED} more" if len(extra) > COLUMNS_NAMED else ""
+    return (f"columns not read: {', '.join(shown)}{more}",) if extra else ()
+
+
+def _is_name(cell: object) -> bool:
+    """Whether a cell can name a tenant or session: nothing, or short text that every file can hold, or a number."""
+    return cell is None or (
+        isinstance(cell, str | int | float)
+        and len(text := str(cell)) <= NAME_CHARACTERS
+        and (text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text))
+    )
 
 
 def _ids(cell: Any) -> Ints | None:

@@ -5,15 +5,14 @@ for each count `NAME.row` says which rows of `steps` drew it, `NAME.value` (n, h
 `NAME.maximum` (n, heads) the most that it could have drawn, 0 for heads that a layer lacks.
 """
 
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
+
+from traces.npz import read_npz
 
 Whole = NDArray[np.int64]
 # `first_prompt_tokens`: the prompt of the sequence's first turn, which settles what a policy does with it.
@@ -67,14 +66,10 @@ class Recording:
     def load(cls, path: Path) -> "Recording":
         """Read a recording; ValueError, naming the file and what is wrong, when it is none."""
         try:
-            with path.open("rb") as file:  # NumPy leaves a file of its own open when it is no archive
-                archive = np.load(file, allow_pickle=False)
-                if not isinstance(archive, NpzFile):
-                    raise ValueError("one array, no archive of several")
-                found = {name: archive[name] for name in archive.files}
+            found = read_npz(path)
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; record one with `kvsim generate --counts-out FILE`") from None
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: not a recording of counts ({error})") from None
         return cls._checked(path, found)
 

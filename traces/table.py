@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 from dataclasses import dataclass, field
@@ -12,11 +11,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from traces.archive import whole_file
+from traces.files import check_regular, open_packed
 from traces.schema import TraceError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 READ_ONLY = (".json", ".json.gz")
 _MAX_CELL_CHARS = 1 << 30
+UNPACKED_ROWS, ROWS_PER_BYTE = 1_000_000, 16
+"""The rows that any Parquet file may have, and those for each of its bytes beyond: one value over and over takes no
+room, so that a small file could fill memory; requests take bytes each."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,9 +53,7 @@ def read_table(path: Path, *, skip_bad_rows: bool = False) -> Table:
 
 def open_text(path: Path, errors: str = "strict") -> TextIO:
     """The text of a file, gzipped or not; `errors` as for `open`."""
-    if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", errors=errors, newline="")
-    return path.open(encoding="utf-8-sig", errors=errors, newline="")
+    return io.TextIOWrapper(open_packed(path), encoding="utf-8-sig", errors=errors, newline="")
 
 
 def _read_csv(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
@@ -140,17 +141,36 @@ def _decoded(path: Path) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    check_regular(path)
+    most_rows = UNPACKED_ROWS + ROWS_PER_BYTE * path.stat().st_size
     try:
-        stored = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+        with pq.ParquetFile(path) as file:
+            if file.metadata.num_rows > most_rows:
+                raise TraceError(f"{path}: {file.metadata.num_rows:,} rows in so small a file; split or correct it")
+            stored = file.read()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, TraceError):
+            raise
         raise TraceError(f"{path}: not a whole Parquet file: {error}") from error
     table = Table(source=str(path), lines=list(range(1, stored.num_rows + 1)))
     for name, column in zip(stored.column_names, stored.columns, strict=True):
-        if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-            # Views into one array: a list of Python integers would take eight times the memory.
-            whole = column.combine_chunks()
-            values, offsets = whole.values.to_numpy(zero_copy_only=False), whole.offsets.to_numpy()
-            table.columns[name] = [values[a:b] for a, b in pairwise(offsets)]
-        else:
-            table.columns[name] = column.to_pylist()
+        if name in table.columns:
+            raise TraceError(f"{path}: has the column {name!r} twice; keep one")
+        try:
+            table.columns[name] = _cells(column)
+        except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+            rule = f"cannot be read as {column.type} ({error}); store numbers, text or lists of whole numbers"
+            raise TraceError(f"{path}: column {name!r} {rule}") from error
     return table
+
+
+def _cells(column: Any) -> list[Any]:
+    """A Parquet column's cells; those of lists as views into one array."""
+    import pyarrow as pa
+
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        return list(column.to_pylist())
+    # A list of Python integers would take eight times the memory.
+    whole = column.combine_chunks()
+    values, offsets = whole.values.to_numpy(zero_copy_only=False), whole.offsets.to_numpy()
+    return [values[a:b] for a, b in pairwise(offsets)]
