@@ -12,6 +12,7 @@ from kvsim.machine import (
     Cost,
     Machine,
     access_bytes,
+    by_type,
 )
 from kvsim.speculation import Speculation
 from kvsim.symbolic import Polynomial, polynomial_of
@@ -110,22 +111,20 @@ class Guesser:
     def _set_draft(self, draft: ModelShape) -> None:
         speculation, machine = self.speculation, self._machine
         share, rates = speculation.draft_share, machine.gpu.rates
-        layer_bytes = sum(
-            draft.bytes_of(x.qkv_params + x.out_params) + draft.mlp_bytes_touched(x, 1) for x in draft.layers
-        )
+        layer_bytes = sum(draft.layer_bytes_touched(x, 1) for x in draft.layers)
         kernels = sum(
             QKV_KERNELS + OUT_KERNELS + ATTENTION_KERNELS + (MLP_KERNELS if x.mlp_params else 0) for x in draft.layers
         )
-        flop_s = 1 / machine.weight_flops(draft.weight_dtype)
-        layer_flops = 2 * (draft.active_params - draft.head_params)
+        work = by_type(product for x in draft.layers for product in draft.products(x))
+        layers_s = machine.products_s([(dtype, 2 * params) for dtype, params in work.items()])
         one_s, many_s = (2 * draft.n_layers * machine.allreduce_s(draft, n) for n in (1, 1025))
         each_s = (many_s - one_s) / 1024
         run = np.zeros((2, 4))
         run[ONCE] = kernels * rates.launch_s, layer_bytes / rates.hbm_Bps, 0.0, one_s - each_s
-        run[EACH] = 0.0, 0.0, layer_flops * flop_s, each_s
+        run[EACH] = 0.0, 0.0, layers_s, each_s
         head = np.zeros((2, 4))
         head[ONCE, :2] = HEAD_KERNELS * rates.launch_s, draft.head_bytes / rates.hbm_Bps
-        head[EACH, ARITHMETIC] = 2 * draft.head_params * flop_s
+        head[EACH, ARITHMETIC] = machine.products_s([(draft.head_product, 2 * draft.head_params)])
         self.parts[DECODING] = share * speculation.guesses * (run + head)
         self.parts[PROMPT] = share * run
         self.weight_bytes = round(share * draft.weight_bytes)
@@ -144,8 +143,8 @@ class Guesser:
         params, kernels = -(-(width**2) // self._machine.tp), 1
         if speculation.method == "medusa":
             params, kernels = params + target.head_params, 2
-        flop_s = 1 / self._machine.weight_flops(target.weight_dtype)
-        self.weight_bytes = guesses * target.bytes_of(params)
+        flop_s = 1 / self._machine.weight_flops(target.head_product)
+        self.weight_bytes = guesses * target.bytes_of(params, target.outer_dtype)
         self.read_bytes = (self.weight_bytes, 0)
         once, each = self.parts[DECODING]
         once[LAUNCH] = guesses * kernels * rates.launch_s

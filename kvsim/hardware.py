@@ -20,6 +20,10 @@ from policies.shown import shown
 Curve = tuple[tuple[int, float], ...]
 """Rate in B/s by size of a contiguous row in bytes, ascending."""
 
+_HALVES = ("bf16", "fp16", "fp32")
+_INSTEAD = {"mxfp8": ("fp8", *_HALVES)}
+"""Types to compute in, in order, where a chip has no rate for one; 16 bits, then 32, for all others."""
+
 _CATALOGUE = files("kvsim") / "catalogue"
 
 
@@ -59,6 +63,18 @@ class Rates:
         if dtype not in rates:
             raise ValueError(f"this GPU has no GEMM rate for dtype {shown(dtype)}; it has {', '.join(rates)}")
         return rates[dtype]
+
+    def product_flops(self, dtype: str) -> float:
+        """FLOP/s of products with weights of `dtype`, in another type where this chip has no rate for it.
+
+        Weight-only formats multiply in 16 bits. Chips before Ampere have no bf16, and engines serve in fp16 there: vLLM
+        refuses bf16 below compute capability 8.0 and names fp16. ValueError when nothing that stands in has a rate.
+        """
+        rates = dict(self.matmul_flops)
+        for known in (dtype, *_INSTEAD.get(dtype, _HALVES)):
+            if known in rates:
+                return rates[known]
+        return self.flops(dtype)
 
     def gather_Bps(self, row_bytes: int) -> float:
         """Rate at which a kernel reads rows of `row_bytes` straight from pinned host memory."""

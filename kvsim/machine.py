@@ -1,6 +1,6 @@
 """One GPU's place in its node: what each operation of a plan costs there before batches and overlap."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,24 +99,27 @@ class Machine:
         if work is Work.ATTENTION:
             return 1 / rates.attention_flops
         if work is Work.MATMUL:
-            return 1 / rates.flops("bf16")
+            return 1 / rates.product_flops("bf16")
         if work is Work.TOPK:
             return 1 / rates.topk_elements_per_s
-        return 1 / rates.flops("fp32")
+        return 1 / rates.product_flops("fp32")
 
-    def linear_s(self, weight_bytes: int, flops: int, kernels: float, dtype: str) -> float:
-        """Time of dense layers: weights stream in and then multiply.
+    def linear_s(self, weight_bytes: int, work: Sequence[tuple[str, int]], kernels: float) -> float:
+        """Time of dense layers: weights stream in and then multiply; `work` are FLOPs by type of the products.
 
         The two are added, not overlapped: decode GEMMs of few rows run below either roofline, and the sum reproduces
         ShadowKV's measured FFN times at batches of 12, 24 and 48 within 10 % (arXiv:2410.21465, table of latencies).
         """
         rates = self.gpu.rates
-        return kernels * rates.launch_s + weight_bytes / rates.hbm_Bps + flops / self.weight_flops(dtype)
+        return kernels * rates.launch_s + weight_bytes / rates.hbm_Bps + self.products_s(work)
+
+    def products_s(self, work: Sequence[tuple[str, int]]) -> float:
+        """Time of products with weights, given FLOPs by their type."""
+        return sum(flops / self.weight_flops(dtype) for dtype, flops in work if flops)
 
     def weight_flops(self, dtype: str) -> float:
         """FLOPs per second of products with weights of `dtype`; weight-only formats multiply in 16 bits."""
-        supported = dict(self.gpu.rates.matmul_flops)
-        return supported.get(dtype, supported["bf16"])
+        return self.gpu.rates.product_flops(dtype)
 
     def layer_s(self, model: ModelShape, layer: LayerShape, tokens: int) -> tuple[float, float, float]:
         """Times of a layer's own parts for a batch of `tokens`: before the policy, output projection, MLP.
@@ -125,19 +128,22 @@ class Machine:
         """
         share, every = layer.share_run(tokens), layer.tokens_per_run
 
-        def part(nbytes: int, params: int, kernels: int) -> float:
-            flops = 2 * params * tokens // every
-            return self.linear_s(round(share * nbytes), flops, share * kernels, model.weight_dtype)
+        def part(nbytes: int, products: Sequence[tuple[str, int]], kernels: int) -> float:
+            work = [(dtype, 2 * params * tokens // every) for dtype, params in by_type(products).items()]
+            return self.linear_s(round(share * nbytes), work, share * kernels)
 
-        qkv = part(model.bytes_of(layer.qkv_params), layer.qkv_params, QKV_KERNELS)
-        out = part(model.bytes_of(layer.out_params), layer.out_params, OUT_KERNELS)
+        qkv_bytes, out_bytes = model.attention_bytes(layer)
+        products = model.products(layer)
+        qkv = part(qkv_bytes, products[:1], QKV_KERNELS)
+        out = part(out_bytes, products[1:2], OUT_KERNELS)
         if not layer.mlp_params:
             return qkv, out, 0.0
-        return qkv, out, part(model.mlp_bytes_touched(layer, tokens), layer.mlp_active_params, MLP_KERNELS)
+        return qkv, out, part(model.mlp_bytes_touched(layer, tokens), products[2:], MLP_KERNELS)
 
     def head_s(self, model: ModelShape, logits: int) -> float:
         """Time of the output head for `logits` positions."""
-        return self.linear_s(model.head_bytes, 2 * model.head_params * logits, HEAD_KERNELS, model.weight_dtype)
+        work = [(model.head_product, 2 * model.head_params * logits)]
+        return self.linear_s(model.head_bytes, work, HEAD_KERNELS)
 
     def allreduce_bytes(self, model: ModelShape, tokens: int) -> int:
         """Bytes that one rank sends in a ring all-reduce of a batch's hidden states."""
@@ -174,6 +180,14 @@ class Machine:
         rates = self.gpu.rates
         link_s = 1 / (rates.pcie_h2d_Bps if to_hbm else rates.pcie_d2h_Bps)
         return rates.pcie_latency_s + nbytes * max(link_s, self.copy_floor_s(sharing)) if nbytes else 0.0
+
+
+def by_type(products: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Amounts summed by the type they belong to."""
+    totals: dict[str, int] = {}
+    for dtype, amount in products:
+        totals[dtype] = totals.get(dtype, 0) + amount
+    return totals
 
 
 def access_bytes(accesses: tuple[Access, ...], buffers: Mapping[str, Buffer], totals: Mapping[str, int]) -> int:

@@ -22,6 +22,7 @@ from kvsim.machine import (
     SM,
     Machine,
     Sharing,
+    by_type,
 )
 from kvsim.program import Floats, Program, compile_program, makespan_s
 from policies.model import LayerShape, ModelShape
@@ -91,7 +92,11 @@ class Clock:
         self._kept: list[Structure] = []  # ids above stay valid while these live
         self._shapes = Counter(model.layers)
         self._head_bytes = model.head_bytes
-        self._multiplied_params = model.active_params - model.head_params  # by a token in the layers
+        self._multiplied = by_type(  # weights by a token in the layers
+            (dtype, n * params // x.tokens_per_run)
+            for x, n in self._shapes.items()
+            for dtype, params in model.products(x)
+        )
         one, two = (machine.head_s(model, logits) for logits in (1, 2))
         self.head_parts_s = (2 * one - two, two - one)  # once, and for each position
         self._model_times: dict[int, tuple[Floats, Floats, int]] = {}
@@ -158,8 +163,7 @@ class Clock:
                 busy[NVLINK] += n * 2 * reduce_s
                 weights += n * model_bytes(model, shape, tokens)
             busy[HBM] = weights / machine.gpu.rates.hbm_Bps
-            flops = 2 * self._multiplied_params * tokens
-            busy[WORK] = flops / machine.weight_flops(model.weight_dtype)
+            busy[WORK] = machine.products_s([(dtype, 2 * n * tokens) for dtype, n in self._multiplied.items()])
             found = self._model_times[tokens] = (np.array(times), busy, weights)
         return found
 
@@ -246,5 +250,4 @@ class Clock:
 
 def model_bytes(model: ModelShape, layer: LayerShape, tokens: int) -> int:
     """Bytes of weights that one layer reads for a batch of `tokens`."""
-    nbytes = model.bytes_of(layer.qkv_params + layer.out_params) + model.mlp_bytes_touched(layer, tokens)
-    return round(layer.share_run(tokens) * nbytes)
+    return round(layer.share_run(tokens) * model.layer_bytes_touched(layer, tokens))

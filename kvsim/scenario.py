@@ -179,11 +179,8 @@ class Scenario(BaseModel):
         return loaded + [self.load_trace(further) for further in range(2, self.seeds)]
 
     def load_model(self) -> ModelShape:
-        """The model, stored in the dtypes that were asked for; `weight_dtype` holds for routed experts too."""
-        model = load_model(self.model)
-        if self.weight_dtype is not None:
-            model = replace(model, weight_dtype=self.weight_dtype, expert_dtype=None)
-        return model if self.kv_dtype is None else replace(model, kv_dtype=self.kv_dtype)
+        """The model, stored in the dtypes that were asked for; `weight_dtype` holds for all its weights."""
+        return load_model(self.model).stored_as(self.weight_dtype, self.kv_dtype)
 
     def setups(self) -> list[Setup]:
         """What to simulate, for each policy in order.

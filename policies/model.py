@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from policies.dtypes import check_dtype, row_bytes
 from policies.shown import shown
+from policies.weight_formats import Stored
 
 LAYER_KINDS = ("full", "sliding", "mla", "linear", "block", "core")
 
@@ -28,7 +30,8 @@ class LayerShape:
     `core` (the last `window_tokens`, and one row for each `block_tokens` before them: CCA, arXiv:2412.12465).
     Norm weights count with `qkv_params` and `mlp_params`. `whole_params` are those of `qkv_params` that every
     tensor-parallel rank has whole: MLA's down-projections. `mlp_params` holds every routed expert, `mlp_active_params`
-    the ones that a single token uses.
+    the ones that a single token uses. Of a quantised checkpoint, `qkv_stored`, `out_stored`, `dense_stored` (all of the
+    MLP but routed experts) and `expert_stored` (one of these) say how each part lies in memory.
 
     Raises ValueError when the numbers contradict each other.
     """
@@ -51,6 +54,10 @@ class LayerShape:
     experts: int = 0
     experts_per_token: int = 0
     expert_params: int = 0
+    qkv_stored: Stored | None = None
+    out_stored: Stored | None = None
+    dense_stored: Stored | None = None
+    expert_stored: Stored | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in LAYER_KINDS:
@@ -80,6 +87,11 @@ class LayerShape:
     def share_run(self, tokens: int) -> float:
         """The chance that any of `tokens`, each of another sequence, makes the layer run: it ends a block."""
         return 1 - (1 - 1 / self.tokens_per_run) ** tokens
+
+    @property
+    def dense_params(self) -> int:
+        """Weights of the MLP that every token uses: all but routed experts, the router included."""
+        return self.mlp_params - self.routed_params
 
     @property
     def routed_params(self) -> int:
@@ -128,13 +140,16 @@ class LayerShape:
         after = heads * self.head_dim + kv_heads * (self.head_dim + self.v_head_dim)
         if self.kind == "mla":  # what is made of the latent belongs to query heads
             before, after = self.heads, heads
+        qkv_params = self.whole_params - (-(self.qkv_params - self.whole_params) * after // before)
         return replace(
             self,
             heads=heads,
             kv_heads=kv_heads,
             state_elements=-(-self.state_elements * heads // self.heads),
-            qkv_params=self.whole_params - (-(self.qkv_params - self.whole_params) * after // before),
+            qkv_params=qkv_params,
             out_params=-(-self.out_params * heads // self.heads),
+            qkv_stored=self.qkv_stored and self.qkv_stored.scaled(qkv_params, self.qkv_params),
+            out_stored=self.out_stored and self.out_stored.scaled(heads, self.heads),
         )
 
     def shard(self, tp: int) -> LayerShape:
@@ -145,9 +160,11 @@ class LayerShape:
             raise ValueError(f"tp={tp} neither divides nor is a multiple of the {self.kv_heads} KV heads")
         attention = self.with_heads(self.heads // tp, max(1, self.kv_heads // tp))
         expert_params = -(-self.expert_params // tp)
-        dense_params = -(-(self.mlp_params - self.routed_params) // tp)
+        dense_params = -(-self.dense_params // tp)
         return replace(
             attention,
+            dense_stored=self.dense_stored and self.dense_stored.scaled(1, tp),
+            expert_stored=self.expert_stored and self.expert_stored.scaled(1, tp),
             mlp_params=dense_params + self.experts * expert_params,
             mlp_active_params=dense_params + self.experts_per_token * expert_params,
             expert_params=expert_params,
@@ -160,7 +177,9 @@ class ModelShape:
 
     `head_params` are the weights that the logits read, tied or not; `params` counts a tied matrix once. `dtype` is
     that of the activations and of linear layers' states, `kv_dtype` that of cached keys and values, `weight_dtype`
-    that of all weights but routed experts stored otherwise (`expert_dtype`: gpt-oss keeps them in mxfp4).
+    that of all weights which nothing else is said of: `expert_dtype` is that of routed experts, `outer_dtype` that of
+    what stands outside the layers (embeddings, the last norm, the head), and a quantised checkpoint's layers and head
+    (`head_stored`) say how they are stored. `notes` are what whoever uses the shape should be told.
 
     Raises ValueError for unknown dtypes, no layers, or a layer that shares the KV of one that stores none.
     """
@@ -177,10 +196,14 @@ class ModelShape:
     kv_dtype: str = "bf16"
     weight_dtype: str = "bf16"
     expert_dtype: str | None = None
+    outer_dtype: str | None = None
+    head_stored: Stored | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        for dtype in (self.dtype, self.kv_dtype, self.weight_dtype, self.expert_dtype or self.weight_dtype):
-            check_dtype(dtype)
+        for dtype in (self.dtype, self.kv_dtype, self.weight_dtype, self.expert_dtype, self.outer_dtype):
+            if dtype is not None:
+                check_dtype(dtype)
         if not self.layers:
             raise ValueError(f"model {shown(self.name)} has no layers")
         for index, layer in enumerate(self.layers):
@@ -202,13 +225,40 @@ class ModelShape:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights as stored."""
-        routed = sum(layer.routed_params for layer in self.layers)
-        return self.bytes_of(self.params - routed) + self.bytes_of(routed, self.expert_dtype)
+        stored_bytes = plain = routed = 0
+        for layer in self.layers:
+            for params, stored in (
+                (layer.qkv_params, layer.qkv_stored),
+                (layer.out_params, layer.out_stored),
+                (layer.dense_params, layer.dense_stored),
+            ):
+                stored_bytes += stored.nbytes if stored else 0
+                plain += 0 if stored else params
+            stored_bytes += layer.experts * layer.expert_stored.nbytes if layer.expert_stored else 0
+            routed += 0 if layer.expert_stored else layer.routed_params
+        outer = self.outer_params
+        if self.head_stored and not self.tied:
+            stored_bytes, outer = stored_bytes + self.head_stored.nbytes, outer - self.head_params
+        if self.outer_dtype:
+            stored_bytes, outer = stored_bytes + self.bytes_of(outer, self.outer_dtype), 0
+        return stored_bytes + self.bytes_of(plain + outer) + self.bytes_of(routed, self.expert_dtype)
+
+    @property
+    def outer_params(self) -> int:
+        """Weights outside the layers: embeddings, the last norm and, where it is not tied, the head."""
+        return self.params - sum(_layer_params(layer) for layer in self.layers)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding's matrix."""
+        return self.outer_params < self.embedding_params + self.head_params
 
     @property
     def head_bytes(self) -> int:
         """Bytes of weights that computing logits reads."""
-        return self.bytes_of(self.head_params)
+        if self.head_stored:
+            return self.head_stored.nbytes
+        return self.bytes_of(self.head_params, self.outer_dtype)
 
     def bytes_of(self, params: int, dtype: str | None = None) -> int:
         """Bytes of `params` weights stored in `dtype` (default: `weight_dtype`), in rows of `hidden_dim` elements."""
@@ -216,10 +266,77 @@ class ModelShape:
         dtype = dtype or self.weight_dtype
         return rows * row_bytes((self.hidden_dim,), dtype) + row_bytes((rest,), dtype)
 
+    def attention_bytes(self, layer: LayerShape) -> tuple[int, int]:
+        """Bytes of a layer's weights before the policy's work, and of its output projection."""
+        return (
+            layer.qkv_stored.nbytes if layer.qkv_stored else self.bytes_of(layer.qkv_params),
+            layer.out_stored.nbytes if layer.out_stored else self.bytes_of(layer.out_params),
+        )
+
     def mlp_bytes_touched(self, layer: LayerShape, tokens: int) -> int:
         """Bytes of MLP weights that a batch of `tokens` reads in `layer`."""
-        routed = round(layer.experts_touched(tokens) * layer.expert_params)
-        return self.bytes_of(layer.mlp_params - layer.routed_params) + self.bytes_of(routed, self.expert_dtype)
+        dense = layer.dense_stored.nbytes if layer.dense_stored else self.bytes_of(layer.dense_params)
+        touched = layer.experts_touched(tokens)
+        if layer.expert_stored:
+            return dense + round(touched * layer.expert_stored.nbytes)
+        return dense + self.bytes_of(round(touched * layer.expert_params), self.expert_dtype)
+
+    def layer_bytes_touched(self, layer: LayerShape, tokens: int) -> int:
+        """Bytes of all weights that a batch of `tokens` reads in `layer`."""
+        if layer.qkv_stored or layer.out_stored:
+            return sum(self.attention_bytes(layer)) + self.mlp_bytes_touched(layer, tokens)
+        return self.bytes_of(layer.qkv_params + layer.out_params) + self.mlp_bytes_touched(layer, tokens)
+
+    def products(self, layer: LayerShape) -> tuple[tuple[str, int], ...]:
+        """Types that a layer's products run in, and the weights that a token multiplies in each.
+
+        In order: before the policy's work, the output projection, the dense part of the MLP, routed experts.
+        """
+        routed = layer.experts_per_token * layer.expert_params
+        parts = (
+            (layer.qkv_stored, layer.qkv_params),
+            (layer.out_stored, layer.out_params),
+            (layer.dense_stored, layer.mlp_active_params - routed),
+            (layer.expert_stored, routed),
+        )
+        return tuple((stored.product if stored else self.weight_dtype, params) for stored, params in parts)
+
+    @property
+    def head_product(self) -> str:
+        """Type that the head's products run in."""
+        return self.head_stored.product if self.head_stored else self.outer_dtype or self.weight_dtype
+
+    @property
+    def stored_dtypes(self) -> dict[str, str]:
+        """The dtype of each part's weights; layers that differ are joined by `+`, the most common dtype first."""
+        found: dict[str, Counter[str]] = {"attention": Counter(), "mlp": Counter(), "experts": Counter()}
+        for layer in self.layers:
+            for part, params, stored, plain in (
+                ("attention", layer.qkv_params, layer.qkv_stored, self.weight_dtype),
+                ("attention", layer.out_params, layer.out_stored, self.weight_dtype),
+                ("mlp", layer.dense_params, layer.dense_stored, self.weight_dtype),
+                ("experts", layer.routed_params, layer.expert_stored, self.expert_dtype or self.weight_dtype),
+            ):
+                if params:
+                    found[part][stored.dtype if stored else plain] += params
+        outer = self.outer_dtype or self.weight_dtype
+        joined = {
+            part: "+".join(dtype for dtype, _ in dtypes.most_common()) for part, dtypes in found.items() if dtypes
+        }
+        return {**joined, "embeddings": outer, "head": self.head_stored.dtype if self.head_stored else outer}
+
+    def stored_as(self, weight_dtype: str | None = None, kv_dtype: str | None = None) -> ModelShape:
+        """The same model with all its weights, or its cached keys and values, in another dtype; None leaves them."""
+        model = self if kv_dtype is None else replace(self, kv_dtype=kv_dtype)
+        if weight_dtype is None:
+            return model
+        layers = tuple(
+            replace(layer, qkv_stored=None, out_stored=None, dense_stored=None, expert_stored=None)
+            for layer in self.layers
+        )
+        return replace(
+            model, layers=layers, weight_dtype=weight_dtype, expert_dtype=None, outer_dtype=None, head_stored=None
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -248,13 +365,13 @@ class ModelShape:
         if tp < 1:
             raise ValueError(f"tp={tp} must be at least 1")
         layers = tuple(layer.shard(tp) for layer in self.layers)
-        outside = self.params - sum(_layer_params(layer) for layer in self.layers)
         return replace(
             self,
             layers=layers,
             embedding_params=-(-self.embedding_params // tp),
             head_params=-(-self.head_params // tp),
-            params=-(-outside // tp) + sum(_layer_params(layer) for layer in layers),
+            params=-(-self.outer_params // tp) + sum(_layer_params(layer) for layer in layers),
+            head_stored=self.head_stored and self.head_stored.scaled(1, tp),
         )
 
     def with_kv_heads(self, kv_heads: int) -> ModelShape:

@@ -2,7 +2,7 @@
 
 import json as jsonlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -100,8 +100,7 @@ def explain(
     from kvsim.speculation import parse_acceptance, speculation
 
     contexts = [parse_tokens(part) for part in context.split(",")]
-    shape = load_model(model)
-    shape = replace(shape, kv_dtype=kv_dtype or shape.kv_dtype, weight_dtype=weight_dtype or shape.weight_dtype)
+    shape = load_model(model).stored_as(weight_dtype, kv_dtype)
     if plan is not None:
         _refuse_others(ctx, "--plan", PLAN_OPTIONS)
         for tokens in contexts:

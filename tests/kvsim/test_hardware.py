@@ -153,6 +153,15 @@ def test_hosts() -> None:
     assert node.random_Bps(512) == pytest.approx(0.75 * node.ddr_Bps)  # 64, 512, 4096: half way in the logarithm
 
 
+def test_a_chip_without_a_type_computes_in_another() -> None:
+    """Weight-only formats multiply in 16 bits; a T4 has no bf16, and engines serve in fp16 there."""
+    t4, h100 = load_gpu("t4@datasheet").rates, load_gpu("h100-sxm@datasheet").rates
+    assert t4.product_flops("bf16") == t4.product_flops("int4") == t4.flops("fp16") == 65e12
+    assert t4.product_flops("int8") == 130e12
+    assert h100.product_flops("nvfp4") == h100.product_flops("mxfp4") == h100.flops("bf16")
+    assert h100.product_flops("mxfp8") == h100.flops("fp8") == 2 * h100.flops("bf16")
+
+
 def test_a_missing_dtype_is_not_guessed() -> None:
     with pytest.raises(ValueError, match="no GEMM rate for dtype 'bf16'; it has fp16, int8, fp32"):
         load_gpu("t4").rates.flops("bf16")

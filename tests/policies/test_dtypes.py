@@ -18,6 +18,10 @@ from policies.dtypes import DTYPE_BITS, row_bytes
         ((3,), "int4", 2 + 4),  # 12 bits of elements and 32 of the group: 5.5 bytes, rounded up
         ((2, 1), "int4", 1 + 2 * 4),  # two nibbles pack into one byte
         ((2880,), "mxfp4", 1440 + 90),  # 90 blocks of 32, one exponent byte each
+        ((2880,), "mxfp8", 2880 + 90),
+        ((2880,), "nvfp4", 1440 + 180),  # 180 blocks of 16, one fp8 scale each
+        ((256,), "int4-g128", 128 + 2 * 4),
+        ((256,), "int4-g32", 128 + 8 * 4),
         ((576,), "fp32", 2304),
         ((), "int64", 8),
         ((4, 0), "int8", 0),
