@@ -1,5 +1,6 @@
 """Entry point of the `kvsim` program: runs a command, turns errors into one line and an exit code."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -9,9 +10,10 @@ from typer.exceptions import TyperException
 
 from kvsim.cli import TargetUnmet
 from kvsim.cli.app import app
-from policies.shown import MOST_SHOWN
+from kvsim.printable import brief, printable
+from policies.shown import MOST_SHOWN, shown
 
-LONGEST_WORD = 1024  # a path may be long; a value that typer or the system quotes whole may be longer
+LONGEST_WORD, LONGEST_MESSAGE = 1024, 560  # a value that typer or the system quotes whole may have megabytes
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -19,6 +21,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Bad input ends with one line on standard error; `python -X dev -m kvsim` raises it instead, with its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that it cannot write is escaped, and ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         # typer returns the code of typer.Exit, 130 after Ctrl-C, and None when a command just ends.
         code: int | None = typer.main.get_command(app)(args=args, prog_name="kvsim", standalone_mode=False)
@@ -42,13 +47,17 @@ def main(args: Sequence[str] | None = None) -> int:
 def _explain(error: ValueError | OSError | MemoryError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return "this takes more memory than there is; ask for fewer requests (--limit), seeds, GPUs or tokens"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{shown(error.object)} holds lone surrogates or bytes that are no Unicode text; write it in UTF-8"
     return str(error) or type(error).__name__
 
 
 def _fail(message: str, code: int) -> int:
     if message:  # empty when typer has printed the help in place of a message
         words = (word if len(word) <= LONGEST_WORD else f"{word[:MOST_SHOWN]}..." for word in message.split())
-        sys.stderr.write(f"error: {' '.join(words)}\n")
+        sys.stderr.write(f"error: {brief(printable(' '.join(words)), LONGEST_MESSAGE)}\n")
     return code
 
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 DOCUMENT_BYTES = 8 << 20
-"""The largest file of settings that is taken for one; the longest published `config.json` has a fiftieth of it."""
+"""The largest file of settings that is taken for one; published configs have some hundred kilobytes."""
 
 
 def read_document(path: Path, most_bytes: int = DOCUMENT_BYTES) -> str:

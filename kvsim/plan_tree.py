@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from kvsim.printable import printable
 from kvsim.units import format_bytes
 from policies import LayerPlan, ModelShape, Policy, Step, plan_layer
 from policies.plan import Access, Buffer, Compute, Copy, Count, Op, Rows, Sync, Work, flops, moved_bytes, stored_bytes
@@ -24,10 +25,10 @@ def plan_tree(policy: Policy, model: ModelShape, step: Step, layer: int) -> Tree
     """
     plan = plan_layer(policy, model, step, layer)
     totals = {count.name: count.expected() for count in plan.counts}
-    tree = Tree(Text(f"{plan.policy.name}: {_step_text(step)}, layer {layer} of {model.name}"))
-    tree.add(Text(f"source: {plan.policy.paper}"))
+    tree = Tree(_text(f"{plan.policy.name}: {_step_text(step)}, layer {layer} of {model.name}"))
+    tree.add(_text(f"source: {plan.policy.paper}"))
     if plan.policy.trained:
-        tree.add(Text(f"needs training: {plan.policy.trained}"))
+        tree.add(_text(f"needs training: {plan.policy.trained}"))
     _grow(tree, "stored", (_buffer_text(b) for b in plan.buffers if not b.view))
     _grow(tree, "handed over by the model, or a view of other rows", (_buffer_text(b) for b in plan.buffers if b.view))
     _grow_operations(tree.add("operations"), plan, totals)
@@ -43,27 +44,32 @@ def plan_text(policy: Policy, model: ModelShape, step: Step, layer: int) -> str:
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
+def _text(line: str) -> Text:
+    """A line as it is, without markup, and without what would steer a terminal."""
+    return Text(printable(line))
+
+
 def _grow(tree: Tree, title: str, texts: Iterable[str]) -> None:
     lines = list(texts)
     if lines:
         branch = tree.add(title)
         for line in lines:
-            branch.add(Text(line))
+            branch.add(_text(line))
 
 
 def _grow_operations(root: Tree, plan: LayerPlan, totals: Mapping[str, int]) -> None:
     buffers = {buffer.name: buffer for buffer in plan.buffers}
-    branches = {"qkv": root.add(Text("qkv: the model's own, before the policy"))}
+    branches = {"qkv": root.add(_text("qkv: the model's own, before the policy"))}
     for op in plan.ops:
         here = [name for name in op.after if name in branches]
         parent = max(here, key=list(branches).index, default=None)
         others = [name for name in op.after if name != parent]
         waits = f"; and after {', '.join(others)}" if others else ""
-        branch = (branches[parent] if parent else root).add(Text(f"{op.name}: {_op_text(op, buffers, totals)}{waits}"))
+        branch = (branches[parent] if parent else root).add(_text(f"{op.name}: {_op_text(op, buffers, totals)}{waits}"))
         if isinstance(op, Compute):
             for verb, accesses in (("reads", op.reads), ("writes", op.writes)):
                 for access in accesses:
-                    branch.add(Text(f"{verb} {_access_text(access, buffers[access.buffer], totals)}"))
+                    branch.add(_text(f"{verb} {_access_text(access, buffers[access.buffer], totals)}"))
         branches[op.name] = branch
 
 

@@ -19,7 +19,7 @@ from kvsim.simulate import Setup
 from kvsim.speculation import parse_acceptance, speculation
 from kvsim.tenants import Tenant, parse_tenant
 from kvsim.units import parse_bytes, parse_duration_s, parse_tokens
-from policies import ModelShape, parse_policy
+from policies import ModelShape, code_of, parse_policy
 from policies.shown import shown
 
 T = TypeVar("T")
@@ -235,14 +235,22 @@ _LOADED = ("model", "policy", "gpu", "host", "speculation")  # these are objects
 _SCHEMA = TypeAdapter(Scenario)
 
 
-def scenario(options: Mapping[str, Any], file: Path | None = None) -> Scenario:
+def scenario(options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Scenario:
     """The scenario that `options` describe, on top of what the YAML `file` says.
 
-    Raises ValueError that names every key that is unknown (with the nearest known one), missing, or has a bad value.
+    Raises ValueError that names every key that is unknown (with the nearest known one), missing, or has a bad value,
+    and for policies of the file that are classes from outside, whose modules would be run, unless `allow_code`.
     """
     written = {} if file is None else parse_yaml(read_document(file), str(file))
     origin = " and ".join([*([str(file)] if file else []), *(["command line"] if options or not file else [])])
-    return validated(_SCHEMA, {**written, **options}, list(Scenario.model_fields), origin)
+    asked = validated(_SCHEMA, {**written, **options}, list(Scenario.model_fields), origin)
+    code = [] if allow_code or "policy" in options else [name for text in asked.policy for name in code_of(text)]
+    if code and file is not None:
+        raise ValueError(
+            f"{file}: policy={shown(code[0])} runs the code of that module, which a file may do only when the command "
+            "line says so: add --allow-code if you trust the file, or name the policy with --policy"
+        )
+    return asked
 
 
 def default_host(gpu: str) -> str:

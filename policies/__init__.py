@@ -31,7 +31,7 @@ from policies.shadowkv import ShadowKV
 from policies.sink_window import SinkWindow
 from policies.snapkv import SnapKV
 from policies.squeezed_attention import SqueezedAttention
-from policies.text import describe, parse
+from policies.text import describe, outside, parse
 from policies.xattention import XAttention
 
 POLICIES: dict[str, type[Policy]] = {
@@ -55,6 +55,11 @@ POLICIES: dict[str, type[Policy]] = {
         Landmark,
     )
 }
+
+
+def code_of(text: str) -> list[str]:
+    """The classes from outside, as module:Class, whose modules `parse_policy` would run to read this text."""
+    return outside(text, POLICIES)
 
 
 def parse_policy(text: str) -> Policy:
@@ -89,6 +94,7 @@ __all__ = [
     "SqueezedAttention",
     "Step",
     "XAttention",
+    "code_of",
     "describe",
     "leaves",
     "parse_policy",

@@ -52,6 +52,12 @@ def parse(text: str, known: Mapping[str, type[Policy]]) -> Policy:
     return rest
 
 
+def outside(text: str, known: Mapping[str, type[Policy]]) -> list[str]:
+    """What `parse` would import, and so run, to read this text: its names that are not `known`, as module:Class."""
+    names = [part.partition("@")[0].strip().split(":") for part in text.split("+")]
+    return [":".join(pieces[:2]) for pieces in names if pieces[0] not in known and len(pieces) > 1]
+
+
 def describe(policy: Policy) -> str:
     """The shortest text that parses to `policy`.
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvsim.cli.output import Columns, JsonFlag, print_json, print_table
+from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.trace import LimitOption, SeedOption, SkipOption, TraceArgument
 from kvsim.units import format_count, format_s, parse_duration_s, parse_tokens
 from policies.shown import shown
@@ -62,7 +62,7 @@ def batching(
             {"prompts": len(lengths), "prompt_tokens": int(lengths.sum()), "schemes": [row._asdict() for row in rows]}
         )
         return
-    typer.echo(f"{len(lengths):,} prompts of {format_count(int(lengths.sum()))} tokens, one rank")
+    print_line(f"{len(lengths):,} prompts of {format_count(int(lengths.sum()))} tokens, one rank")
     headings = ["passes", "tokens run", "padding", "FLOPs", "of attention", "time", "prompt tokens/s"]
     columns: Columns = {"batches": "left", **dict.fromkeys(headings, "right")}
     print_table(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_rich, print_table
+from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_line, print_rich, print_table
 from kvsim.cli.prefill import print_density, print_occupancy, print_schemes
 from kvsim.names import unknown_name
 from kvsim.shares import parse_shares
@@ -253,7 +253,7 @@ def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
         for layer in range(model.n_layers):
             alike.setdefault(plan_layer(policy, model, step, layer), []).append(layer)
         for layers in alike.values():
-            typer.echo(f"{model.name}, {title}, {len(layers)} of {model.n_layers} layers, from layer {layers[0]}:")
+            print_line(f"{model.name}, {title}, {len(layers)} of {model.n_layers} layers, from layer {layers[0]}:")
             print_rich(plan_tree(policy, model, step, layers[0]))
 
 
@@ -272,4 +272,4 @@ def _batch(text: str) -> int:
 
 
 def _warn(text: str) -> None:
-    typer.echo(text, err=True)
+    print_line(text, err=True)

@@ -9,6 +9,7 @@ from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import JsonFlag, print_facts, print_json
 from kvsim.cli.progress import progress_bar
 from kvsim.documents import read_document
+from kvsim.printable import printable
 from kvsim.units import format_bytes, format_s, parse_tokens
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _sized(nbytes: int) -> str:
 
 
 def _show(text: str) -> None:
-    typer.echo(text, nl=False)
+    typer.echo(printable(text, layout=True), nl=False)
 
 
 def _positive(name: str, text: str) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvsim.cli.output import Columns, JsonFlag, print_facts, print_json, print_table
+from kvsim.cli.output import Columns, JsonFlag, print_facts, print_json, print_line, print_table
 from kvsim.names import unknown_name
 from kvsim.units import format_bytes, format_rate, format_s
 
@@ -156,7 +156,7 @@ def _printed(name: str, value: Any) -> dict[str, str]:
 
 
 def _print_sources(title: str, sources: Sequence[tuple[str, str]]) -> None:
-    typer.echo(title)
+    print_line(title)
     for text in dict.fromkeys(text for _, text in sources):
         names = ", ".join(name for name, source in sources if source == text)
-        typer.echo(f"  {names}: {text}")
+        print_line(f"  {names}: {text}")

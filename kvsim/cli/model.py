@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvsim.cli.extras import require_runtime
-from kvsim.cli.output import JsonFlag, print_facts, print_json, print_table
+from kvsim.cli.output import JsonFlag, print_facts, print_json, print_line, print_table
 from kvsim.units import format_bytes, format_count, parse_tokens
 from policies.model import LayerShape, ModelShape
 
@@ -80,7 +80,7 @@ def unpack_needle(
     require_runtime()
     from runtime.needle import expand
 
-    typer.echo(f"needle-28m is in {expand(folder)}")
+    print_line(f"needle-28m is in {expand(folder)}")
 
 
 def _summary(model: ModelShape) -> dict[str, Any]:

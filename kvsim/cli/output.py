@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from kvsim.printable import brief, printable
+
 Columns = Mapping[str, Literal["left", "right"]]
 """How each column is aligned, by its heading."""
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _WIDTH_IN_A_PIPE = 1000  # no terminal is there to wrap lines for
+_LONGEST_CELL, _LONGEST_LINE = 400, 2000  # a text that a trace or file brings may have megabytes
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -32,11 +35,11 @@ def print_table(columns: Columns, rows: Iterable[Sequence[str]]) -> None:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    # Text, because a plain string would have its [brackets] read as markup.
     for heading, justify in columns.items():
-        table.add_column(heading, justify=justify, overflow="fold")
+        table.add_column(Text(_fit(heading)), justify=justify, overflow="fold")
     for row in rows:
-        # Text, because a plain string would have its [brackets] read as markup.
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(_fit(cell)) for cell in row))
     print_rich(table)
 
 
@@ -49,10 +52,20 @@ def print_rich(shown: "RenderableType") -> None:
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
     """Print `facts` one below the other under `title`, the names to the left."""
-    typer.echo(title)
-    width = max(map(len, facts))
+    print_line(title)
+    names = {name: _fit(name) for name in facts}
+    width = max(map(len, names.values()))
     for name, value in facts.items():
-        typer.echo(f"  {name:<{width}}  {value}")
+        print_line(f"  {names[name]:<{width}}  {value}")
+
+
+def print_line(text: str, *, err: bool = False) -> None:
+    """Print one line, without what would steer a terminal, on standard output or standard error; shortened if long."""
+    typer.echo(printable(brief(text, _LONGEST_LINE)), err=err)
+
+
+def _fit(cell: str) -> str:
+    return printable(brief(cell, _LONGEST_CELL))
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvsim.cli.output import SCHEMA_VERSION, print_table
+from kvsim.cli.output import SCHEMA_VERSION, print_line, print_table
 from kvsim.units import format_bytes, format_count, format_s
 from policies.shown import shown
 
@@ -145,7 +145,7 @@ def print_schemes(
                 seconds = prefill_s(model, machine, tokens, devices, scheme)
                 sent = [volume(scheme, Split(layer, tokens, devices, model.kv_dtype)) for layer in model.layers]
             except ValueError as error:
-                typer.echo(f"note: {scheme} is left out: {error}", err=True)
+                print_line(f"note: {scheme} is left out: {error}", err=True)
                 continue
             rows.append(
                 {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvsim.cli.output import JsonFlag
+from kvsim.cli.output import JsonFlag, print_line
 from kvsim.shares import parse_shares
 from kvsim.tenants import parse_named
 from policies.shown import shown
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from traces import Trace
 
 INTERRUPTED = 130
-OF_THE_COMMAND = ("scenario", "out", "json")  # every other option belongs to the scenario
+OF_THE_COMMAND = ("scenario", "allow_code", "out", "json")  # every other option belongs to the scenario
 
 
 def replay(
@@ -39,6 +39,9 @@ def replay(
     scenario: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML with any of these options; what is given here wins.")
     ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let that file name policies as module:Class, whose code is run.")
+    ] = False,
     limit: Annotated[str | None, typer.Option(metavar="N", help="Replay the first N requests only.")] = None,
     rate_scale: Annotated[float | None, typer.Option(metavar="X", help="Let requests arrive X times as fast.")] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of traces that are drawn at random.")] = None,
@@ -176,7 +179,7 @@ def replay(
     from policies import describe
 
     several = ctx.info_name == "compare"
-    asked = _scenario(ctx, scenario, several)
+    asked = _scenario(ctx, scenario, several, allow_code=allow_code)
     setups = asked.setups()
     if asked.perfetto and out is None:
         window = "-".join(f"{end_s:g}" for end_s in asked.perfetto)
@@ -203,14 +206,16 @@ def replay(
     if interrupted:
         never_began = labels[len(results) :]
         without = f", without {', '.join(never_began)}" if never_began else ""
-        typer.echo(f"interrupted: these are the results so far{without}", err=True)
+        print_line(f"interrupted: these are the results so far{without}", err=True)
         raise typer.Exit(INTERRUPTED)
 
 
-def _scenario(ctx: typer.Context, file: Path | None, several: bool) -> "Scenario":
+def _scenario(ctx: typer.Context, file: Path | None, several: bool, *, allow_code: bool) -> "Scenario":
     """What the command line asks for, on top of the scenario file."""
     from kvsim.scenario import scenario
 
+    if allow_code and file is None:
+        raise ValueError("--allow-code is of --scenario: a policy of the command line runs without it; leave it out")
     given = {
         name: value for name, value in ctx.params.items() if name not in OF_THE_COMMAND and _on_command_line(ctx, name)
     }
@@ -221,7 +226,7 @@ def _scenario(ctx: typer.Context, file: Path | None, several: bool) -> "Scenario
     for flag, key in (("tenant", "tenants"), ("slo_class", "slo_classes")):
         if flag in given:
             given[key] = parse_named(f"--{flag.replace('_', '-')}", given.pop(flag))
-    asked = scenario(given, file)
+    asked = scenario(given, file, allow_code=allow_code)
     if several and "policy" not in asked.model_fields_set:
         raise ValueError(
             "compare needs policies: name each with --policy, or under the key policy of a --scenario file"
@@ -329,4 +334,4 @@ def _folder(out: Path | None) -> Iterator[None]:
 
 
 def _warn(text: str) -> None:
-    typer.echo(f"warning: {text}", err=True)
+    print_line(f"warning: {text}", err=True)

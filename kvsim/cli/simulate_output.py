@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvsim.cli.output import Columns, print_facts, print_json, print_table
+from kvsim.cli.output import Columns, print_facts, print_json, print_line, print_table
+from kvsim.printable import printable
 from kvsim.units import format_bytes, format_count, format_s
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, 
     if len(run.summary["tenants"]) > 1:
         _print_tenants(run.summary)
     for note in inputs["trace_notes"]:
-        typer.echo(f"note: {note}")
+        print_line(f"note: {note}")
 
 
 def _print_uncertainty(run: "Run") -> None:
@@ -68,7 +69,7 @@ def _print_uncertainty(run: "Run") -> None:
     rows = list(run.intervals())
     if rows:
         print_table(columns, ([name, *map(show, interval)] for name, show, interval in rows))
-    typer.echo(run.summary["uncertainty"]["method"])
+    print_line(run.summary["uncertainty"]["method"])
 
 
 def _print_tenants(summary: Mapping[str, Any]) -> None:
@@ -94,9 +95,9 @@ def _print_tenants(summary: Mapping[str, Any]) -> None:
     typer.echo()
     print_table(columns, rows)
     if len(tenants) > TENANTS_SHOWN:
-        typer.echo(f"and {len(tenants) - TENANTS_SHOWN:,} tenants with fewer requests")
+        print_line(f"and {len(tenants) - TENANTS_SHOWN:,} tenants with fewer requests")
     whole, contended = (MISSING if index is None else f"{index:.3f}" for index in summary["fairness"].values())
-    typer.echo(f"Jain's index of service / weight: {whole}, while tenants contend {contended}")
+    print_line(f"Jain's index of service / weight: {whole}, while tenants contend {contended}")
 
 
 def print_comparison(results: Sequence["Result"], slo_s: Mapping[str, float], warmup_s: float, *, json: bool) -> None:
@@ -215,11 +216,11 @@ def progress_bars(labels: Sequence[str], requests: int) -> Iterator["Show"]:
 
     look = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*look, console=Console(stderr=True), transient=True) as bars:
-        tasks = [bars.add_task(f"{escape(label)}: {SETTING_UP}", total=requests) for label in labels]
+        tasks = [bars.add_task(f"{escape(printable(label))}: {SETTING_UP}", total=requests) for label in labels]
 
         def show(left: Sequence[int]) -> None:
             for task, label, gone in zip(tasks, labels, left, strict=True):
                 if gone:
-                    bars.update(task, description=escape(label), completed=gone)
+                    bars.update(task, description=escape(printable(label)), completed=gone)
 
         yield show

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvsim.cli.output import Columns, JsonFlag, print_facts, print_json, print_table
+from kvsim.cli.output import Columns, JsonFlag, print_facts, print_json, print_line, print_table
 from kvsim.units import format_count, format_s, parse_duration_s, parse_tokens
 
 app = typer.Typer(no_args_is_help=True)
@@ -66,7 +66,7 @@ def show_info(
         rows = ((name, *map(format_count, totals.values())) for name, totals in statistics["tenants"].items())
         print_table(columns, rows)
     for note in statistics["notes"]:
-        typer.echo(f"note: {note}")
+        print_line(f"note: {note}")
 
 
 @app.command("convert")

@@ -8,7 +8,7 @@ import typer
 
 from kvsim.cli import TargetUnmet
 from kvsim.cli.extras import require_runtime
-from kvsim.cli.output import Columns, JsonFlag, print_json, print_table
+from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.progress import progress_bar
 from kvsim.units import parse_tokens
 
@@ -117,7 +117,7 @@ def _tried(model: Any, texts: Sequence[str] | None) -> Iterator[tuple[str, "Poli
             yield text, policy
         elif why not in said:
             said.add(why)
-            typer.echo(f"note: {text} is left out: {why}", err=True)
+            print_line(f"note: {text} is left out: {why}", err=True)
 
 
 def _row(model: Any, text: str, policy: "Policy", sizes: dict[str, int]) -> Row:

@@ -147,6 +147,51 @@ def test_what_a_shell_opens_may_be_a_pipe(capsys: pytest.CaptureFixture[str]) ->
     assert "unknown key 'modle'; did you mean 'model'?" in error
 
 
+OUTSIDE = """
+from dataclasses import dataclass
+from pathlib import Path
+from policies import Full
+Path("ran").touch()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mine(Full):
+    name = "mine"
+"""
+
+
+@pytest.mark.parametrize("policy", ["hostile_module:Mine", "[full, 'full@below=8k+hostile_module:Mine']"])
+def test_a_scenario_file_runs_code_only_where_the_command_line_says_so(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hostile_module", raising=False)
+    Path("hostile_module.py").write_text(OUTSIDE, encoding="utf-8")
+    Path("s.yaml").write_text(f"{SCENARIO}gpus: 1\npolicy: {policy}\n", encoding="utf-8")
+    assert refused(capsys, "compare", "--scenario", "s.yaml") == (
+        "error: s.yaml: policy='hostile_module:Mine' runs the code of that module, which a file may do only when the "
+        "command line says so: add --allow-code if you trust the file, or name the policy with --policy"
+    )
+    assert not Path("ran").exists()
+    # Another fault stops the command after the policy has been read, so that nothing needs to be simulated.
+    error = refused(capsys, "compare", "--scenario", "s.yaml", "--allow-code", "--tp", "3")
+    assert error.startswith("error: gpus=1 is not a multiple of tp=3")
+    assert Path("ran").exists()
+
+
+def test_a_policy_of_the_command_line_is_the_user_s_own_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hostile_module", raising=False)
+    Path("hostile_module.py").write_text(OUTSIDE, encoding="utf-8")
+    Path("s.yaml").write_text(f"{SCENARIO}gpus: 1\npolicy: other:Other\n", encoding="utf-8")
+    given = ("simulate", "--scenario", "s.yaml", "--policy", "hostile_module:Mine", "--tp", "3")
+    assert refused(capsys, *given).startswith("error: gpus=1 is not a multiple of tp=3")
+    assert Path("ran").exists()
+    assert "--allow-code is of --scenario" in refused(capsys, "simulate", "--allow-code", "--policy", "full")
+
+
 def test_a_config_with_a_mark_of_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Editors of Windows begin UTF-8 with a mark, which is no part of the JSON or YAML."""
     path = tmp_path / "config.json"
