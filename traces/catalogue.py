@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
-from traces import agentic, azure, bench, mooncake, otel, servegen, sglang_log, tabular, vllm_log
+from traces import agentic, servegen, sglang_log, vllm_log
 from traces.archive import members
+from traces.formats import load_table, read_options
 from traces.log_text import is_log, log_lines
-from traces.options import parse_pairs, unknown
+from traces.options import unknown
 from traces.schema import Trace, TraceError
 from traces.table import READ_ONLY, SUFFIXES, read_table
-
-OptionsT = TypeVar(
-    "OptionsT",
-    mooncake.Options,
-    agentic.Options,
-    servegen.Options,
-    bench.Options,
-    vllm_log.Options,
-    sglang_log.Options,
-)
 
 ARCHIVES = (".tar", ".tar.gz", ".tar.xz")
 DATA = Path(__file__).parent / "data"
@@ -94,20 +83,33 @@ def names() -> list[Bundled]:
     return list(BUNDLED)
 
 
-def load(text: str, *, limit: int | None = None, seed: int = 0, skip_bad_rows: bool = False) -> Trace:
+def load(
+    text: str,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    skip_bad_rows: bool = False,
+    time_unit: str | None = None,
+    block_tokens: int | None = None,
+) -> Trace:
     """The trace that the text names: a bundled name or a path, either followed by `:key=value,key=value` options.
 
-    A path's format is told from its columns, members or lines: Mooncake, Azure, plain table, result of a serving
-    benchmark (vLLM, SGLang), OpenTelemetry spans, ServeGen or agentic archive, request log of a vLLM or SGLang server.
-    `limit` keeps the first requests by arrival; `seed` drives what is sampled. Raises TraceError for an unknown name or
-    option and for a malformed file, whose bad rows `skip_bad_rows` counts instead.
+    A path's format is told from its columns or keys (`traces.formats`), from the members of an archive (ServeGen,
+    agentic) or from the lines of a log (vLLM, SGLang). `limit` keeps the first requests by arrival; `seed` drives what
+    is sampled. `time_unit` ("s", "ms", "us", "ns") and `block_tokens` are the options of these names. Raises TraceError
+    for an unknown name or option, for a unit or block that is not certain, and for a malformed file, whose bad rows
+    `skip_bad_rows` counts instead.
     """
     if limit is not None and limit < 1:
         raise TraceError(f"limit={limit}: must be at least 1 request, or None for all")
     path, name, options = _resolve(text)
+    stated = {"time_unit": time_unit, "block_tokens": block_tokens}
+    options = ",".join(
+        filter(None, (options, *(f"{key}={value}" for key, value in stated.items() if value is not None)))
+    )
     if path.suffix == ".npz":
         sessions = agentic.Sessions.read(path)
-        return agentic.to_trace(sessions, _options(agentic.Options, options), name=name, seed=seed, limit=limit)
+        return agentic.to_trace(sessions, read_options(agentic.Options, options), name=name, seed=seed, limit=limit)
     if path.name.endswith(ARCHIVES):
         if skip_bad_rows:
             raise TraceError(f"{path}: skip_bad_rows is for tables of requests; archives are read whole or not at all")
@@ -134,57 +136,29 @@ def _resolve(text: str) -> tuple[Path, str, str]:
 def _load_archive(path: Path, name: str, options: str, *, seed: int, limit: int | None) -> Trace:
     first, _ = next(members(path), ("", ""))
     if servegen.MEMBER.search(first):
-        chosen = _options(servegen.Options, options)
+        chosen = read_options(servegen.Options, options)
         return servegen.to_trace(servegen.read_clients(path), chosen, name=name, seed=seed, limit=limit)
     if not first.endswith(".json"):
         raise TraceError(f"{path}/{first}: unknown archive; holds neither ServeGen chunks nor agentic sessions (.json)")
-    given = _options(agentic.Options, options)
+    given = read_options(agentic.Options, options)
     return agentic.to_trace(agentic.read_archive(path), given, name=name, seed=seed, limit=limit)
 
 
 def _load_table(path: Path, name: str, options: str, *, seed: int, skip_bad_rows: bool) -> Trace:
     table = read_table(path, skip_bad_rows=skip_bad_rows)
-    columns = set(table.columns)
-    if columns >= set(mooncake.COLUMNS.required):
-        spread = _options(mooncake.Options, options)
-        return mooncake.load(table, spread, name=name, seed=seed, skip_bad_rows=skip_bad_rows)
-    if columns >= set(bench.COLUMNS):
-        chosen = _options(bench.Options, options)
-        return bench.load(table, chosen, name=name, seed=seed, skip_bad_rows=skip_bad_rows)
-    parse_pairs(options, {}, f"{name} option")
-    if columns >= set(bench.SUMMARY):
-        raise bench.undetailed(table.source, table.lines[0])
-    if otel.COLUMN in columns:
-        return otel.load(table, name=name, skip_bad_rows=skip_bad_rows)
-    if columns >= set(azure.COLUMNS):
-        return azure.load(table, name=name, skip_bad_rows=skip_bad_rows)
-    if columns >= set(tabular.PLAIN.required):
-        return tabular.from_table(table, name=name, skip_bad_rows=skip_bad_rows)
-    known = (tabular.PLAIN.required, mooncake.COLUMNS.required, azure.COLUMNS)
-    nearest = max(known, key=lambda required: len(columns & set(required)))
-    missing = [column for column in nearest if column not in columns]
-    raise TraceError(
-        f"{path}: missing column {', '.join(missing)}; it has {', '.join(sorted(columns)) or 'none'}; "
-        f"a trace has {' or '.join('/'.join(required) for required in known)}"
-    )
+    return load_table(table, options, name=name, seed=seed, skip_bad_rows=skip_bad_rows)
 
 
 def _load_log(path: Path, name: str, options: str, *, seed: int, skip_bad_rows: bool) -> Trace:
     for _, line in log_lines(path):
         if vllm_log.is_request(line):
-            read = partial(vllm_log.load, log_lines(path), _options(vllm_log.Options, options))
+            read = partial(vllm_log.load, log_lines(path), read_options(vllm_log.Options, options))
             break
         if sglang_log.is_request(line):
-            read = partial(sglang_log.load, log_lines(path), _options(sglang_log.Options, options))
+            read = partial(sglang_log.load, log_lines(path), read_options(sglang_log.Options, options))
             break
     else:
         raise TraceError(
             f"{path}: no requests in the log; run vLLM with --enable-log-requests, SGLang with --log-requests"
         )
     return read(source=str(path), name=name, seed=seed, skip_bad_rows=skip_bad_rows)
-
-
-def _options(kind: type[OptionsT], text: str) -> OptionsT:
-    """The loader's options from their text; each field is read by its own type."""
-    readers: dict[str, Callable[[str], Any]] = {option.name: type(option.default) for option in fields(kind)}
-    return kind(**parse_pairs(text, readers, "trace option"))

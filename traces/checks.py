@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ _INT32_MAX = 2**31 - 1
 NAME_CHARACTERS = 1000
 COLUMNS_NAMED = 20
 _NAME = f"must be text of at most {NAME_CHARACTERS} characters, without lone surrogates, or a number"
+_LISTED = re.compile(r"^\s*\[|,|\]\s*$")  # a list as Python and JSON write it
 
 
 class Rows:
@@ -28,6 +30,7 @@ class Rows:
         self.table = table
         self._skip = skip_bad_rows
         self._good = np.ones(len(table.lines), np.bool_)
+        self._left_out = np.zeros(len(table.lines), np.bool_)
         self._first: tuple[int, str, str] | None = None
 
     def has(self, field: str) -> bool:
@@ -35,13 +38,19 @@ class Rows:
         return field in self.table.columns
 
     def reject(self, field: str, bad: NDArray[np.bool_], rule: str) -> None:
-        """Mark rows as bad because their `field` breaks the rule."""
+        """Mark rows as bad because their `field` breaks the rule, those aside that are left out."""
+        bad = bad & ~self._left_out
         if not bad.any():
             return
         row = int(np.argmax(bad))
         if self._first is None or row < self._first[0]:
             self._first = (row, field, rule)
         self._good &= ~bad
+
+    def leave_out(self, rows: NDArray[np.bool_]) -> None:
+        """Leave rows out that are none of the trace's requests, whatever is in them: they count as skipped."""
+        self._left_out |= rows
+        self._good &= ~rows
 
     def numbers(self, field: str) -> Floats:
         """The column as float64, NaN where a cell is no number."""
@@ -72,6 +81,14 @@ class Rows:
         self.reject(field, bad, "must be a finite number that is not negative")
         return values
 
+    def nanoseconds(self, field: str) -> Ints:
+        """Whole numbers of nanoseconds, exact; 0 for a row that is bad."""
+        cells = self.table.columns[field]
+        read = [_whole(cell) if self.table.is_text or not isinstance(cell, str) else None for cell in cells]
+        bad = np.array([value is None or not 0 <= value < 2**63 for value in read])
+        self.reject(field, bad, "must be a whole number of nanoseconds that is not negative")
+        return np.array([0 if wrong else value for value, wrong in zip(read, bad, strict=True)], np.int64)
+
     def whole(self, field: str, *, minimum: int) -> Ints:
         """Whole numbers of tokens from `minimum` to MAX_TOKENS."""
         values = self.numbers(field)
@@ -91,24 +108,27 @@ class Rows:
         """Session numbers: whole numbers are kept, other names are numbered by first appearance, blank is -1."""
         self.reject(field, np.array([not _is_name(cell) for cell in self.table.columns[field]]), _NAME)
         cells = ["" if cell is None else str(cell) for cell in self.table.columns[field]]
-        if all(cell == "" or (cell.isdecimal() and int(cell) <= _INT32_MAX) for cell in cells):
+        if all(cell == "" or (cell.isdecimal() and len(cell) <= 10 and int(cell) <= _INT32_MAX) for cell in cells):
             return np.array([int(cell) if cell else -1 for cell in cells], np.int32)
         known = {name: code for code, name in enumerate(name for name in dict.fromkeys(cells) if name)}
         return np.array([known.get(cell, -1) for cell in cells], np.int32)
 
-    def block_ids(self, field: str, prompt_tokens: Ints, block_tokens: int) -> tuple[Codes, Ints]:
-        """(ids of all rows, ids per row): one id per block of the prompt, the partial last block with or without.
-
-        Read this column last: only rows good so far are kept. Ids that do not fit 32 bits are renumbered from 0.
-        """
+    def id_lists(self, field: str) -> list[Ints]:
+        """Each row's block ids in prompt order, none for a row that cannot be read and is bad."""
         read = [_ids(cell) for cell in self.table.columns[field]]
         unreadable = np.array([ids is None for ids in read])
         self.reject(field, unreadable, "must be whole numbers that are not negative, in prompt order")
-        ids = [np.empty(0, np.int64) if ids is None else ids for ids in read]
+        return [np.empty(0, np.int64) if ids is None else ids for ids in read]
+
+    def block_ids(self, field: str, ids: list[Ints], prompt_tokens: Ints, block_tokens: int) -> tuple[Codes, Ints]:
+        """(ids of all good rows, ids per row): one id per block of the prompt, the partial last block with or without.
+
+        Check this column last: only rows good so far are kept. Ids that do not fit 32 bits are renumbered from 0.
+        """
         counts = np.array([len(row) for row in ids])
-        full, ceiling = prompt_tokens // block_tokens, -(-prompt_tokens // block_tokens)
-        rule = f"must have one id for each {block_tokens}-token block of the prompt; correct the ids or the prompt"
-        self.reject(field, (counts < full) | (counts > ceiling), rule)
+        fits = (counts >= prompt_tokens // block_tokens) & (counts <= -(-prompt_tokens // block_tokens))
+        rule = f"must have one id for each {block_tokens}-token block of the prompt; correct the row, or say another "
+        self.reject(field, ~fits, f"{rule}size with the option block_tokens=N")
         keep = np.flatnonzero(self._good)
         flat = np.concatenate([np.empty(0, np.int64), *(ids[row] for row in keep)])
         if len(flat) and flat.max() > _INT32_MAX:
@@ -122,7 +142,9 @@ class Rows:
             cell = self.table.columns[field][row]
             raise TraceError.at(self.table.source, self.table.lines[row], field, cell, rule)
         if not self._good.any():
-            raise TraceError(f"{self.table.source}: empty trace: all {len(self._good)} rows are bad and were skipped")
+            left = " or none of its requests" if self._left_out.any() else ""
+            rows = f"all {len(self._good)} rows are bad{left} and were skipped"
+            raise TraceError(f"{self.table.source}: empty trace: {rows}")
         return self._good
 
     @property
@@ -132,6 +154,12 @@ class Rows:
 
     def _blank(self, field: str) -> NDArray[np.bool_]:
         return np.array([cell is None or cell == "" for cell in self.table.columns[field]])
+
+
+def _whole(cell: Any) -> int | None:
+    if isinstance(cell, str):
+        return int(cell) if cell.isdecimal() and len(cell) <= 19 else None
+    return cell if type(cell) is int else None
 
 
 def ignored_columns_note(table: Table, used: Sequence[str]) -> tuple[str, ...]:
@@ -155,7 +183,7 @@ def _ids(cell: Any) -> Ints | None:
     """One row's block ids (JSON list, Parquet array, or text separated by spaces), None when they are not ids."""
     try:
         if isinstance(cell, str):
-            ids = np.array(list(map(int, cell.split())), dtype=np.int64)
+            ids = np.array(list(map(int, _LISTED.sub(" ", cell).split())), dtype=np.int64)
         elif isinstance(cell, np.ndarray) and cell.dtype.kind in "iu":
             ids = cell.astype(np.int64)
         elif isinstance(cell, list) and set(map(type, cell)) <= {int}:

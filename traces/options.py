@@ -27,11 +27,13 @@ def parse_pairs(text: str, readers: Mapping[str, Callable[[str], Any]], kind: st
                 else TraceError(f"{kind}: takes no options, got {key!r}")
             )
         if key in values:
-            raise TraceError(f"{kind} {key}={value}: given twice; say it once")
+            raise TraceError(f"{kind} {key}={value[:80]}: given twice; say it once")
         try:
             values[key] = readers[key](value)
         except TraceError:
             raise
         except ValueError as error:
-            raise TraceError(f"{kind} {key}={value}: not a valid {readers[key].__name__}: {error}") from error
+            raise TraceError(
+                f"{kind} {key}={value[:80]}: not a valid {readers[key].__name__}: {str(error)[:120]}"
+            ) from error
     return values

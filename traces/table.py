@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,7 @@ _MAX_CELL_CHARS = 1 << 30
 UNPACKED_ROWS, ROWS_PER_BYTE = 1_000_000, 16
 """The rows that any Parquet file may have, and those for each of its bytes beyond: one value over and over takes no
 room, so that a small file could fill memory; requests take bytes each."""
+_SPACE = re.compile(r"\s*")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,31 +100,70 @@ def _read_jsonl(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
                 raise TraceError.at(source, number, "row", line.strip(), f"must be a JSON object; {fault}")
             table.skipped_rows += 1
             continue
-        rows.append(row)
+        rows.append(without_texts(row))
         table.lines.append(number)
     table.columns = _by_column(rows)
     return table
 
 
 def _read_json(lines: TextIO, source: str, _skip_bad_rows: bool) -> Table:
-    """JSON objects one after another, each over as many lines as it likes."""
-    table, rows, text, at = Table(source=source), [], lines.read(), 0
-    decoder = json.JSONDecoder()
-    while at < len(text):
-        if text[at].isspace():
-            at += 1
-            continue
-        number = text.count("\n", 0, at) + 1
-        try:
-            row, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise TraceError.at(source, number, "file", "malformed", f"must be JSON objects; {error}") from error
+    """JSON objects one after another, or in one list, each over as many lines as it likes."""
+    table, rows = Table(source=source), []
+    for number, row, listed in _json_values(lines.read(), source):
         if not isinstance(row, dict):
-            raise TraceError.at(source, number, "file", type(row).__name__, "must be JSON objects, one after another")
-        rows.append(row)
+            kind, rule = (
+                "list" if listed else type(row).__name__,
+                "must be JSON objects, one after another or in a list",
+            )
+            raise TraceError.at(source, number, "file", kind, rule)
+        rows.append(without_texts(row))
         table.lines.append(number)
     table.columns = _by_column(rows)
     return table
+
+
+def _json_values(text: str, source: str) -> Iterator[tuple[int, Any, bool]]:
+    """(line, value, False) of each value of a text; (line, element, True) of each element where a value is a list."""
+    decoder, at, number, counted, inside, due = json.JSONDecoder(), 0, 1, 0, False, False
+    while True:
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing as well
+        number, counted = number + text.count("\n", counted, at), at
+        mark = text[at : at + 1]
+        if not mark and not inside:
+            return
+        if not inside and mark == "[":
+            inside, due, at = True, False, at + 1
+        elif inside and mark == "]":
+            inside, at = False, at + 1
+        elif inside and due and mark == ",":
+            due, at = False, at + 1
+        elif inside and due:
+            raise TraceError.at(source, number, "file", "malformed", "must be JSON; a list goes on without a comma")
+        else:
+            try:
+                value, at = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError) as error:
+                raise TraceError.at(source, number, "file", "malformed", f"must be JSON objects; {error}") from error
+            yield number, value, inside
+            due = True
+
+
+def without_texts(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of chat messages with their numbers of characters in place of their texts, which nobody reads."""
+    turns = row.get("conversations")
+    if not isinstance(turns, list):
+        return row
+    lengths = [
+        {"from": turn.get("from", turn.get("role")), "chars": _chars(turn.get("value", turn.get("content")))}
+        if isinstance(turn, dict)
+        else None
+        for turn in turns
+    ]
+    return {"id": row.get("id"), "conversations": lengths}
+
+
+def _chars(text: Any) -> int | None:
+    return len(text) if isinstance(text, str) else None
 
 
 def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

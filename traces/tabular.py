@@ -1,4 +1,4 @@
-"""The plain table of requests: the project's own format, in CSV, JSON lines or Parquet."""
+"""Tables of requests by named columns, the project's own plain one among them, in CSV, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from traces.blocks import block_tokens_of
 from traces.checks import Rows, ignored_columns_note
-from traces.schema import Trace, TraceError
+from traces.schema import Codes, Floats, Ints, Trace, TraceError
 from traces.table import Table
+from traces.units import checked_unit, seconds
+from traces.untimed import checked_rate, poisson_s
 
 OPTIONAL = ("tenant", "session", "think_s", "block_tokens", "hash_ids")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Columns:
-    """What a format calls its three required columns, and how many units of its arrival column make a second."""
+    """What a format calls its three required columns, and the unit of its arrival column."""
 
     arrival: str = "arrived_at"
     prompt: str = "num_prefill_tokens"
     output: str = "num_decode_tokens"
-    units_per_s: int = 1
+    unit: str = "s"
 
     @property
     def required(self) -> tuple[str, str, str]:
@@ -31,31 +34,95 @@ class Columns:
 PLAIN = Columns()
 
 
-def from_table(
-    table: Table, *, name: str, skip_bad_rows: bool = False, columns: Columns = PLAIN, block_tokens: int = 0
-) -> Trace:
-    """A trace from the required columns and whichever of OPTIONAL there are; `block_tokens` holds without its column.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """`time_unit` is that of arrivals ("": seconds), `block_tokens` the tokens of a block id (0: as its column says).
+
+    Without that column the numbers of ids must leave one usual size. `rate_rps` draws arrivals for a table of lengths.
+    """
+
+    time_unit: str = ""
+    block_tokens: int = 0
+    rate_rps: float = 0.0
+
+    def __post_init__(self) -> None:
+        checked_unit(self.time_unit)
+        checked_block(self.block_tokens)
+        checked_rate(self.rate_rps)
+
+
+def checked_block(block_tokens: int) -> int:
+    """The tokens of a block, or 0: not stated. Raises TraceError."""
+    if not 0 <= block_tokens < 2**31:
+        raise TraceError(f"block_tokens={block_tokens}: must be a whole number from 1 to {2**31 - 1:,}")
+    return block_tokens
+
+
+def load(table: Table, options: Options, *, name: str, seed: int = 0, skip_bad_rows: bool = False) -> Trace:
+    """A trace of the plain table's columns and whichever of OPTIONAL there are.
 
     `hash_ids` holds one id per prompt block (a list; in CSV numbers separated by spaces), named with its prefix.
     """
     rows = Rows(table, skip_bad_rows=skip_bad_rows)
-    arrival_s = rows.seconds(columns.arrival) / columns.units_per_s
-    prompt = rows.whole(columns.prompt, minimum=1)
-    output = rows.whole(columns.output, minimum=1)
-    think_s = rows.seconds("think_s", blank=True) if rows.has("think_s") else np.full(len(prompt), np.nan)
+    arrival_s = rows.seconds(PLAIN.arrival) if rows.has(PLAIN.arrival) else np.zeros(len(table.lines))
+    prompt, output = (rows.whole(field, minimum=1) for field in (PLAIN.prompt, PLAIN.output))
+    notes = ignored_columns_note(table, (*PLAIN.required, *OPTIONAL))
+    if not rows.has(PLAIN.arrival):
+        if options.time_unit:
+            raise TraceError(f"{table.source}: time_unit={options.time_unit}: there is no column {PLAIN.arrival}")
+        good = rows.keep()
+        why = f"{table.source}: no column {PLAIN.arrival}"
+        arrival_s[good], drawn = poisson_s(int(good.sum()), options.rate_rps, seed, why)
+        notes = (drawn, *notes)
+    elif options.rate_rps:
+        raise TraceError(f"{table.source}: rate_rps={options.rate_rps:g}: its arrivals are recorded; leave it out")
+    elif options.time_unit:
+        arrival_s[~rows.keep()] = np.nan
+        arrival_s, since = seconds(arrival_s, options.time_unit)
+        notes = (*since, *notes)
+    return finish(
+        rows, name=name, arrival_s=arrival_s, prompt=prompt, output=output, stated=options.block_tokens, notes=notes
+    )
+
+
+def finish(
+    rows: Rows,
+    *,
+    name: str,
+    arrival_s: Floats,
+    prompt: Ints,
+    output: Ints,
+    session: Codes | None = None,
+    think_s: Floats | None = None,
+    stated: int = 0,
+    default: int = 0,
+    certain: bool = False,
+    notes: tuple[str, ...] = (),
+) -> Trace:
+    """The trace of the rows that are good, with whichever of OPTIONAL they have besides.
+
+    `stated` is the size of a block that the user gave; `default` and `certain` are those of `block_tokens_of`.
+    """
+    if think_s is None:
+        think_s = rows.seconds("think_s", blank=True) if rows.has("think_s") else np.full(len(prompt), np.nan)
     tenant, tenants = rows.labels("tenant") if rows.has("tenant") else (np.zeros(len(prompt), np.int32), ("default",))
-    session = rows.sessions("session") if rows.has("session") else np.full(len(prompt), -1, np.int32)
+    if session is None:
+        session = rows.sessions("session") if rows.has("session") else np.full(len(prompt), -1, np.int32)
     if rows.has("block_tokens"):
-        stated = rows.whole("block_tokens", minimum=1)
-        block_tokens = int(stated[0])
-        rows.reject(
-            "block_tokens", stated != block_tokens, f"must be the same on every row; the first has {block_tokens}"
-        )
-    ids, counts = None, None
+        column = rows.whole("block_tokens", minimum=1)
+        stated = stated or int(column[0])
+        rows.reject("block_tokens", column != stated, f"must be the same on every row, and as stated: {stated}")
+    block_tokens, ids, counts = 0, None, None
     if rows.has("hash_ids"):
-        if not block_tokens:
-            raise TraceError(f"{table.source}: hash_ids without block_tokens; add that column: the tokens of one block")
-        ids, counts = rows.block_ids("hash_ids", prompt, block_tokens)
+        lists = rows.id_lists("hash_ids")
+        block_tokens = stated
+        if not stated:
+            good, held = rows.keep(), np.array([len(row) for row in lists])
+            where = rows.table.source
+            block_tokens = block_tokens_of(prompt[good], held[good], source=where, default=default, certain=certain)
+            if block_tokens != default:
+                notes = (*notes, f"hash_ids are of {block_tokens} tokens: their numbers fit no other usual block")
+        ids, counts = rows.block_ids("hash_ids", lists, prompt, block_tokens)
     keep = rows.keep()
     return Trace.from_columns(
         name=name,
@@ -70,5 +137,5 @@ def from_table(
         block_ids=() if ids is None else ids,
         block_counts=counts,
         skipped_rows=rows.skipped_rows,
-        notes=ignored_columns_note(table, (*columns.required, *OPTIONAL)),
+        notes=notes,
     )

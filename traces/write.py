@@ -15,16 +15,19 @@ from typing import IO, Any
 import numpy as np
 
 from traces import mooncake, tabular
-from traces.schema import Trace, TraceError
+from traces.blocks import block_tokens_of, with_tail
+from traces.schema import Floats, Trace, TraceError
 from traces.table import SUFFIXES
+from traces.units import EPOCH_S, UNITS_PER_S, milliseconds_or_ask
 
 
 def write(trace: Trace, path: str | Path, *, overwrite: bool = False) -> None:
     """Write the trace to a path ending in .jsonl, .csv (or either with .gz) or .parquet, whole or not at all.
 
-    JSON lines take Mooncake's column names when every arrival is a whole number of milliseconds, so that a Mooncake
-    trace comes back byte for byte; otherwise all formats have the columns of `traces.tabular`. Columns without content
-    are left out. Raises TraceError for another ending, and for an existing file unless `overwrite`.
+    JSON lines take Mooncake's column names when every arrival is a whole number of milliseconds that no reader can
+    take for another unit, so that a Mooncake trace comes back byte for byte; otherwise all formats have the columns of
+    `traces.tabular`. Columns without content are left out. Raises TraceError for another ending, and for an existing
+    file unless `overwrite`.
     """
     path = Path(path)
     if not path.name.endswith(SUFFIXES):
@@ -71,18 +74,46 @@ def _write_csv(trace: Trace, text: io.TextIOWrapper) -> None:
 
 
 def _write_jsonl(trace: Trace, text: io.TextIOWrapper) -> None:
-    milliseconds = np.round(trace.arrival_s * mooncake.COLUMNS.units_per_s)
-    if (milliseconds / mooncake.COLUMNS.units_per_s == trace.arrival_s).all():
+    milliseconds = _milliseconds(trace)
+    if milliseconds is None:
+        columns = _columns(trace, tabular.PLAIN)
+    else:
         columns = _columns(trace, mooncake.COLUMNS)
         columns["timestamp"] = milliseconds.astype(np.int64).tolist()
-        if trace.block_tokens == mooncake.BLOCK_TOKENS:
+        if trace.block_tokens and _is_mooncake_block(trace):
             del columns["block_tokens"]
-    else:
-        columns = _columns(trace, tabular.PLAIN)
     if "hash_ids" in columns:
         columns["hash_ids"] = (ids.tolist() for ids in columns["hash_ids"])
     rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
     text.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+
+
+def _milliseconds(trace: Trace) -> Floats | None:
+    """Arrivals in milliseconds, when they are whole and the reader of Mooncake's columns is certain of their unit."""
+    per_s = UNITS_PER_S[mooncake.COLUMNS.unit]
+    milliseconds = np.round(trace.arrival_s * per_s)
+    if not (milliseconds / per_s == trace.arrival_s).all() or milliseconds[0] >= EPOCH_S * per_s:
+        return None
+    try:
+        milliseconds_or_ask(milliseconds, trace.name, mooncake.COLUMNS.arrival)
+    except TraceError:
+        return None
+    return milliseconds
+
+
+def _is_mooncake_block(trace: Trace) -> bool:
+    """Whether the reader of Mooncake's columns finds the trace's own block from the numbers of ids alone."""
+    counts = np.diff(trace.block_offsets)
+    if (
+        trace.block_tokens != mooncake.BLOCK_TOKENS
+        or not with_tail(trace.prompt_tokens, counts, trace.block_tokens).all()
+    ):
+        return False
+    try:
+        found = block_tokens_of(trace.prompt_tokens, counts, source=trace.name, default=mooncake.BLOCK_TOKENS)
+    except TraceError:
+        return False
+    return found == trace.block_tokens
 
 
 def _write_parquet(trace: Trace, stream: IO[bytes]) -> None:

@@ -26,10 +26,18 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the 
 
 
 @app.command("list")
-def list_traces(json: JsonFlag = False) -> None:
+def list_traces(
+    formats: Annotated[
+        bool, typer.Option("--formats", help="List the formats that are read, and what is taken for granted, instead.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
     """List the bundled traces, with their licences and where they come from."""
     import traces
 
+    if formats:
+        _list_formats(json)
+        return
     bundled = traces.names()
     if json:
         shown = ("name", "description", "licence", "attribution")
@@ -40,11 +48,26 @@ def list_traces(json: JsonFlag = False) -> None:
     print_table(columns, rows)
 
 
+def _list_formats(json: bool) -> None:
+    from traces.formats import FORMATS, SHOWN
+
+    if json:
+        print_json({"formats": [{name: getattr(known, name) for name in SHOWN} for known in FORMATS]})
+        return
+    columns: Columns = dict.fromkeys(("format", "recognised by", "times", "blocks", "refused", "options"), "left")
+    print_table(columns, ([getattr(known, name) for name in SHOWN] for known in FORMATS))
+
+
 @app.command("info")
 def show_info(
     trace: TraceArgument,
     lru: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Capacities of LRU caches, in blocks, such as 1000,10k.")
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Capacities of LRU caches, in blocks, such as 1000,10k: hits of single blocks, and of a prefix cache, "
+            "whose hits end at the first block that is missing.",
+        ),
     ] = None,
     limit: LimitOption = None,
     seed: SeedOption = 0,
@@ -140,9 +163,12 @@ def _facts(statistics: Mapping[str, Any]) -> dict[str, str]:
     if statistics["block_tokens"]:
         blocks = statistics["prompt_blocks"]
         facts["prompt blocks"] = f"{blocks:,} of {statistics['block_tokens']} tokens"
-        facts["hit ratio"] = f"{statistics['infinite_cache_hit_ratio']:.2%} with an infinite prefix cache"
+        if statistics["infinite_cache_hit_ratio"] is not None:
+            facts["hit ratio"] = f"{statistics['infinite_cache_hit_ratio']:.2%} with an infinite prefix cache"
     for capacity, ratio in statistics["lru_hit_ratio"].items():
-        facts[f"LRU of {int(capacity):,}"] = "no block ids" if ratio is None else f"{ratio:.2%}"
+        prefix = statistics["prefix_lru_hit_ratio"][capacity]
+        shown = "no block ids" if ratio is None else f"{ratio:.2%} of blocks, {prefix:.2%} as a prefix cache"
+        facts[f"LRU of {int(capacity):,}"] = shown
     if statistics["skipped_rows"]:
         facts["skipped rows"] = f"{statistics['skipped_rows']:,}"
     return facts

@@ -12,7 +12,7 @@ from kvsim.engine.state import HBM
 from kvsim.results import summarize
 from kvsim.simulate import simulate
 from policies import Reuse
-from traces.stats import info
+from traces.stats import infinite_cache_hit_ratio, info, lru_hit_ratio, prefix_lru_hit_ratio
 
 GIB = 1 << 30
 TOKEN_BYTES = 131072  # Llama-3.1-8B, bf16
@@ -154,3 +154,37 @@ def test_a_larger_tier_moves_the_hit_ratio_and_the_latency():
 def test_a_cache_without_block_ids_is_refused():
     with pytest.raises(ValueError, match=r"trace 'test' has no block ids.*--prefix-cache"):
         simulate(trace([0.0], 100, 2), setup("full", prefix_cache_hbm_bytes=GIB))
+
+
+def branching(seed, n=60):
+    """Prompts of one to six blocks along the branches of a random tree, far enough apart not to meet."""
+    rng = np.random.default_rng(seed)
+    numbers, asked = {}, []
+    for _ in range(n):
+        path = tuple(rng.integers(0, 2, rng.integers(1, 7)).tolist())
+        asked.append([numbers.setdefault(path[: i + 1], len(numbers)) for i in range(len(path))])
+    return chain(*asked)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 10, 25, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_traces_prefix_lru_is_the_simulators(seed, blocks):
+    """One replica that serves one request after the other, with room for so many blocks."""
+    requests = branching(seed)
+    result = simulate(requests, setup(prefix_cache_ddr_bytes=blocks * BLOCK * TOKEN_BYTES))
+    hit, asked = hits(result, "ddr")
+    assert prefix_lru_hit_ratio(requests, blocks) == hit / asked
+    assert asked == len(requests.block_ids)
+
+
+def test_a_prefix_lru_by_hand():
+    """Room for two: the head of a chain outlives its tail, and a block behind one that is missing is no hit.
+
+    Prompts 1-2, 3, 1-2, 4-2 (ids are of a prefix, so 2 behind 4 is not one; it tells the two definitions apart).
+    """
+    requests = chain([1, 2], [3], [1, 2], [4, 2])
+    # Block by block: 3 displaces 1, 1 displaces 2, 2 displaces 3, and 2 is there after 4 has displaced 1.
+    assert lru_hit_ratio(requests, 2) == 1 / 7
+    # As a prefix cache: 3 displaces the tail 2, 1 hits; 2 comes back for 3; 4 misses, so 2 behind it is no hit.
+    assert prefix_lru_hit_ratio(requests, 2) == 1 / 7
+    assert prefix_lru_hit_ratio(requests, 100) == 2 / 7 < infinite_cache_hit_ratio(requests) == 1 - 4 / 7

@@ -75,7 +75,7 @@ def test_what_cannot_be_known_is_none():
     trace = Trace.from_columns(name="t", arrival_s=[3.0], prompt_tokens=[8], output_tokens=[1])
     found = info(trace, (4,))
     assert [found[key] for key in ("rate_rps", "interarrival_cv", "infinite_cache_hit_ratio")] == [None] * 3
-    assert found["lru_hit_ratio"] == {"4": None}
+    assert found["lru_hit_ratio"] == found["prefix_lru_hit_ratio"] == {"4": None}
 
 
 def test_lru_capacity_must_hold_a_block():
