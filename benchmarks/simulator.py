@@ -78,7 +78,7 @@ def with_caches(folder: Path) -> Iterator[Case]:
             for tiers in ((), DDR):
                 yield Case(
                     workload=f"{workload}, shared heads",
-                    trace=str(trace),
+                    trace=f"{trace}:time_unit=ms",
                     gpus=gpus,
                     options=A100,
                     policy=policy,
