@@ -3,14 +3,18 @@
 import json
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from kvsim.documents import parse_json, read_document
 from kvsim.names import unknown_name
 from policies import hf
+from policies.hf.local_cache import cached_folder, is_hub_name
 from policies.model import ModelShape
 from policies.shown import shown
 
 _CATALOGUE = files("kvsim") / "catalogue" / "models"
+_QUANTISED_BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files of ModelOpt, AutoGPTQ and AutoAWQ that say what a config.json itself may not, by the method they are of."""
 
 
 def model_names() -> list[str]:
@@ -21,18 +25,21 @@ def model_names() -> list[str]:
 def load_model(text: str) -> ModelShape:
     """The model of that catalogue name, or the one that a `config.json`, or a folder holding one, describes.
 
-    Raises ValueError for a name that is not known (the known ones are listed, nearest first), for malformed JSON, and
-    for a config that is not understood; FileNotFoundError for a path that leads nowhere.
+    ORG/NAME, where no such folder is, is looked up in Hugging Face's local cache. Raises ValueError for a name that is
+    not known (the known ones are listed, nearest first), for malformed JSON, and for a config that is not understood;
+    FileNotFoundError for a path that leads nowhere.
     """
     if text in model_names():
-        return _read((_CATALOGUE / f"{text}.json").read_text(encoding="utf-8"), text, f"catalogue model {shown(text)}")
+        return hf.read(_object((_CATALOGUE / f"{text}.json").read_text(encoding="utf-8"), text), text)
     path = Path(text).expanduser()
+    if path.suffix != ".json" and is_hub_name(text) and not path.exists():
+        return _read_file(cached_folder(text) / "config.json", text)
     if path.is_dir():
         path = path / "config.json"
     elif path.suffix != ".json" and len(path.parts) == 1 and not path.exists():
         raise unknown_name("model", text, model_names())
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return _read(read_document(path), name, str(path))
+    return _read_file(path, name)
 
 
 def model_source(name: str) -> str:
@@ -43,10 +50,25 @@ def model_source(name: str) -> str:
     return str(source)
 
 
-def _read(document: str, name: str, origin: str) -> ModelShape:
+def _read_file(path: Path, name: str) -> ModelShape:
+    """The model of a config.json, and of what a toolkit wrote beside it about quantised weights."""
+    config = _object(read_document(path), str(path))
+    given = config.get("quantization_config")
+    own = isinstance(given, dict) and given.get("quant_method") not in (None, "modelopt")
+    for file, method in _QUANTISED_BESIDE.items():
+        beside = path.parent / file
+        if path.name == "config.json" and not own and beside.is_file():
+            written = _object(read_document(beside), str(beside))
+            inner = written.get("quantization", written)
+            if not isinstance(inner, dict):
+                raise ValueError(f"{beside}: quantization must be an object, not {shown(inner)}")
+            config["quantization_config"] = {"quant_method": method, **inner}
+            break
+    return hf.read(config, name)
+
+
+def _object(document: str, origin: str) -> dict[str, Any]:
     config = parse_json(document, origin)
-    match config:
-        case dict():
-            return hf.read(config, name)
-        case _:
-            raise ValueError(f"{origin} holds a JSON {type(config).__name__}; a config.json holds an object")
+    if not isinstance(config, dict):
+        raise ValueError(f"{origin} holds a JSON {type(config).__name__}; a config.json holds an object")
+    return config

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from policies.hf.local_cache import cached_folder, is_hub_name
 from runtime.arena import DTYPES
 from runtime.needle import expand
 
@@ -18,7 +19,7 @@ NEEDLE = "needle-28m"
 
 @contextmanager
 def model_folder(where: str) -> Iterator[Path]:
-    """The folder `where`, or that of needle-28m, which is unpacked for as long as the context lasts.
+    """The folder `where`, one of Hugging Face's local cache by ORG/NAME, or that of needle-28m, unpacked meanwhile.
 
     Raises ValueError when there is no model.
     """
@@ -27,6 +28,8 @@ def model_folder(where: str) -> Iterator[Path]:
             yield expand(Path(unpacked))
         return
     folder = Path(where)
+    if is_hub_name(where) and not folder.exists():
+        folder = cached_folder(where)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{where}: no folder with a config.json; name a model's folder, or {NEEDLE}")
     yield folder

@@ -8,6 +8,7 @@ from typing import Any
 from policies.hf.keys import Keys, check_kinds
 from policies.hf.layers import LINEAR, Experts, Family, attention, dense_mlp, layer, mla, sparse_mlp
 from policies.hf.nemotron import NEMOTRON_H, common_keys, nemotron_layers
+from policies.hf.quantised import as_stored
 from policies.model import LayerShape, ModelShape
 from policies.shown import shown
 
@@ -73,6 +74,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 
+SERVED_IN_HALF = "the checkpoint is in fp32, and is taken to be served in bf16; --weight-dtype fp32 leaves it as it is"
+
 # An unknown architecture is read as a Llama when all of these are there and nothing hints at another design.
 _LLAMA_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _FOREIGN = ("expert", "mamba", "ssm", "cross_attention", "layer_type", "pattern", "window", "lora_rank", "chunk")
@@ -92,8 +95,8 @@ _KIND_OF_LAYER_TYPE = {
 def read(config: Mapping[str, Any], name: str) -> ModelShape:
     """The shape of the language model that `config` describes; vision and audio towers are left out.
 
-    Cached keys and values have the config's dtype, bf16 when it names none. Quantised checkpoints (fp8, mxfp4, AWQ,
-    GPTQ) set the type of the weights. Extra layers for multi-token prediction are not counted.
+    Weights, cached keys and values have the config's dtype, bf16 when it names none or fp32; what a quantised
+    checkpoint converts has the types of its scheme. Extra layers for multi-token prediction are not counted.
 
     Raises ValueError for a missing key, a value out of range, or an architecture that is not known.
     """
@@ -119,8 +122,10 @@ def read(config: Mapping[str, Any], name: str) -> ModelShape:
         layers = tuple(_layer(keys, family, model_type, index, kind) for index, kind in enumerate(kinds))
     tied = keys.flag("tie_word_embeddings", family.tied)
     in_layers = sum(x.qkv_params + x.out_params + x.mlp_params for x in layers)
-    weights, experts = keys.quantised_dtypes()
-    return ModelShape(
+    dtype, notes = keys.dtype(), tuple[str, ...]()
+    if dtype == "fp32":
+        dtype, notes = "bf16", (SERVED_IN_HALF,)
+    shape = ModelShape(
         name=name,
         hidden_dim=hidden,
         vocab_size=vocab,
@@ -129,11 +134,12 @@ def read(config: Mapping[str, Any], name: str) -> ModelShape:
         embedding_params=vocab * hidden,
         head_params=vocab * hidden,
         params=in_layers + family.last_norms * hidden + vocab * hidden * (1 if tied else 2),
-        dtype=keys.dtype(),
-        kv_dtype=keys.dtype(),
-        weight_dtype=weights or keys.dtype(),
-        expert_dtype=experts,
+        dtype=dtype,
+        kv_dtype=dtype,
+        weight_dtype=dtype,
+        notes=notes,
     )
+    return as_stored(shape, keys, model_type, gated_mlp=family.gated_mlp)
 
 
 def _unknown_family(config: Mapping[str, Any], model_type: str, name: str) -> Family:

@@ -60,6 +60,10 @@ class Keys:
             return ValueError(f"config of {shown(self._name)}: {key} {rule}; it begins {text}")
         return ValueError(f"config of {shown(self._name)}: {key}={text} {rule}")
 
+    def value(self, key: str) -> Any:
+        """Whatever a key holds; None when it is missing."""
+        return self._values.get(key)
+
     def number(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number from `least` to the most of its kind; ValueError when it is missing and has no default."""
         value = self._values.get(key, self._values.get(_ALIASES.get(key, ""), default))
@@ -93,6 +97,13 @@ class Keys:
             raise self.error(key, "must be a list")
         return list(value)
 
+    def mapping(self, key: str) -> Mapping[str, Any]:
+        """An object of keys, empty when the key is missing."""
+        value = self._values.get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.error(key, "must be an object")
+        return value
+
     def names(self, key: str) -> list[str]:
         """A list of names, empty when the key is missing."""
         values = self.sequence(key)
@@ -111,17 +122,3 @@ class Keys:
                     raise self.error(key, f"is not one of {', '.join(DTYPES)}")
                 return DTYPES[name]
         return "bf16"
-
-    def quantised_dtypes(self) -> tuple[str | None, str | None]:
-        """Types of quantised weights: of all of them, and of the routed experts alone."""
-        settings = self._values.get("quantization_config")
-        if settings is None:
-            return None, None
-        method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-        if method == "mxfp4":
-            return None, "mxfp4"  # gpt-oss converts its experts and nothing else
-        if method == "fp8":
-            return "fp8", None
-        if method in ("awq", "gptq") and settings.get("bits") in (4, 8):
-            return f"int{settings['bits']}", None
-        raise self.error("quantization_config", "is not understood; known quant_method: fp8, mxfp4, awq, gptq")

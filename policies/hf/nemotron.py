@@ -61,6 +61,11 @@ def nemotron_layers(keys: Keys) -> tuple[LayerShape, ...]:
     return tuple(layers)
 
 
+def block_numbers(keys: Keys) -> list[tuple[int, int]]:
+    """The numbers of the blocks that each layer's mixer and MLP are in the checkpoint."""
+    return [(i, i + 1) for i, letter in enumerate(_pattern(keys)) if letter in _MIXERS]
+
+
 def _pairs(keys: Keys) -> Iterator[tuple[str, str]]:
     """Mixers and the MLPs after them, as letters of the pattern; no letter for no MLP."""
     pattern = _pattern(keys)

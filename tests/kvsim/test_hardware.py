@@ -159,7 +159,7 @@ def test_a_chip_without_a_type_computes_in_another() -> None:
     assert t4.product_flops("bf16") == t4.product_flops("int4") == t4.flops("fp16") == 65e12
     assert t4.product_flops("int8") == 130e12
     assert h100.product_flops("nvfp4") == h100.product_flops("mxfp4") == h100.flops("bf16")
-    assert h100.product_flops("mxfp8") == h100.flops("fp8") == 2 * h100.flops("bf16")
+    assert h100.product_flops("mxfp8") == h100.flops("fp8") == 1978.9e12
 
 
 def test_a_missing_dtype_is_not_guessed() -> None:
