@@ -1,6 +1,7 @@
 """The inner loop compiled: numba turns the plain functions of this package into machine code and keeps it on disk.
 
-It is kept beside the sources, or in the user's cache where that folder cannot be written.
+It is kept beside the sources, or in the user's cache where that folder cannot be written; `kvsim.kept_code` sees that
+a damaged or missing file costs no more than a compilation.
 """
 
 import inspect
@@ -12,6 +13,7 @@ import numba
 from numba.extending import register_jitable
 
 from kvsim.engine import loop
+from kvsim.kept_code import keep
 
 _KERNELS = (
     "attribution",
@@ -57,4 +59,5 @@ def _functions(module: ModuleType) -> list[Any]:
 for _name in _KERNELS:
     for _function in _functions(import_module(f"kvsim.engine.{_name}")):
         register_jitable(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)(_function)
-play: Any = numba.njit(cache=True, _nrt=False)(loop.play)  # type: ignore[call-overload]  # an option without a type
+play: Any = numba.njit(_nrt=False)(loop.play)  # type: ignore[call-overload]  # an option without a type
+keep(play)
