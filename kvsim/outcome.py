@@ -16,6 +16,7 @@ from kvsim.engine.prefix_state import SLOW, TIER_NAMES
 from kvsim.engine.prefix_state import UP as UPWARDS
 from kvsim.engine.state import NOBODY, REJECTED, TIMED_OUT
 from kvsim.fairness import Tenancy
+from kvsim.identity import digest
 from kvsim.machine import CPU, D2H, H2D, NVLINK
 from kvsim.makespan import HBM, WORK
 from kvsim.prefix_tiers import PrefixTiers
@@ -49,6 +50,18 @@ TURNS = {  # what became of states of sessions
     "evicted": "states_evicted",
     "resumed": "turns_resumed",
 }
+TRACE_COLUMNS = (  # what a replay depends on, whatever the trace is called
+    "arrival_s",
+    "prompt_tokens",
+    "output_tokens",
+    "tenant",
+    "tenants",
+    "session",
+    "think_s",
+    "block_tokens",
+    "block_ids",
+    "block_offsets",
+)
 MEMORY = ("hbm_bytes", "ddr_bytes")
 
 
@@ -319,6 +332,8 @@ def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:
     options["tenants"] = {name: asdict(terms) for name, terms in setup.tenants.items()}
     return {
         "trace": trace.name,
+        "trace_sha256": digest([getattr(trace, name) for name in TRACE_COLUMNS]),
+        "setup_sha256": digest(setup),
         "trace_notes": list(trace.notes),
         "skipped_rows": trace.skipped_rows,
         "requests": len(trace),

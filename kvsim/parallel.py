@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import c_bool
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.sharedctypes import RawArray, RawValue
 from typing import Any, NamedTuple
@@ -16,15 +18,16 @@ from policies import describe
 from traces import Trace
 
 _POLL_S = 0.1
+_ENDING_S = 5.0  # that a process takes at the most once it was told to end
 
 Show = Callable[[Sequence[int]], None]
 """Is told, now and then, how many requests have left each simulation."""
 
 
 class Outcome(NamedTuple):
-    """Results in the order of the jobs; after an interruption partial ones, without the last, which never began."""
+    """Results by the index of their job; after an interruption partial ones, without jobs that had not begun."""
 
-    results: list[Result]
+    results: dict[int, Result]
     interrupted: bool
 
 
@@ -38,24 +41,28 @@ class Job(NamedTuple):
 def simulate_all(jobs: Sequence[Job], show: Show) -> Outcome:
     """Do every job, at most as many at a time as there are processors.
 
-    The first Ctrl-C ends the simulations at their next event boundary, a second one at once (KeyboardInterrupt).
-    Raises the ValueError of a simulation, with the name of its policy when there are several.
+    The first Ctrl-C ends simulations that have begun at their next event boundary, and the others at once; where none
+    has begun, and at a second one, KeyboardInterrupt is raised. Raises the ValueError of a simulation, with the name of
+    its policy when there are several.
     """
-    left, stop = RawArray("q", len(jobs)), RawValue(c_bool)
-    with _stopping(stop):
+    left, began, stop = RawArray("q", len(jobs)), RawArray(c_bool, len(jobs)), RawValue(c_bool)
+    with _stopping(began, stop):
         if len(jobs) == 1:
-            results = [_simulate(jobs[0], 0, left, stop, show)]
+            results = {0: _simulate(jobs[0], 0, left, began, stop, show)}
         else:
-            results = _simulate_beside(jobs, left, stop, show)
+            results = _simulate_beside(jobs, left, began, stop, show)
     return Outcome(results, bool(stop.value))
 
 
 @contextmanager
-def _stopping(stop: Any) -> Iterator[None]:
+def _stopping(began: Any, stop: Any) -> Iterator[None]:
     """Ctrl-C sets `stop`: an exception in the midst of an event would leave the simulation's books unbalanced."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
 
     def handle(*_: object) -> None:
-        if stop.value:
+        if stop.value or not any(began):
             raise KeyboardInterrupt
         stop.value = True
 
@@ -66,8 +73,9 @@ def _stopping(stop: Any) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _simulate(job: Job, index: int, left: Any, stop: Any, show: Show | None = None) -> Result:
+def _simulate(job: Job, index: int, left: Any, began: Any, stop: Any, show: Show | None = None) -> Result:
     def progress(gone: int) -> None:
+        began[index] = True
         left[index] = gone
         if show:
             show(left)
@@ -77,7 +85,7 @@ def _simulate(job: Job, index: int, left: Any, stop: Any, show: Show | None = No
     return simulate(job.trace, job.setup, progress)
 
 
-def _simulate_beside(jobs: Sequence[Job], left: Any, stop: Any, show: Show) -> list[Result]:
+def _simulate_beside(jobs: Sequence[Job], left: Any, began: Any, stop: Any, show: Show) -> dict[int, Result]:
     with suppress(ValueError):  # one that cannot run says so itself, with its policy's name
         compile_loop(*jobs[0])
     context = _processes()
@@ -89,19 +97,32 @@ def _simulate_beside(jobs: Sequence[Job], left: Any, stop: Any, show: Show) -> l
             while waiting and len(running) < (os.cpu_count() or 1) and not stop.value:
                 index, job = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(sender, job, index, left, stop), daemon=True)
+                process = context.Process(target=_child, args=(sender, job, index, left, began, stop), daemon=True)
+                running[receiver] = index, process
                 _start_deaf(process)
                 sender.close()
-                running[receiver] = index, process
+            if stop.value:
+                for receiver in [receiver for receiver, (index, _) in running.items() if not began[index]]:
+                    _end([running.pop(receiver)[1]])
             ready = wait(list(running), _POLL_S)
             for receiver in [receiver for receiver in running if receiver in ready]:
                 index, process = running.pop(receiver)
                 results[index] = _received(receiver, process, describe(jobs[index].setup.policy))
             show(left)
     finally:
-        for _, process in running.values():  # a failure of one ends the others
-            process.terminate()
-    return [results[index] for index in sorted(results)]
+        _end([process for _, process in running.values()])  # a failure of one ends the others
+    return dict(sorted(results.items()))
+
+
+def _end(processes: Sequence[Any]) -> None:
+    """End processes that are still at work, and wait until they are gone."""
+    started = [process for process in processes if process.pid is not None]
+    for process in started:
+        process.terminate()
+    for process in started:
+        process.join(_ENDING_S)
+        if process.is_alive():
+            process.kill()
 
 
 def _processes() -> Any:
@@ -114,19 +135,38 @@ def _processes() -> Any:
 
 
 def _start_deaf(process: Any) -> None:
-    """Start a process that Ctrl-C in the terminal does not reach; `stop` does."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Start a process that Ctrl-C in the terminal does not reach; `stop` does.
+
+    This process hears it all the while: a signal is only held back until the other one ignores it by itself.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        process.start()
+        return
+    resource_tracker.ensure_running()  # starting it would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _child(sender: Connection, job: Job, index: int, left: Any, stop: Any) -> None:
+def _child(sender: Connection, job: Job, index: int, left: Any, began: Any, stop: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        sender.send(_simulate(job, index, left, stop))
+        sender.send(_simulate(job, index, left, began, stop))
     except ValueError as error:
         sender.send(str(error))
+
+
+def _end_with_parent() -> None:
+    """End this process once the one that wants its result is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _received(receiver: Connection, process: Any, policy: str) -> Result:

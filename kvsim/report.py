@@ -15,16 +15,24 @@ _CAUSES = ("plans", "weights", "swaps", "prefix", "collectives", "handoff")  # f
 _TITLED = 3  # more policies than this are counted in the title, not named
 
 
-def report_html(results: Sequence[Result], *, slo: Mapping[str, float] | None = None, warmup_s: float = 0.0) -> str:
+def report_html(
+    results: Sequence[Result],
+    *,
+    slo: Mapping[str, float] | None = None,
+    warmup_s: float = 0.0,
+    identity: Mapping[str, str] | None = None,
+    missing: Sequence[str] = (),
+) -> str:
     """A self-contained HTML page about one or more results, with the statistics of `summarize`.
 
-    Raises ValueError as `summarize` does, and when there are no results.
+    `identity` is that of the files beside it, and `missing` the policies that an interruption left no time. Raises
+    ValueError as `summarize` does, and when there are no results.
     """
     if not results:
         raise ValueError("there are 0 results to report; a report needs at least 1")
     runs = runs_of(results, slo, warmup_s)
     policies = " vs ".join(run.label for run in runs) if len(runs) <= _TITLED else f"{len(runs)} policies"
-    page = Page(f"{_named(runs, 'trace')}: {policies}", _lead(runs))
+    page = Page(f"{_named(runs, 'trace')}: {policies}", _lead(runs, missing), identity or {})
     several = len(runs) > 1
     key = legend((run.label, run.style.css_border) for run in runs) if several else ""
     page.section("Comparison" if several else "Result", tables.comparison(runs), tables.busy(runs))
@@ -38,7 +46,7 @@ def report_html(results: Sequence[Result], *, slo: Mapping[str, float] | None = 
     if any(len(run.summary["tenants"]) > 1 for run in runs):
         page.section("Tenants", tables.tenants(runs), tables.fairness(runs))
     page.section("Inputs", tables.inputs(runs))
-    page.section("Notes", _notes(runs, slo or {}, warmup_s))
+    page.section("Notes", _notes(runs, slo or {}, warmup_s, identity or {}))
     return page.html()
 
 
@@ -47,10 +55,13 @@ def _named(runs: Sequence[Run], key: str) -> str:
     return ", ".join(dict.fromkeys(str(run.summary["inputs"].get(key, "not stated")) for run in runs))
 
 
-def _lead(runs: Sequence[Run]) -> str:
+def _lead(runs: Sequence[Run], missing: Sequence[str]) -> str:
     facts = {name: _named(runs, name.lower()) for name in ("Trace", "Requests", "Model", "GPU", "GPUs", "TP", "Host")}
     shown = "".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
-    return f'<dl class="facts">{shown}</dl><p class="finding">{escape(_finding(runs))}</p>'
+    partial = [f"{run.label} is partial" for run in runs if run.result.partial]
+    partial += [f"{policy} had not begun" for policy in missing]
+    interrupted = f'<p class="finding">Interrupted: {escape("; ".join(partial))}.</p>' if partial else ""
+    return f'<dl class="facts">{shown}</dl>{interrupted}<p class="finding">{escape(_finding(runs))}</p>'
 
 
 def _finding(runs: Sequence[Run]) -> str:
@@ -125,7 +136,7 @@ def _coloured(parts: Sequence[str]) -> str:
     return legend((part, f"solid {COLOURS[index % len(COLOURS)]}") for index, part in enumerate(parts))
 
 
-def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float) -> str:
+def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float, identity: Mapping[str, str]) -> str:
     bounds = (
         " with " + ", ".join(f"{name} ≤ {bound_s:g}" for name, bound_s in slo.items()) if slo else "; no SLO is set"
     )
@@ -145,6 +156,12 @@ def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float) -> st
         counts = run.summary["requests"]
         note = f"{run.label}: {counts['finished']:,} of {counts['submitted']:,} requests finished, "
         note += f"{counts['rejected']:,} were rejected, {counts['timed_out']:,} timed out; "
-        note += f"simulated {format_s(run.summary['makespan_s'])} in {format_s(run.summary['cpu_s'])} of CPU time."
+        note += f"simulated {format_s(run.summary['makespan_s'])}."
+        if len(runs) > 1 and identity:
+            note += f" Its files bear the run id {run.summary['run_id']}."
         notes.append(note)
+    if identity:
+        notes.append(
+            "The files of this page share " + ", ".join(f"{name} {own}" for name, own in identity.items()) + "."
+        )
     return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"

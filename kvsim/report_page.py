@@ -7,11 +7,12 @@ the two that are named by their hashes, so that not even a mistake in escaping c
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
 from kvsim.report_plots import Figure
+from kvsim.results import plain
 
 MISSING = "-"  # shown for a figure that there is none of
 
@@ -70,8 +71,8 @@ def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[str]], 
 class Page:
     """Collects sections and charts in the order of reading; `html` gives the page."""
 
-    def __init__(self, title: str, lead: str) -> None:
-        self._title = title
+    def __init__(self, title: str, lead: str, identity: Mapping[str, str]) -> None:
+        self._title, self._identity = title, identity
         self._body = [f"<header><h1>{escape(title)}</h1>{lead}</header>"]
         self._figures: list[Figure] = []
 
@@ -93,7 +94,7 @@ class Page:
         from plotly.offline import get_plotlyjs
 
         scripts = [get_plotlyjs(), _DRAW]
-        figures = json.dumps(self._figures, allow_nan=False, separators=(",", ":"))
+        figures = json.dumps(plain(self._figures), allow_nan=False, separators=(",", ":"))
         for character in "<>&":  # none of them may end the script element or begin a comment in it
             figures = figures.replace(character, f"\\u{ord(character):04x}")
         hashes = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts)
@@ -106,6 +107,7 @@ class Page:
                 '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
                 f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
                 '<meta name="viewport" content="width=device-width, initial-scale=1">',
+                *(f'<meta name="kvsim-{name}" content="{escape(own)}">' for name, own in self._identity.items()),
                 f"<title>{escape(self._title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>",
                 *self._body,
                 "</main>\n<noscript><p>The charts need JavaScript; the tables hold the figures.</p></noscript>",

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvsim.attribution import attribution, bottleneck
 from kvsim.fairness import Tenancy, fairness
+from kvsim.identity import identity
 from kvsim.names import unknown_name
 from kvsim.token_gaps import TenantGaps
 from kvsim.uncertainty import over_blocks, over_seeds
@@ -65,6 +66,7 @@ class Result:
     speculation: dict[str, float] | None = None
     # The same run on traces of other seeds; () where the trace is recorded, None where nobody asked.
     repeats: "tuple[Result, ...] | None" = None
+    partial: bool = False  # interrupted: some requests were not replayed to their end
 
 
 def latencies(result: Result) -> dict[str, Floats]:
@@ -120,7 +122,9 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
     {"ttft_s": 10, "tpot_s": 0.1}; `goodput_rps` counts the finished requests within all bounds, and a request without
     the latency (a TPOT, for one output token) is within; `slo_attainment` is their share of all that were submitted,
     also of those that were rejected or timed out. `warmup_s` leaves requests that arrived earlier out of the
-    latencies (`itl_s`, which knows no requests, keeps all tokens). Raises ValueError for an unknown bound and for
+    latencies (`itl_s`, which knows no requests, keeps all tokens). `run_id`, `inputs_sha256` and `version` stand in all
+    files of the run, and only its last three figures, the simulator's own times, differ between two runs of the same
+    inputs. Raises ValueError for an unknown bound and for
     negative numbers.
     """
     slo = _checked(slo or {}, warmup_s)
@@ -133,8 +137,8 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
     rows = np.split(np.argsort(members, kind="stable"), np.cumsum(np.bincount(members))[:-1]) if len(members) else []
     fair = fairness(result.requests, names, members, result.tenancy)
     served = fair.pop("tenants")
-    return {
-        "schema_version": SCHEMA_VERSION,
+    summary = {
+        "partial": result.partial,
         "inputs": plain(result.inputs),
         **everything,
         "makespan_s": float(result.makespan_s),
@@ -162,6 +166,7 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
         "cpu_s": float(result.cpu_s),
         "setup_cpu_s": float(result.setup_cpu_s),
     }
+    return {"schema_version": SCHEMA_VERSION, **identity(summary), **summary}
 
 
 def plain(value: Any) -> Any:

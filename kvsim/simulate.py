@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,17 +24,19 @@ TURNS_AT_ONCE = 5000  # between two looks at whether to go on
 
 
 def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None = None) -> Result:
-    """Replay `trace` on a cluster; `progress` is told how many requests have left, now and then.
+    """Replay `trace` on a cluster; `progress` is told how many requests have left, first before any event.
 
-    An interruption (Ctrl-C) ends the replay early: requests that had not finished are reported as such. Raises
+    An interruption (Ctrl-C) from there on ends the replay early: the result is `partial`, and requests that had not
+    finished are reported as such. Raises
     ValueError for a model that does not fit, and for prefix caches where the trace has no block ids.
     """
     began_s = time.perf_counter()
     cluster = _Cluster(trace, setup)
     setup_cpu_s = time.process_time()
-    cluster.play(progress)
+    whole = cluster.play(progress)
     cpu_s = time.process_time() - setup_cpu_s
-    return cluster.outcome().result(wall_s=time.perf_counter() - began_s, cpu_s=cpu_s, setup_cpu_s=setup_cpu_s)
+    result = cluster.outcome().result(wall_s=time.perf_counter() - began_s, cpu_s=cpu_s, setup_cpu_s=setup_cpu_s)
+    return result if whole else replace(result, partial=True)
 
 
 def compile_loop(trace: Trace, setup: Setup) -> None:
@@ -61,19 +64,22 @@ class _Cluster:
         self.prefixes = PrefixTiers(blocks, setup)
         self.engine = Engine(blocks, setup, table, clock, self.prefixes)
 
-    def play(self, progress: Callable[[int], None] | None) -> None:
-        """Run until nothing is left to happen."""
+    def play(self, progress: Callable[[int], None] | None) -> bool:
+        """Run until nothing is left to happen; False when interrupted before."""
         steps = self.setup.fidelity == "step"
         play = _play_steps(self.engine) if steps else play_operations(self.engine, self.setup)
         gc.freeze()  # what was loaded before is here to stay: collections need not walk it again and again
         try:
+            if progress is not None:
+                progress(0)
             for left in play:
                 if progress is not None:
                     progress(left)
         except KeyboardInterrupt:
-            return
+            return False
         finally:
             gc.unfreeze()
+        return True
 
     def outcome(self) -> Outcome:
         """What has been recorded so far."""

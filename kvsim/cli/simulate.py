@@ -2,8 +2,8 @@
 
 # ruff: noqa: ARG001 - the options of a scenario are read from the context, those given alone
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,7 @@ from kvsim.tenants import parse_named
 from policies.shown import shown
 
 if TYPE_CHECKING:
+    from kvsim.result_folder import Held
     from kvsim.results import Result
     from kvsim.scenario import Scenario
     from kvsim.simulate import Setup
@@ -175,7 +176,7 @@ def replay(
     """Replay a trace of requests on a simulated cluster."""
     from kvsim.cli.simulate_output import print_comparison, print_run, progress_bars
     from kvsim.parallel import Job, simulate_all
-    from kvsim.result_files import write
+    from kvsim.result_files import write_set
     from policies import describe
 
     several = ctx.info_name == "compare"
@@ -192,20 +193,26 @@ def replay(
     jobs = [Job(each, setup) for each in drawn for setup in setups]
     labels = [describe(setup.policy) for setup in setups]
     runs = [f"{label}, seed {asked.seed + i}" for i in range(len(drawn)) for label in labels]
-    with _folder(out), progress_bars(runs if len(drawn) > 1 else labels, len(requests)) as show:
-        results, interrupted = simulate_all(jobs, show)
-    results = asked.gather(results, len(setups), whole=not interrupted)
-    if results:
+    with _folder(out, labels) as folder:
+        with progress_bars(runs if len(drawn) > 1 else labels, len(requests)) as show:
+            found, interrupted = simulate_all(jobs, show)
+        missing = [label for index, label in enumerate(labels) if index not in found]
+        asked_for = range(len(setups) if interrupted else len(jobs))
+        results = asked.gather([found[i] for i in asked_for if i in found], len(setups), whole=not interrupted)
+        if not any((result.requests["status"] == "finished").any() for result in results) and interrupted:
+            print_line("interrupted before a request had finished: there are no results", err=True)
+            raise typer.Exit(INTERRUPTED)
         _warn_of_nothing_seen(asked, results[0])
-    if out is not None and results:
-        write(results, out, slo=asked.slo_s, warmup_s=asked.warmup)
-    if several:
-        print_comparison(results, asked.slo_s, asked.warmup, json=json)
-    else:
-        print_run(results[0], asked.slo_s, asked.warmup, json=json)
+        try:
+            if folder is not None:
+                write_set(results, folder, missing=missing, slo=asked.slo_s, warmup_s=asked.warmup)
+        finally:  # what took so long to find is shown, whether or not it could be written
+            if several:
+                print_comparison(results, asked.slo_s, asked.warmup, missing, json=json)
+            else:
+                print_run(results[0], asked.slo_s, asked.warmup, json=json)
     if interrupted:
-        never_began = labels[len(results) :]
-        without = f", without {', '.join(never_began)}" if never_began else ""
+        without = f", without {', '.join(missing)}" if missing else ""
         print_line(f"interrupted: these are the results so far{without}", err=True)
         raise typer.Exit(INTERRUPTED)
 
@@ -315,22 +322,11 @@ def _warn_of_nothing_seen(asked: "Scenario", result: "Result") -> None:
         _warn(f"nothing runs in the window of perfetto: the run goes from {begin_s:g} s to {end_s:g} s")
 
 
-@contextmanager
-def _folder(out: Path | None) -> Iterator[None]:
-    """The folder `out` before a run, and without it again when bad input ends the run."""
-    from kvsim.result_files import prepare
+def _folder(out: Path | None, policies: Sequence[str]) -> AbstractContextManager["Held | None"]:
+    """The folder of --out, held from before the run until its results are in it; None where it was not given."""
+    from kvsim.result_files import holding
 
-    if out is None:
-        yield
-        return
-    new = [path for path in (out, *out.parents) if not path.exists()]
-    prepare(out)
-    try:
-        yield
-    except BaseException:
-        for path in new:
-            path.rmdir()
-        raise
+    return nullcontext() if out is None else holding(out, policies)
 
 
 def _warn(text: str) -> None:

@@ -100,13 +100,16 @@ def _print_tenants(summary: Mapping[str, Any]) -> None:
     print_line(f"Jain's index of service / weight: {whole}, while tenants contend {contended}")
 
 
-def print_comparison(results: Sequence["Result"], slo_s: Mapping[str, float], warmup_s: float, *, json: bool) -> None:
-    """Print simulations side by side: their summaries as JSON, or one row for each."""
+def print_comparison(
+    results: Sequence["Result"], slo_s: Mapping[str, float], warmup_s: float, missing: Sequence[str], *, json: bool
+) -> None:
+    """Print simulations side by side: their summaries as JSON, or one row for each; `missing` had not begun."""
     from kvsim.report_runs import runs_of
+    from kvsim.result_files import comparison
 
     runs = runs_of(results, slo_s, warmup_s)
     if json:
-        print_json({"runs": [run.summary for run in runs]})
+        print_json(comparison([run.summary for run in runs], missing))
         return
     seldom = {"timed out": _timed_out, "preempted": _preempted}
     shown = [name for name in COMPARED if name not in seldom or any(map(seldom[name], runs))]

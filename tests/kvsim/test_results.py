@@ -151,7 +151,8 @@ def test_warmup_leaves_early_requests_out_of_the_latencies_only(make_result: Mak
     cold, warm = summarize(make_result(**BY_HAND)), summarize(make_result(**BY_HAND), warmup_s=10.0)
     assert warm["ttft_s"] == {"mean": 3.5, "p50": 1, "p90": 6, "p99": 6, "max": 6}  # the request at 0 s is out
     differing = {key for key in cold if cold[key] != warm[key]}
-    assert differing <= {"ttft_s", "tpot_s", "e2e_s", "queue_s", "tenants", "attribution", "bottleneck"}
+    latencies = {"ttft_s", "tpot_s", "e2e_s", "queue_s", "tenants", "attribution", "bottleneck"}
+    assert differing <= {*latencies, "run_id"}  # an id of what came out
 
 
 def test_statistics_of_nothing_are_null(make_result: Make) -> None:
@@ -199,7 +200,9 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
     ]
     clocks = ["wall_s", "cpu_s", "setup_cpu_s"]
     summary = summarize(make_result(tenants=("x", "y")))
-    assert sorted(summary) == sorted(["schema_version", "inputs", *group, *rest, *clocks])
+    identity = ["run_id", "inputs_sha256", "version"]
+    assert sorted(summary) == sorted(["schema_version", *identity, "partial", "inputs", *group, *rest, *clocks])
+    assert list(summary)[-3:] == clocks  # one block, which alone differs between runs of the same inputs
     assert set(summary["tenants"]["x"]) == {*group, *OF_TENANTS}
     assert sorted(summary["attribution"]) == ["decode", "e2e", "ttft"]
     assert json.loads(json.dumps(summary)) == summary  # plain values all through
