@@ -37,24 +37,24 @@ def either(prompt: Ints, counts: Ints, size: int) -> NDArray[np.bool_]:
 def block_tokens_of(prompt: Ints, counts: Ints, *, source: str, default: int = 0, certain: bool = False) -> int:
     """The tokens of a block, from prompts in tokens and their numbers of ids.
 
-    `default` is the format's own size: it stands where nobody has an id, and where no size fits all rows, so that the
-    first misfit can be named; `certain`, where other columns tell the format, also wherever it fits. Raises TraceError
-    where several sizes fit or none does.
+    `default` is the size of the format, which gives a partial tail an id: it stands where nobody has an id, where it is
+    the one that fits so, and where no size fits all rows, so that the first misfit can be named; `certain`, where other
+    columns tell the format, also wherever it fits at all. Raises TraceError where several sizes fit or none does.
     """
     if default and (not counts.any() or (certain and either(prompt, counts, default).all())):
         return default
     candidates = _fitting(with_tail, prompt, counts)
-    if not candidates and not _any_size_with_tail(prompt, counts):
-        candidates = _fitting(without_tail, prompt, counts)
-        if not candidates and default and _fitting(either, prompt, counts) == [default]:
-            return default
-    if len(candidates) == 1:
+    if candidates != [default]:
+        candidates = sorted({*candidates, *_fitting(without_tail, prompt, counts)})
+    if default and not candidates and _fitting(either, prompt, counts) == [default]:
+        return default
+    if len(candidates) == 1 and (candidates == [default] or _certainly(candidates[0], prompt, counts)):
         return candidates[0]
     if candidates:
         sizes = ", ".join(map(str, candidates))
         raise TraceError(
             f"{source}: hash_ids without block_tokens; add that column, or the option block_tokens={candidates[-1]}: "
-            f"the numbers of ids fit blocks of {sizes} tokens alike"
+            f"the numbers of ids fit blocks of {sizes} tokens{' alike' if len(candidates) > 1 else ', and of others'}"
         )
     return _of_most(prompt, counts, source, default)
 
@@ -67,22 +67,29 @@ def _fitting(fit: _Fit, prompt: Ints, counts: Ints) -> list[int]:
     return []
 
 
-def _any_size_with_tail(prompt: Ints, counts: Ints) -> bool:
-    """Whether all prompts have ceil(p / b) ids for some whole b, usual or not: p / count <= b < p / (count - 1)."""
-    if (counts == 0).any():
-        return False
+def _certainly(size: int, prompt: Ints, counts: Ints) -> bool:
+    """Whether a size that fits only without ids for partial tails leaves no size, usual or not, that fits with them.
+
+    ceil(p / b) ids means p / count <= b < p / (count - 1).
+    """
+    if (counts == 0).any() or with_tail(prompt, counts, size).all():
+        return True
     several = counts > 1
     most = (-(-prompt[several] // (counts[several] - 1)) - 1).min() if several.any() else np.iinfo(np.int64).max
-    return bool((-(-prompt // counts)).max() <= most)
+    return bool((-(-prompt // counts)).max() > most)
 
 
 def _of_most(prompt: Ints, counts: Ints, source: str, default: int) -> int:
-    """Where no size fits all rows: the one that fits most of them, so that the others can be named as bad."""
-    fits = {size: int(with_tail(prompt, counts, size).sum()) for size in (*USUAL_TOKENS, *LARGE_TOKENS)}
+    """Where no size fits all rows: the one that fits most of those that tell sizes apart, so that others can be named.
+
+    Those are prompts of several blocks.
+    """
+    several = counts > 1
+    fits = {size: int(with_tail(prompt, counts, size)[several].sum()) for size in (*USUAL_TOKENS, *LARGE_TOKENS)}
     best = max(fits, key=lambda size: fits[size])
-    if fits[best] > len(prompt) / 2 and list(fits.values()).count(fits[best]) == 1:
+    if fits[best] > several.sum() / 2 and not either(prompt, counts, best).all():
         return best
-    if default:
+    if default and not either(prompt, counts, default).all():
         return default
     raise TraceError(
         f"{source}: hash_ids without block_tokens; add that column, or the option block_tokens=16: "

@@ -159,6 +159,8 @@ class Rows:
 def _whole(cell: Any) -> int | None:
     if isinstance(cell, str):
         return int(cell) if cell.isdecimal() and len(cell) <= 19 else None
+    if type(cell) is float and cell.is_integer() and abs(cell) < 2**53:
+        return int(cell)
     return cell if type(cell) is int else None
 
 

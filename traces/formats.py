@@ -64,6 +64,13 @@ SHOWN = ("name", "recognised_by", "times", "blocks", "refused", "option_names")
 """The columns of a table of formats."""
 
 
+def as_markdown() -> str:
+    """The table of `docs/traces.md`."""
+    heads = ("format", "recognised by", "times", "block of an id", "refused, or asked for", "options")
+    rows = [[str(getattr(known, name)) for name in SHOWN] for known in FORMATS]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
 def _has(*columns: str) -> Callable[[Table, set[str]], bool]:
     return lambda _table, found: set(columns) <= found
 

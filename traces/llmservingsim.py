@@ -46,7 +46,7 @@ def load(table: Table, options: Options, *, name: str, skip_bad_rows: bool = Fal
     if options.block_tokens:
         if not rows.has(TOKENS):
             raise TraceError(f"{table.source}: block_tokens={options.block_tokens}: it lists no {TOKENS} to name")
-        lists = table.columns[TOKENS]
+        lists = [cell.tolist() if isinstance(cell, np.ndarray) else cell for cell in table.columns[TOKENS]]
         bad = np.array([not isinstance(cell, list) or set(map(type, cell)) > {int} for cell in lists])
         rows.reject(TOKENS, bad, "must list the prompt's tokens as whole numbers, so that its blocks can be named")
         rows.keep()

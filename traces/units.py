@@ -11,7 +11,7 @@ EPOCH_S = 1e8
 """Times from here on are of a clock since 1970, not of a trace that began more than three years ago."""
 
 _MOST_RPS = 100.0  # of milliseconds without fractions; whole seconds of a slow service look like more
-_LEAST_RPS = 0.01  # of seconds without fractions; milliseconds of a busy service look like less
+_LEAST_RPS = 0.01  # of times without fractions; a busy service's look like less in a unit a thousand times too large
 _LATEST_START_MS = 10**9  # eleven days: seconds since 1970 are more, and milliseconds more than 10^12
 
 
@@ -42,8 +42,8 @@ def milliseconds_or_ask(times: Floats, source: str, field: str) -> str:
     if _LATEST_START_MS <= times.min() < 1000 * EPOCH_S or times.min() > 1e14:
         raise ask(source, field, times.min(), "is the first time: too late for milliseconds from the trace's start")
     gaps, span = len(times) - 1, float(times.max() - times.min())
-    if gaps > 1 and span and 1000 * gaps / span > _MOST_RPS:
-        rule = f"is the last of {len(times):,}: in milliseconds {1000 * gaps / span:,.0f} requests/s"
+    if gaps > 1 and span and not _LEAST_RPS <= 1000 * gaps / span <= _MOST_RPS:
+        rule = f"is the last of {len(times):,}: in milliseconds {1000 * gaps / span:,.3g} requests/s"
         raise ask(source, field, times.max(), rule)
     return "ms"
 
