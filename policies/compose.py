@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
+from policies.beside import beside_attention
 from policies.full import Full
 from policies.model import ModelShape
 from policies.plan import Buffer, Compute, Copy, Count, Op, Plan, Rows, Step, Work
@@ -176,7 +177,7 @@ def resolve(policy: Policy, model: ModelShape, step: Step, layer: int) -> Policy
                 f"{policy.name} needs keys per KV head, but layer {layer} of {model.name} caches an MLA latent; "
                 "use full or offload-all"
             )
-        if shape.kind in ("block", "core"):
+        if shape.kind in ("block", "core", "compressed"):
             raise ValueError(
                 f"{policy.name} needs a key of every token, but layer {layer} of {model.name} caches one row for "
                 f"{shape.block_tokens} tokens; use full"
@@ -201,7 +202,11 @@ def plan_layer(policy: Policy, model: ModelShape, step: Step, layer: int) -> Lay
     """One layer's plan for one step of one sequence: what both drivers walk."""
     leaf = resolve(policy, model, step, layer)
     ops = leaf.prefill(model, step, layer) if step.prefilling else leaf.decode(model, step, layer)
-    return LayerPlan(leaf, leaf.buffers(model, step, layer), ops, leaf.counts(model, step, layer))
+    buffers, beside = beside_attention(model, step, layer)
+    if beside:
+        names = tuple(op.name for op in beside)
+        ops = (*beside, *(replace(op, after=(*op.after, *names)) if op.name == "attend" else op for op in ops))
+    return LayerPlan(leaf, (*leaf.buffers(model, step, layer), *buffers), ops, leaf.counts(model, step, layer))
 
 
 def plan_ends(policy: Policy, model: ModelShape, step: Step) -> tuple[EndPlan, ...]:

@@ -36,6 +36,17 @@ def core_pairs(past_tokens: int, new_tokens: int, window_tokens: int, group_toke
     return causal_pairs(past_tokens, new_tokens) - (group_tokens - 1) * groups
 
 
+def block_pairs(past_tokens: int, new_tokens: int, block_tokens: int, most: int = 0) -> int:
+    """Query-row pairs when each new token sees one row for each whole block of tokens so far, `most` of them if any."""
+
+    def before(tokens: int) -> int:  # rows that the first `tokens` queries see, all together
+        seen = min(tokens, most * block_tokens) if most else tokens
+        blocks = seen // block_tokens
+        return blocks * (seen + 1) - block_tokens * blocks * (blocks + 1) // 2 + most * (tokens - seen)
+
+    return before(past_tokens + new_tokens) - before(past_tokens)
+
+
 def pair_flops(layer: LayerShape, step: Step) -> int:
     """FLOPs of one query-key pair over all query heads: the score and the weighted value."""
     if layer.kind == "mla" and not step.prefilling:
@@ -46,8 +57,8 @@ def pair_flops(layer: LayerShape, step: Step) -> int:
 
 
 def kv_row(layer: LayerShape) -> tuple[int, ...]:
-    """Shape of one token's cache row: keys and values of all KV heads, or the latent of an MLA layer."""
-    if layer.kind == "mla":
+    """Shape of one token's cache row: keys and values of all KV heads, or one vector that all heads share."""
+    if layer.latent_dim:
         return (layer.latent_dim,)
     if layer.head_dim == layer.v_head_dim:
         return (2, layer.kv_heads, layer.head_dim)

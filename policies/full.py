@@ -7,6 +7,7 @@ from policies.dense import (
     activations,
     append,
     attend,
+    block_pairs,
     causal_pairs,
     core_pairs,
     held_pairs,
@@ -25,7 +26,8 @@ class Full(Policy):
 
     It is also what every other policy leaves in place on the layers that it does not handle: sliding windows keep
     their window, MLA layers their latent, linear layers their state. Block layers hold and attend to blocks, once a
-    block; core layers pool the tokens that their window leaves behind, a group of them into one row.
+    block; core layers pool the tokens that their window leaves behind, a group of them into one row; compressed layers
+    attend to their window and to compressed rows. Where a layer has an indexer, it chooses the rows.
     """
 
     name: ClassVar[str] = "full"
@@ -52,7 +54,7 @@ class Full(Policy):
         if shape.kind == "block":
             step = _in_blocks(shape, step)
             return _dense(shape, step, causal_pairs(step.past_tokens, step.new_tokens), step.tokens)
-        return _dense(shape, step, _pairs(shape, step), _kept(shape, step))
+        return _dense(shape, step, _pairs(shape, step), _chosen(shape, step, _kept(shape, step)))
 
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Append, then read the whole cache once."""
@@ -64,6 +66,8 @@ class Full(Policy):
             read = min(step.new_tokens, 1) * step.tokens  # nothing but where a block begins
             return _dense(shape, step, causal_pairs(step.past_tokens, step.new_tokens), read)
         kept = _kept(shape, step)
+        if shape.kind == "compressed" or shape.index_topk:
+            return _dense(shape, step, _pairs(shape, step), _chosen(shape, step, kept))
         return _dense(shape, step, held_pairs(step, kept), kept)
 
 
@@ -77,7 +81,20 @@ def _pairs(layer: LayerShape, step: Step) -> int:
         return windowed_pairs(step.past_tokens, step.new_tokens, layer.window_tokens)
     if layer.kind == "core":
         return core_pairs(step.past_tokens, step.new_tokens, layer.window_tokens, layer.block_tokens)
+    if layer.kind == "compressed":
+        rows = block_pairs(step.past_tokens, step.new_tokens, layer.block_tokens, layer.index_topk)
+        return windowed_pairs(step.past_tokens, step.new_tokens, layer.window_tokens) + rows
+    if layer.index_topk:
+        return windowed_pairs(step.past_tokens, step.new_tokens, layer.index_topk)
     return causal_pairs(step.past_tokens, step.new_tokens)
+
+
+def _chosen(layer: LayerShape, step: Step, kept: int) -> int:
+    """Rows that a step reads at the most: those that an indexer can choose for its tokens, and a window beside them."""
+    if not layer.index_topk:
+        return kept
+    rows = layer.index_rows(step.tokens)
+    return kept - rows + min(rows, step.new_tokens * layer.index_topk)
 
 
 def _in_blocks(layer: LayerShape, step: Step) -> Step:

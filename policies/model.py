@@ -9,14 +9,12 @@ from policies.dtypes import check_dtype, row_bytes
 from policies.shown import shown
 from policies.weight_formats import Stored
 
-LAYER_KINDS = ("full", "sliding", "mla", "linear", "block", "core")
+LAYER_KINDS = ("full", "sliding", "mla", "linear", "block", "core", "compressed")
 
 
 _OWN_FIELDS = {
-    "window_tokens": ("sliding", "core"),
-    "latent_dim": ("mla",),
-    "state_elements": ("linear",),
-    "block_tokens": ("block", "core"),
+    "window_tokens": ("sliding", "core", "compressed"),
+    "block_tokens": ("block", "core", "compressed"),
 }
 
 
@@ -27,7 +25,12 @@ class LayerShape:
     `kind` is `full`, `sliding` (a window, or local chunks), `mla` (one latent vector per token, which all heads share:
     `kv_heads` is 1), `linear` (a state of constant size: Mamba, gated delta net; `heads` are those of the state),
     `block` (a dense layer over blocks of `block_tokens`, run once a block: Block Transformer, arXiv:2406.02657) or
-    `core` (the last `window_tokens`, and one row for each `block_tokens` before them: CCA, arXiv:2412.12465).
+    `core` (the last `window_tokens`, and one row for each `block_tokens` before them: CCA, arXiv:2412.12465), or
+    `compressed` (the last `window_tokens`, and one row for each `block_tokens` of all, a row being one vector of
+    `latent_dim` that is key and value: DeepSeek-V4).
+    Full and sliding layers with `state_elements` have a linear mixer beside their attention (Falcon-H1). Layers with an
+    `index_dim` cache a key of that many elements for each row besides, with which `index_heads` choose the `index_topk`
+    rows that are attended to (DeepSeek-V3.2).
     Norm weights count with `qkv_params` and `mlp_params`. `whole_params` are those of `qkv_params` that every
     tensor-parallel rank has whole: MLA's down-projections. `mlp_params` holds every routed expert, `mlp_active_params`
     the ones that a single token uses. Of a quantised checkpoint, `qkv_stored`, `out_stored`, `dense_stored` (all of the
@@ -45,6 +48,9 @@ class LayerShape:
     latent_dim: int = 0
     state_elements: int = 0
     block_tokens: int = 0
+    index_dim: int = 0
+    index_heads: int = 0
+    index_topk: int = 0
     share_kv_with: int | None = None
     qkv_params: int
     whole_params: int = 0
@@ -69,8 +75,20 @@ class LayerShape:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         for name, kinds in _OWN_FIELDS.items():
             if (getattr(self, name) > 0) != (self.kind in kinds):
-                alone = " and ".join(kinds)
+                alone = " and ".join((", ".join(kinds[:-1]), kinds[-1])) if kinds[1:] else kinds[0]
                 raise ValueError(f"{name}={getattr(self, name)} in a {self.kind} layer; {alone} layers alone have it")
+        if (self.latent_dim > 0) != (self.kind in ("mla", "compressed")) and (
+            self.kind != "sliding" or self.latent_dim < 0
+        ):
+            raise ValueError(
+                f"latent_dim={self.latent_dim} in a {self.kind} layer; mla and compressed layers have it, sliding may"
+            )
+        if self.state_elements < (1 if self.kind == "linear" else 0):
+            raise ValueError(f"state_elements={self.state_elements} in a {self.kind} layer must be at least 1")
+        if self.state_elements and self.kind not in ("linear", "full", "sliding"):
+            raise ValueError(f"state_elements={self.state_elements} in a {self.kind} layer; it caches no state")
+        if (self.index_dim > 0) != (self.index_heads > 0):
+            raise ValueError(f"index_dim={self.index_dim} and index_heads={self.index_heads}: give both or neither")
         if not 0 <= self.experts_per_token <= self.experts:
             raise ValueError(f"experts_per_token={self.experts_per_token} is not within 0 and experts={self.experts}")
 
@@ -110,15 +128,33 @@ class LayerShape:
 
     def kv_bytes(self, tokens: int, kv_dtype: str, state_dtype: str) -> int:
         """Bytes that this layer keeps for one sequence of `tokens`."""
-        if self.share_kv_with is not None:
-            return 0
+        state = row_bytes((self.state_elements,), state_dtype) if self.state_elements else 0
         if self.kind == "linear":
-            return row_bytes((self.state_elements,), state_dtype)
-        if self.kind == "mla":
-            return tokens * row_bytes((self.latent_dim,), kv_dtype)
-        token_bytes = row_bytes((self.kv_heads, self.head_dim), kv_dtype)
-        token_bytes += row_bytes((self.kv_heads, self.v_head_dim), kv_dtype)
-        return token_bytes * self.rows(tokens, tokens)
+            return state
+        indexed = self.index_rows(tokens) * row_bytes((self.index_dim,), kv_dtype) if self.index_dim else 0
+        if self.share_kv_with is not None:
+            return state + indexed
+        return state + indexed + self.rows(tokens, tokens) * self.row_bytes(kv_dtype)
+
+    def row_bytes(self, kv_dtype: str) -> int:
+        """Bytes of one cached row: keys and values of all KV heads, or one vector that all heads share."""
+        if self.latent_dim:
+            return row_bytes((self.latent_dim,), kv_dtype)
+        return row_bytes((self.kv_heads, self.head_dim), kv_dtype) + row_bytes(
+            (self.kv_heads, self.v_head_dim), kv_dtype
+        )
+
+    def grown_bytes(self, kv_dtype: str) -> int:
+        """Bytes that one more token adds once windows are full, on average where a row stands for several tokens."""
+        if self.kind in ("sliding", "linear"):
+            return 0
+        own = 0 if self.share_kv_with is not None else self.row_bytes(kv_dtype)
+        indexed = row_bytes((self.index_dim,), kv_dtype) if self.index_dim else 0
+        return (own + indexed) // (self.block_tokens or 1)
+
+    def index_rows(self, tokens: int) -> int:
+        """Keys of the indexer that a sequence of `tokens` has cached."""
+        return tokens // self.block_tokens if self.kind == "compressed" else tokens
 
     def rows(self, tokens: int, first: int) -> int:
         """Cached rows of a sequence of `tokens`, of which the one numbered `first` (from 1) still needs its window."""
@@ -128,6 +164,8 @@ class LayerShape:
             return -(-tokens // self.block_tokens)
         if self.kind == "core":
             return tokens - self.cores(first) * (self.block_tokens - 1)
+        if self.kind == "compressed":
+            return min(tokens, self.window_tokens + tokens - first) + tokens // self.block_tokens
         return tokens
 
     def cores(self, tokens: int) -> int:
@@ -138,7 +176,7 @@ class LayerShape:
         """The same attention with fewer heads; its weights shrink in proportion to the vectors they produce."""
         before = self.heads * self.head_dim + self.kv_heads * (self.head_dim + self.v_head_dim)
         after = heads * self.head_dim + kv_heads * (self.head_dim + self.v_head_dim)
-        if self.kind == "mla":  # what is made of the latent belongs to query heads
+        if self.latent_dim:  # what is made of the latent belongs to query heads
             before, after = self.heads, heads
         qkv_params = self.whole_params - (-(self.qkv_params - self.whole_params) * after // before)
         return replace(
@@ -179,7 +217,12 @@ class ModelShape:
     that of the activations and of linear layers' states, `kv_dtype` that of cached keys and values, `weight_dtype`
     that of all weights which nothing else is said of: `expert_dtype` is that of routed experts, `outer_dtype` that of
     what stands outside the layers (embeddings, the last norm, the head), and a quantised checkpoint's layers and head
-    (`head_stored`) say how they are stored. `notes` are what whoever uses the shape should be told.
+    (`head_stored`) say how they are stored. `notes` are what whoever uses the shape should be told, `source` says how
+    the weights were counted.
+
+    `params` are the language model's. `other_params` are those of vision and audio towers beside it, which take memory
+    too; `predictor_params` those of layers for multi-token prediction, which an engine loads only to speculate with.
+    Whether the head is the embedding's matrix follows from the counts, unless `tied_head` says it.
 
     Raises ValueError for unknown dtypes, no layers, or a layer that shares the KV of one that stores none.
     """
@@ -198,6 +241,10 @@ class ModelShape:
     expert_dtype: str | None = None
     outer_dtype: str | None = None
     head_stored: Stored | None = None
+    other_params: int = 0
+    predictor_params: int = 0
+    tied_head: bool | None = None
+    source: str = field(default="", compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -224,7 +271,7 @@ class ModelShape:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights as stored."""
+        """Bytes of all weights as stored: the language model, and towers beside it in the type of the activations."""
         stored_bytes = plain = routed = 0
         for layer in self.layers:
             for params, stored in (
@@ -241,6 +288,7 @@ class ModelShape:
             stored_bytes, outer = stored_bytes + self.head_stored.nbytes, outer - self.head_params
         if self.outer_dtype:
             stored_bytes, outer = stored_bytes + self.bytes_of(outer, self.outer_dtype), 0
+        stored_bytes += self.bytes_of(self.other_params, self.dtype)
         return stored_bytes + self.bytes_of(plain + outer) + self.bytes_of(routed, self.expert_dtype)
 
     @property
@@ -251,6 +299,8 @@ class ModelShape:
     @property
     def tied(self) -> bool:
         """Whether the head is the embedding's matrix."""
+        if self.tied_head is not None:
+            return self.tied_head
         return self.outer_params < self.embedding_params + self.head_params
 
     @property
@@ -341,12 +391,7 @@ class ModelShape:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one more token adds to an unbounded cache, on average over a block where rows stand for blocks."""
-        sizes = (
-            layer.kv_bytes(1, self.kv_dtype, self.dtype) // (layer.block_tokens or 1)
-            for layer in self.layers
-            if layer.kind not in ("sliding", "linear")
-        )
-        return sum(sizes)
+        return sum(layer.grown_bytes(self.kv_dtype) for layer in self.layers)
 
     def kv_bytes(self, tokens: int) -> int:
         """Bytes that one sequence of `tokens` keeps: windows capped, linear states constant, shared layers nothing."""
@@ -372,6 +417,8 @@ class ModelShape:
             head_params=-(-self.head_params // tp),
             params=-(-self.outer_params // tp) + sum(_layer_params(layer) for layer in layers),
             head_stored=self.head_stored and self.head_stored.scaled(1, tp),
+            other_params=-(-self.other_params // tp),
+            predictor_params=-(-self.predictor_params // tp),
         )
 
     def with_kv_heads(self, kv_heads: int) -> ModelShape:

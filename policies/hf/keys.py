@@ -53,6 +53,14 @@ class Keys:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
+    def given(self) -> list[str]:
+        """Names of all keys."""
+        return list(self._values)
+
+    def has_list(self, key: str) -> bool:
+        """Whether the key holds a list, so one value for each layer."""
+        return isinstance(self._values.get(key), list | tuple)
+
     def error(self, key: str, rule: str) -> ValueError:
         """The error to raise for the value of `key`."""
         text = shown(self._values.get(key))

@@ -1,29 +1,22 @@
 """Layers of Nemotron-H (arXiv:2504.03624), whose config writes mixers and MLPs as blocks of their own."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from policies.hf.attention import attention
+from policies.hf.family import Experts, Family
 from policies.hf.keys import Keys
-from policies.hf.layers import Experts, Family, attention, dense_mlp, layer, mamba2, sparse_mlp
+from policies.hf.mixers import mamba2
+from policies.hf.mlps import dense_mlp, layer, sparse_mlp
 from policies.model import LayerShape
 from policies.shown import shown
 
 _EXPERTS = Experts(
     count="n_routed_experts",
-    width="moe_intermediate_size",
     shared_width="moe_shared_expert_intermediate_size",
     correction_bias=True,
+    latent="moe_latent_size",
 )
-NEMOTRON_H = Family(norms=1, qkv_bias=None, out_bias=None, gated_mlp=False, experts=_EXPERTS)  # a norm for each block
-
-_COMMON = {  # the common name of each key that is named otherwise
-    "attention_head_dim": "head_dim",
-    "mamba_num_heads": "mamba_n_heads",
-    "n_groups": "mamba_n_groups",
-    "ssm_state_size": "mamba_d_state",
-    "conv_kernel": "mamba_d_conv",
-    "use_conv_bias": "mamba_conv_bias",
-}
 _BLOCKS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 _BLOCK_TYPES = {
     "mamba": "M",
@@ -36,29 +29,43 @@ _BLOCK_TYPES = {
 _MIXERS = "M*"
 
 
-def common_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's keys under the names that other architectures have for them."""
-    return {_COMMON.get(key, key): value for key, value in config.items()}
-
-
-def nemotron_layers(keys: Keys) -> tuple[LayerShape, ...]:
+def nemotron_layers(keys: Keys, family: Family) -> tuple[LayerShape, ...]:
     """One layer for each mixer; the MLP that follows it is its own, and where none does it has none.
 
-    Raises ValueError for a pattern that is not understood, and for experts in a latent space.
+    Raises ValueError for a pattern that is not understood.
     """
-    if "moe_latent_size" in keys:
-        raise keys.error("moe_latent_size", "is not supported: experts are read as MLPs of hidden_size")
     hidden = keys.number("hidden_size")
     layers = []
-    for mixer, mlp in _pairs(keys):
-        first = mamba2(keys) if mixer == "M" else attention(keys, NEMOTRON_H, 0)
-        second = {"mlp_params": 0, "mlp_active_params": 0}
-        if mlp == "-":
-            second = dense_mlp(keys, NEMOTRON_H, keys.number("intermediate_size"))
-        elif mlp == "E":
-            second = sparse_mlp(keys, NEMOTRON_H, _EXPERTS)
-        layers.append(layer({**first, **second}, 2 * hidden if mlp else hidden))
+    for index, (mixer, mlp) in enumerate(_pairs(keys)):
+        first = mamba2(keys) if mixer == "M" else attention(keys, family, "full", index)
+        layers.append(layer({**first, **_mlp(keys, family, mlp, index)}, 2 * hidden if mlp else hidden))
     return tuple(layers)
+
+
+def _mlp(keys: Keys, family: Family, letter: str, index: int) -> dict[str, Any]:
+    if letter == "E":
+        return sparse_mlp(keys, family, _EXPERTS, index)
+    if letter == "-":
+        return dense_mlp(keys, family, keys.number("intermediate_size"))
+    return {"mlp_params": 0, "mlp_active_params": 0}
+
+
+NEMOTRON_H = Family(
+    norms=1,  # for each block
+    qkv_bias="attention_bias",
+    out_bias="attention_bias",
+    gated_mlp=False,
+    mlp_bias="mlp_bias",
+    layers=nemotron_layers,
+    aliases={
+        "attention_head_dim": "head_dim",
+        "mamba_num_heads": "mamba_n_heads",
+        "n_groups": "mamba_n_groups",
+        "ssm_state_size": "mamba_d_state",
+        "conv_kernel": "mamba_d_conv",
+        "use_conv_bias": "mamba_conv_bias",
+    },
+)
 
 
 def block_numbers(keys: Keys) -> list[tuple[int, int]]:

@@ -143,15 +143,40 @@ def test_older_and_quantised_configs() -> None:
         read({**LLAMA, "quantization_config": {"quant_method": "hqq"}})
 
 
-def test_an_unknown_type_with_a_plain_llama_s_keys_is_read_as_one() -> None:
-    assert read({**LLAMA, "model_type": "newllama"}).params == read(LLAMA).params
+def test_an_unknown_family_is_never_read_as_a_llama() -> None:
+    with pytest.raises(ValueError, match=r"model_type 'newllama' is not in the table of families.*state them with --p"):
+        read({**LLAMA, "model_type": "newllama"})
+    with pytest.raises(ValueError, match="model_type '' is not in the table"):
+        read({key: value for key, value in LLAMA.items() if key != "model_type"})
+
+
+def test_stated_weights_take_keys_and_values_from_the_config() -> None:
+    shape = hf.read({**LLAMA, "model_type": "newllama"}, "m", params=1_000_000)
+    assert (shape.params, shape.kv_bytes_per_token) == (1_000_000, read(LLAMA).kv_bytes_per_token)
+    assert shape.source == "stated by --params; KV from the keys of 'newllama'"
+    in_layers = sum(x.qkv_params + x.out_params + x.mlp_params for x in shape.layers)
+    assert in_layers == 1_000_000 - 2 * 100 * 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "params", "message"),
+    [
+        ({}, 30_000, "--params 30,000 is [0-9,]+ less than attention and embeddings weigh"),
+        ({"model_type": "llama"}, 10**6, "the weights of a llama model are counted; leave it out"),
+        ({"ssm_state_size": 16}, 10**6, "ssm_state_size=16 tells of a cache that its keys do not describe"),
+        ({"sliding_window": 64}, 10**6, "sliding_window=64 is of layers that nothing names"),
+        ({"layer_types": ["full_attention", "mamba"]}, 10**6, "has 'mamba', whose cache its keys do not describe"),
+    ],
+)
+def test_errors_of_stated_weights(changes: dict[str, Any], params: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hf.read({**LLAMA, "model_type": "newllama", **changes}, "m", params=params)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "newmoe", "num_experts": 8}, "'newmoe', and it is no plain Llama: it has num_experts"),
-        ({"model_type": "x", "intermediate_size": None}, "no plain Llama: it has no intermediate_size; known: bamba"),
+        ({"model_type": ["llama"]}, "model_type must be a name, not"),
         ({"vocab_size": None}, "config of 'm' has no key 'vocab_size'"),
         ({"vocab_size": "many"}, "vocab_size='many' must be a whole number of at least 1"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size=64 is not a multiple of num_at"),

@@ -142,6 +142,19 @@ def test_sources_say_what_was_trained(name: str) -> None:
     assert model_source("./config.json") == ""
 
 
+def test_nemotron_s_experts_in_a_latent_by_hand() -> None:
+    config = {
+        "model_type": "nemotron_h", "hidden_size": 8, "vocab_size": 8, "num_attention_heads": 2, "head_dim": 4,
+        "num_key_value_heads": 1, "max_position_embeddings": 64, "hybrid_override_pattern": "*E",
+        "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 5, "moe_latent_size": 4,
+        "moe_shared_expert_intermediate_size": 10,
+    }  # fmt: skip
+    layer = hf.read(config, "m").layers[0]
+    assert layer.expert_params == 2 * 4 * 5  # two matrices between the latent and the expert
+    around = 2 * 8 * 4 + 2 * 8 * 10 + 6 * 8 + 6 + 8  # into the latent and back, shared expert, router, its bias, norm
+    assert layer.mlp_params == 6 * 2 * 4 * 5 + around
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -151,7 +164,6 @@ def test_sources_say_what_was_trained(name: str) -> None:
         ({"num_hidden_layers": 3}, "num_hidden_layers=3 differs from the 2 blocks"),
         ({"hybrid_override_pattern": None}, "hybrid_override_pattern=None must be text"),
         ({"layers_block_type": ["mamba", "hyena"]}, "layers_block_type=.*has 'hyena'; known: mamba"),
-        ({"moe_latent_size": 4}, "moe_latent_size=4 is not supported"),
     ],
 )
 def test_errors_of_nemotron_configs_name_the_key(changes: dict[str, object], message: str) -> None:

@@ -171,7 +171,7 @@ def test_shapes_are_values() -> None:
         ({"kind": "dense"}, "unknown layer kind 'dense'; known: full, sliding, mla, linear"),
         ({"kv_heads": 3}, "heads=8 is not a multiple of kv_heads=3"),
         ({"head_dim": 0}, "head_dim=0 must be at least 1"),
-        ({"window_tokens": 8}, "window_tokens=8 in a full layer; sliding and core layers alone have it"),
+        ({"window_tokens": 8}, "window_tokens=8 in a full layer; sliding, core and compressed layers alone have it"),
         ({"kind": "sliding"}, "window_tokens=0 in a sliding layer"),
         ({"experts_per_token": 2}, "experts_per_token=2 is not within 0 and experts=0"),
     ],
