@@ -18,8 +18,9 @@ from runtime.executor import Executor
 from runtime.memory import check_fits
 from runtime.methods import method_of
 from runtime.mover import Mover
+from runtime.probe import SeenLayer
 from runtime.recorder import At, Recorder
-from runtime.rotary import Rotary
+from runtime.rotary import UNROTATED, Rotary
 
 LOG = logging.getLogger(__name__)
 HANDLE = "_kvsim_layer"  # attribute of the keys that `update` returns: a weak reference to their layer
@@ -31,6 +32,7 @@ class Terms:
     """What all caches of one `offload` share."""
 
     shape: ModelShape
+    seen: tuple[SeenLayer, ...]
     policy: Policy
     max_new_tokens: int
     mover: Mover
@@ -141,14 +143,13 @@ class TieredCache(Cache):
 
     def __init__(self, config: Any, terms: Terms, device: torch.device, prompt_tokens: int | None) -> None:
         self.terms, self.device, self.prompt_tokens = terms, device, prompt_tokens
-        layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in terms.shape.layers]
-        self.own = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in terms.seen]
+        self.own = [i for i, seen in enumerate(terms.seen) if seen.kind == "full" and not seen.shared]
         super().__init__(layers=[TieredLayer(self, i) if i in self.own else x for i, x in enumerate(layers)])
         self.executor = Executor(device, terms.mover)
         self.arena: Arena = Arena(device, 0)
         self.max_tokens = 0
         self.progress: Callable[[Step], None] | None = None  # told each step that a layer has done
-        self._half_angles = config.model_type == "gpt_oss"
         self.rotaries: dict[int, Rotary] = {}  # by layer; layers that share angles share one
         self._extended: list[tuple[torch.Tensor, Rotary]] = []  # in this step
         self._last_calls: dict[int, Call] = {}  # of the prompt, for whole-model work
@@ -191,6 +192,8 @@ class TieredCache(Cache):
         layer.leaf, layer.method = _leaf(self.terms, prompt, layer.index)
         if layer.index == self.own[0]:
             self._say_if_dense(layer, prompt)
+        if layer.method.unrotates and self.terms.seen[layer.index].rotation == UNROTATED:
+            self.rotaries[layer.index] = self.new_rotary(layer.index, self.max_tokens)
         kept, passing = self._buffers(layer.leaf, layer.index, prompt, first)
         self.arena.allocate(layer.index, kept)
         return passing
@@ -244,15 +247,16 @@ class TieredCache(Cache):
         layer = self.layers[index]
         if not isinstance(layer, TieredLayer) or not layer.method.unrotates:
             return
-        if index == self.own[0]:
-            self._extended.clear()
+        rotation = self.terms.seen[index].rotation
+        if rotation == UNROTATED:
+            return
         for known, rotary in self._extended:
-            if known is cos:
+            if known is cos and rotary.rotation == rotation:
                 self.rotaries[index] = rotary
                 return
         if index not in self.rotaries:
             prompt = self.prompt_tokens or cos.shape[1]
-            self.rotaries[index] = self.new_rotary(prompt + self.terms.max_new_tokens)
+            self.rotaries[index] = self.new_rotary(index, prompt + self.terms.max_new_tokens)
         self.rotaries[index].extend(cos, sin)
         self._extended.append((cos, self.rotaries[index]))
 
@@ -285,6 +289,8 @@ class TieredCache(Cache):
                 self.executor.begin()
             step = Step(prompt_tokens=prompt, past_tokens=past + first, new_tokens=min(at_once, new - first))
             outs.append(self._step(layer, step, handed.span(first, step.new_tokens, step.tokens)))
+        if layer.index == self.own[-1]:
+            self._extended.clear()
         if new == 1 and not step.prefilling:
             self._ahead(layer, step, handed)
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
@@ -335,9 +341,12 @@ class TieredCache(Cache):
         self.executor.join()
         self.arena.release_passing()
 
-    def new_rotary(self, capacity_tokens: int) -> Rotary:
-        """An empty table of angles as the model hands them over."""
-        return Rotary(capacity_tokens, half=self._half_angles)
+    def new_rotary(self, index: int, capacity_tokens: int) -> Rotary:
+        """An empty table of angles as the model hands them to a layer."""
+        rotation = self.terms.seen[index].rotation
+        if rotation is None:
+            raise RuntimeError(f"how layer {index} rotates keys is not known")  # which `offload` has refused
+        return Rotary(capacity_tokens, rotation)
 
     def cropped(self, layer: TieredLayer, gone: int) -> None:
         """A layer has taken back tokens; angles that layers share go once."""

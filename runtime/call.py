@@ -69,6 +69,11 @@ class Call:
         """Which tokens are no padding: bool (batch, tokens), or None when all of them are real."""
         return None if self.mask is None else self.mask[:, 0, -1]
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the model rotates neighbours of a key, not its halves."""
+        return self.rotary is not None and self.rotary.pairs
+
     def first(self) -> Tensor:
         """The first real token of each row, the tokens held where none is real: int64 (batch,)."""
         seen = self.seen

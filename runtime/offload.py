@@ -4,7 +4,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,17 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from policies import ModelShape, Policy, Step, hf, plan_layer
+from policies import Policy, Step, plan_layer
 from policies.plan import Tier
-from runtime.arena import DTYPES
 from runtime.cache import HANDLE, LONG_PROMPT, Terms, TieredCache
 from runtime.kernels.attention import merge, partial_attention
 from runtime.methods import method_of
 from runtime.mover import Mover
+from runtime.probe import probe
 from runtime.recorder import Recorder
-from runtime.rotary import ROTATES_HALVES
+from runtime.rotary import angles_of
 from runtime.saved import load_cache, save_cache
+from runtime.shapes import shape_of
 from traces.counts import Recording
 
 NAME = "kvsim_tiers"  # of the attention function; without the words that Transformers treats specially
@@ -33,7 +33,8 @@ class Offload:
 
     def __init__(self, model: Any, policy: Policy, max_new_tokens: int) -> None:
         self.model, self.policy, self.max_new_tokens = model, policy, max_new_tokens
-        self.shape = shape_of(model)
+        self.seen = probe(model)
+        self.shape = shape_of(model, self.seen)
         self.mover, self.recorder = Mover(), Recorder()
         self._caches: list[weakref.ref[TieredCache]] = []
 
@@ -46,6 +47,7 @@ class Offload:
             raise ValueError(f"prompt_tokens={prompt_tokens} must be at least 1")
         terms = Terms(
             shape=self.shape,
+            seen=self.seen,
             policy=self.policy,
             max_new_tokens=self.max_new_tokens,
             mover=self.mover,
@@ -109,8 +111,6 @@ def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterat
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     kv = Offload(model, policy, max_new_tokens)
     unrotates = _bind(kv)
-    if unrotates:
-        _check_rotation(model, policy)
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     config = model.config.get_text_config()
@@ -132,55 +132,37 @@ def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterat
         kv.release()
 
 
-def shape_of(model: Any) -> ModelShape:
-    """The shape of a loaded model, in the dtype that it computes in.
-
-    Raises ValueError for a dtype that the runtime cannot store.
-    """
-    config = model.config.get_text_config().to_dict()
-    shape = hf.read(config, config.get("model_type", "model"))
-    dtype = next((name for name, known in DTYPES.items() if known == model.dtype), None)
-    if dtype is None or not model.dtype.is_floating_point:
-        raise ValueError(f"the runtime cannot store a cache of {model.dtype}; load the model in bf16, fp16 or fp32")
-    return replace(shape, dtype=dtype, kv_dtype=dtype)
-
-
 def _bind(kv: Offload) -> bool:
-    """Check that the method of each layer's policy has a kernel or a route for every operation of its plans.
+    """Check that every layer that holds all tokens can follow the policy, and that its method executes its plans.
 
     Returns whether any of them needs keys before their rotation.
     """
     unrotates = False
-    for layer in range(kv.shape.n_layers):
-        if kv.shape.layers[layer].kind == "mla":
-            raise ValueError(
-                f"{kv.shape.name}: layer {layer} caches an MLA latent, which is expanded after the cache; "
-                "the runtime has no method for it yet"
-            )
+    for layer, seen in enumerate(kv.seen):
+        if seen.kind != "full":
+            continue
+        if seen.refusal:
+            raise ValueError(f"{kv.shape.name}: layer {layer} {seen.refusal}; the runtime has no method for it")
         prompt = LONG_PROMPT
         for step in (Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt), Step.decoding(prompt, 1)):
             plan = plan_layer(kv.policy, kv.shape, step, layer)
             method = method_of(plan.policy)
             if missing := method.missing(plan):
                 raise ValueError(f"the runtime's {plan.policy.name} has no kernel for {', '.join(missing)}")
+            if method.unrotates and seen.rotation is None:
+                raise ValueError(
+                    f"{plan.policy.name} needs keys before their rotation, and how layer {layer} of {kv.shape.name} "
+                    "rotates them was not recognised: not in halves, nor in pairs, by angles that the model hands over"
+                )
             unrotates |= method.unrotates
     return unrotates
-
-
-def _check_rotation(model: Any, policy: Policy) -> None:
-    kind = model.config.get_text_config().model_type
-    if kind not in ROTATES_HALVES:
-        raise ValueError(
-            f"{policy.name} needs keys before their rotation, and the runtime does not know how {kind!r} rotates them; "
-            f"it knows {', '.join(sorted(ROTATES_HALVES))}"
-        )
 
 
 def _listen(model: Any) -> list[RemovableHandle]:
     """Pass on the angles that each attention module gets, until the handles are removed."""
 
     def hear(module: torch.nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        cache, angles = given.get("past_key_values"), given.get("position_embeddings")
+        cache, angles = given.get("past_key_values"), angles_of(given.get("position_embeddings"))
         if isinstance(cache, TieredCache) and angles is not None:
             cache.angles(module.layer_idx, *angles)
 

@@ -4,43 +4,68 @@ Hugging Face hands a cache rotated keys. Policies that decompose keys or renumbe
 back costs about one rounding of the keys' dtype.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-# Models that rotate halves, (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin), over the leading dimensions of a head.
-ROTATES_HALVES = frozenset(
-    (
-        *(
-            "gemma",
-            "gemma2",
-            "gemma3",
-            "gemma3_text",
-            "gpt_oss",
-            "granite",
-            "llama",
-            "ministral3",
-            "mistral",
-            "mixtral",
-        ),
-        *("olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm"),
-        "starcoder2",
-    )
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rotation:
+    """How a layer rotates the leading dimensions of its keys, and how the model lays out the angles.
+
+    `pairs`: neighbours are rotated, (x0, x1), (x2, x3), ..., as in RoFormer; else halves, x_i with x_(i + width / 2),
+    as in GPT-NeoX. `table` says what the last dimension of a cosine holds: `half` (each angle once), `doubled` (all
+    angles, then all again), `interleaved` (each angle twice in a row), or `none`: nothing is rotated.
+    """
+
+    pairs: bool = False
+    table: str = "doubled"
+
+    def full(self, table: Tensor) -> Tensor:
+        """A model's cosines or sines, one for each rotated dimension: (batch or 1, tokens, rotated dimensions)."""
+        if self.table == "none":
+            return table[..., :0]
+        if self.table == ("interleaved" if self.pairs else "doubled"):
+            return table
+        if self.table == "doubled":
+            table = table[..., : table.shape[-1] // 2]
+        elif self.table == "interleaved":
+            table = table[..., ::2]
+        return table.repeat_interleave(2, dim=-1) if self.pairs else torch.cat([table, table], dim=-1)
+
+
+UNROTATED = Rotation(table="none")
+ROTATIONS = tuple(Rotation(pairs=p, table=t) for p in (False, True) for t in ("doubled", "interleaved", "half"))
+
+
+def angles_of(position_embeddings: Any) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines of what a model hands its attention: two tensors, or one of complex numbers (Llama 4)."""
+    if isinstance(position_embeddings, Tensor) and position_embeddings.is_complex():
+        return position_embeddings.real, position_embeddings.imag
+    if isinstance(position_embeddings, tuple | list) and len(position_embeddings) == 2:
+        cos, sin = position_embeddings
+        if isinstance(cos, Tensor) and isinstance(sin, Tensor) and cos.dim() == 3 and cos.shape == sin.shape:
+            return cos, sin
+    return None
 
 
 class Rotary:
     """The cosines and sines of every token of a batch, as the model computed them."""
 
-    def __init__(self, capacity_tokens: int, *, half: bool) -> None:
-        """`half`: the model keeps one half of the angles, which serves both (gpt-oss)."""
-        self.capacity_tokens, self.half, self.tokens = capacity_tokens, half, 0
-        self._cos = self._sin = torch.empty(0)
+    def __init__(self, capacity_tokens: int, rotation: Rotation) -> None:
+        self.capacity_tokens, self.rotation, self.tokens = capacity_tokens, rotation, 0
+        self._cos = self._sin = torch.empty(1, capacity_tokens, 0)  # all that there is of keys that are not rotated
+
+    @property
+    def pairs(self) -> bool:
+        """Whether neighbours are rotated, not halves."""
+        return self.rotation.pairs
 
     def extend(self, cos: Tensor, sin: Tensor) -> None:
-        """Take the angles of new tokens, (batch or 1, new_tokens, rotated dimensions or half as many)."""
-        if self.half:
-            cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
-        self.restore(cos, sin)
+        """Take the angles of new tokens, (batch or 1, new_tokens, dimensions of the model's table)."""
+        self.restore(self.rotation.full(cos), self.rotation.full(sin))
 
     def restore(self, cos: Tensor, sin: Tensor) -> None:
         """Take the angles of more tokens, (batch or 1, tokens, rotated dimensions), as `so_far` gives them."""
@@ -66,27 +91,32 @@ class Rotary:
         """Cosine and sine of the tokens (batch or 1, ...) of each row: (batch, ..., rotated dimensions)."""
         batch = max(tokens.shape[0], self._cos.shape[0])
         tokens = tokens.expand(batch, *tokens.shape[1:])
+        if self.rotation == UNROTATED:
+            nothing = torch.empty(*tokens.shape, 0, device=tokens.device)
+            return nothing, nothing
         row = torch.arange(batch, device=tokens.device).clamp(max=self._cos.shape[0] - 1)
         row = row.view(-1, *(1 for _ in tokens.shape[1:]))
         return self._cos[row, tokens], self._sin[row, tokens]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, pairs: bool = False) -> Tensor:
     """Rotate the leading dimensions of x (..., head_dim) by angles that broadcast to it; in the dtype of x."""
     width = cos.shape[-1]
     turned, kept = x[..., :width], x[..., width:]
-    return torch.cat([turned * cos + _quarter_turn(turned) * sin, kept], dim=-1).to(x.dtype)
+    return torch.cat([turned * cos + _quarter_turn(turned, pairs) * sin, kept], dim=-1).to(x.dtype)
 
 
-def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def unrotate(x: Tensor, cos: Tensor, sin: Tensor, *, pairs: bool = False) -> Tensor:
     """The inverse of `rotate`, in fp32 inside: scaled angles (YaRN) are undone as well."""
     width = cos.shape[-1]
     cos, sin = cos.float(), sin.float()
     turned, kept = x[..., :width].float(), x[..., width:]
-    back = (turned * cos - _quarter_turn(turned) * sin) / (cos.square() + sin.square())
+    back = (turned * cos - _quarter_turn(turned, pairs) * sin) / (cos.square() + sin.square())
     return torch.cat([back.to(x.dtype), kept], dim=-1)
 
 
-def _quarter_turn(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+def _quarter_turn(x: Tensor, pairs: bool) -> Tensor:
+    if pairs:
+        return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    half = x.shape[-1] // 2
+    return torch.cat([-x[..., half:], x[..., :half]], dim=-1)

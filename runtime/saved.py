@@ -97,7 +97,7 @@ def load_cache(cache: TieredCache, model: Any, path: Path) -> None:
     for index, number in says["rotary"].items():
         if number not in tables:
             angles = (tensors[f"rotary.{number}.{part}"].to(cache.device) for part in ("cos", "sin"))
-            tables[number] = cache.new_rotary(cache.max_tokens)
+            tables[number] = cache.new_rotary(int(index), cache.max_tokens)
             tables[number].restore(*angles)
         cache.rotaries[int(index)] = tables[number]
 

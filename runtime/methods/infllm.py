@@ -211,7 +211,7 @@ class _Layer:
             fresh = torch.stack([call.new_k[:, :, new], call.new_v[:, :, new]], dim=3).permute(0, 2, 3, 1, 4)
             rows = torch.cat([call.state["local"][:, old % self.window], fresh], dim=1)
             token = torch.arange(places.left, places.leaves, device=call.q.device)[None]
-            rows[:, :, 0] = unrotate(rows[:, :, 0], *_angles(call, token, heads_at=2))
+            rows[:, :, 0] = unrotate(rows[:, :, 0], *_angles(call, token, heads_at=2), pairs=call.pairs)
             call.scratch["leaving"] = rows
         return call.scratch["leaving"]
 
@@ -221,8 +221,8 @@ class _Layer:
             step, first = call.step, call.first()[:, None]
             own = torch.arange(step.past_tokens, step.tokens, device=call.q.device)[None]
             end = (first + self.window - 1).clamp(max=step.tokens - 1)  # a shorter sequence has nothing outside
-            plain = unrotate(call.q, *_angles(call, own, heads_at=1))
-            call.scratch["far_query"] = rotate(plain, *_angles(call, end, heads_at=1))
+            plain = unrotate(call.q, *_angles(call, own, heads_at=1), pairs=call.pairs)
+            call.scratch["far_query"] = rotate(plain, *_angles(call, end, heads_at=1), pairs=call.pairs)
         return call.scratch["far_query"]
 
     def _cached_rows(self, call: Call) -> Tensor:

@@ -107,7 +107,8 @@ class _Kernels:
         missed, slots = call.scratch["missed"], call.scratch["slots"]
         tokens = token_ids(missed, self.chunk_tokens)
         keys = rebuild(call.state["u"], call.state["sv"], tokens)
-        keys = rotate(keys, *_rotary(call).at(tokens.clamp(min=0))).unflatten(2, (-1, self.chunk_tokens)).flatten(3)
+        keys = rotate(keys, *_rotary(call).at(tokens.clamp(min=0)), pairs=call.pairs)
+        keys = keys.unflatten(2, (-1, self.chunk_tokens)).flatten(3)
         row = torch.where(missed < 0, NONE, torch.arange(missed.shape[2], device=missed.device))
         uncounted = torch.zeros(1, dtype=torch.int64, device=missed.device)  # these rows do not change their memory
         gather_rows(keys, row, call.by_head("k_slots").flatten(3), slots, uncounted)
@@ -169,7 +170,7 @@ def _decompose(call: Call) -> None:
     for first in range(0, keys.shape[2], BLOCK_TOKENS):
         tokens = torch.arange(first, min(first + BLOCK_TOKENS, keys.shape[2]), device=keys.device)
         cos, sin = rotary.at(tokens[None])
-        before[:, :, tokens] = unrotate(keys[:, :, tokens], cos[:, None], sin[:, None])
+        before[:, :, tokens] = unrotate(keys[:, :, tokens], cos[:, None], sin[:, None], pairs=call.pairs)
     if seen is not None:
         before.masked_fill_(~seen[:, None, :, None], 0)
     u, sv = decompose(before, call.state["sv"].shape[2])

@@ -24,7 +24,8 @@ def method(policy: Policy) -> Method:
     def append(call: Call) -> None:
         keys = call.new_k
         if slots:
-            keys = unrotate(keys, *_angles(call, torch.arange(call.step.past_tokens, call.step.tokens)[None]))
+            own = torch.arange(call.step.past_tokens, call.step.tokens)[None]
+            keys = unrotate(keys, *_angles(call, own), pairs=call.pairs)
         call.scratch["new_k"] = keys
         if call.step.new_tokens > 1:
             call.scratch["before"] = call.state["kv"].clone()
@@ -75,7 +76,8 @@ def _decode(call: Call, window: _Window, slots: bool) -> None:
     if slots:  # as far from the query as their slots are: window keys at their positions, sinks moved along
         moved = (counts - window.size).clamp(min=0)[:, None]
         turned = torch.where(position < window.sinks, position + moved, position)
-        keys = rotate(keys, *_angles(call, turned + call.first()[:, None]))  # rows that hold nothing are masked below
+        at = turned + call.first()[:, None]
+        keys = rotate(keys, *_angles(call, at), pairs=call.pairs)  # rows that hold nothing are masked below
     mask = None if call.mask is None else ((position >= 0) & (position < counts[:, None]))[:, None, None]
     call.out = attend(call, keys, values, mask)
 
@@ -88,7 +90,7 @@ def _prefill(call: Call, window: _Window, slots: bool) -> None:
     old = old.masked_fill(old >= (step.past_tokens - first)[:, None], -1)  # rows of padded sequences that hold nothing
     query = torch.arange(step.past_tokens, step.tokens, device=keys.device)[None] - first[:, None]
     if slots:
-        keys = rotate(keys, *_angles(call, old + first[:, None]))
+        keys = rotate(keys, *_angles(call, old + first[:, None]), pairs=call.pairs)
     keys, values = torch.cat([keys, call.new_k], dim=2), torch.cat([values, call.new_v], dim=2)
     column = torch.cat([old, query], dim=1)[:, None, None]
     outs = []
@@ -111,7 +113,8 @@ def _band(
     if slots:  # a query beyond the window is as far from a sink as the sizes say, wherever it stands
         first = call.first()[:, None]
         moved = (query - window.size + 1).clamp(min=0)
-        closer = rotate(unrotate(q, *_angles(call, query + first)), *_angles(call, query - moved + first))
+        closer = unrotate(q, *_angles(call, query + first), pairs=call.pairs)
+        closer = rotate(closer, *_angles(call, query - moved + first), pairs=call.pairs)
         parts = [(q, near & ~sinks), (closer, sinks)]
     attended = [
         partial_attention(part, keys, values, scale=call.scale, mask=mask, softcap=call.softcap) for part, mask in parts

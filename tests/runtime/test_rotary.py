@@ -4,7 +4,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from runtime.rotary import Rotary, rotate, unrotate  # noqa: E402
+from runtime.rotary import Rotary, Rotation, rotate, unrotate  # noqa: E402
 
 DIM = 16
 
@@ -40,7 +40,7 @@ def test_a_rotation_by_complex_numbers():
 
 
 def test_angles_are_found_by_token_in_each_row():
-    rotary = Rotary(20, half=False)
+    rotary = Rotary(20, Rotation())
     first = torch.arange(6)[None]  # one row serves the batch, until rows differ
     rotary.extend(*angles(first))
     rows = torch.stack([torch.arange(6, 10), torch.arange(3, 7)])
@@ -55,6 +55,6 @@ def test_angles_are_found_by_token_in_each_row():
 
 
 def test_half_a_table_serves_both_halves():
-    rotary, (cos, sin) = Rotary(5, half=True), angles(torch.arange(5)[None])
+    rotary, (cos, sin) = Rotary(5, Rotation(table="half")), angles(torch.arange(5)[None])
     rotary.extend(cos[..., : DIM // 2], sin[..., : DIM // 2])
     assert torch.equal(rotary.at(torch.arange(5)[None])[0], cos)

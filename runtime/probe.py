@@ -1,0 +1,346 @@
+"""What a loaded model's attention does, learnt from one forward over a few tokens: no architecture is known by name.
+
+Each layer of a cache sees the keys and values that the model hands over, and what becomes of them: whether they reach
+Transformers' attention function as they are, what else it is given, and whether plain attention computes what the
+model's own code does. A layer of which anything else is true cannot follow a policy, and says why.
+"""
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.masking_utils import eager_mask
+
+from runtime.kernels.attention import merge, partial_attention
+from runtime.rotary import ROTATIONS, UNROTATED, Rotation, angles_of, unrotate
+
+NAME = "kvsim_probe"
+TOKENS = 6  # of the forward: fewer than any window, enough to tell one rotation from another
+WITNESS = "_kvsim_witness"  # attribute of the keys that a layer of the probe's cache hands on
+TAKEN = frozenset({"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "s_aux"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenLayer:
+    """One layer of a model's cache, as a forward has shown it.
+
+    `kind` is `full`, `sliding` (with `window_tokens`) or `linear` (with `state_elements`); `module` is the name of its
+    attention module, empty where none came. `refusal` says why a layer that holds all keys and values cannot follow a
+    policy; `shared`: further layers attend to its keys. `rotation` is None where it was not recognised.
+    """
+
+    kind: str
+    heads: int = 1
+    kv_heads: int = 1
+    head_dim: int = 1
+    v_head_dim: int = 1
+    window_tokens: int = 0
+    state_elements: int = 0
+    module: str = ""
+    refusal: str = ""
+    shared: bool = False
+    rotation: Rotation | None = None
+
+
+@dataclass(slots=True)
+class _Witness:
+    """What happens to the keys and values of one cache layer."""
+
+    updates: int = 0
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+    heads: int = 0
+    refusal: str = ""
+
+
+_PROBED: "WeakKeyDictionary[nn.Module, tuple[str, tuple[SeenLayer, ...]]]" = WeakKeyDictionary()
+_LOCK = threading.RLock()
+_NOW = threading.local()  # `strangers`: modules that have called attention with keys of no cache layer
+
+
+def probe(model: Any) -> tuple[SeenLayer, ...]:
+    """The layers of a model's cache; one forward of `TOKENS` tokens, once for each model and config.
+
+    Raises ValueError for a model that is no decoder, or does not run on a plain prompt.
+    """
+    with _LOCK:
+        config = model.config.to_json_string(use_diff=False)
+        known = _PROBED.get(model)
+        if known is None or known[0] != config:
+            known = _PROBED[model] = (config, _probe(model))
+        return known[1]
+
+
+def _probe(model: Any) -> tuple[SeenLayer, ...]:
+    config = model.config.get_text_config()
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{config.model_type} is an encoder and a decoder: its attention to the encoder's tokens is cached apart, "
+            "which the runtime does not execute; use a decoder-only model"
+        )
+    cache = DynamicCache(config=config)
+    if cache.layers and not any(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        raise ValueError(
+            f"{config.model_type} keeps a state of constant size and no keys and values of tokens; a policy has "
+            "nothing to place"
+        )
+    cache.layers = cache.layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    witnesses = [_Witness() for _ in cache.layers]
+    for layer, witness in zip(cache.layers, witnesses, strict=True):
+        if hasattr(layer, "update"):
+            layer.update = partial(_update, witness, layer.update)
+    heard = _forward(model, cache)
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(
+        _seen(layer, witness, heard, cache, names) for layer, witness in zip(cache.layers, witnesses, strict=True)
+    )
+
+
+_Heard = dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]  # what each module was called with
+
+
+def _forward(model: Any, cache: DynamicCache) -> _Heard:
+    heard: _Heard = {}
+
+    def hear(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        heard[module] = (args, given)
+
+    hooks = [
+        module.register_forward_pre_hook(hear, with_kwargs=True)
+        for module in model.modules()
+        if not isinstance(module, nn.ModuleList) and hasattr(module, "layer_idx")
+    ]
+    decoder = model.get_decoder()
+    ids = _harmless_ids(model.config).to(model.device)
+    _NOW.strangers = []
+    try:
+        with _bound(decoder), torch.no_grad(), torch.random.fork_rng(_devices(model)):
+            decoder(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+            for hook in hooks:
+                hook.remove()
+            return heard
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, NotImplementedError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{model.config.model_type} does not run as a decoder on a prompt of {TOKENS} tokens with a cache "
+            f"({type(error).__name__}: {said}); the runtime takes models that do"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _harmless_ids(config: Any) -> Tensor:
+    """Ids (1, TOKENS) that stand for no image, sound or end of text."""
+    parts = (config, config.get_text_config())
+    special: set[int] = set()
+    for part in parts:
+        for name, value in vars(part).items():
+            if name.endswith(("_token_id", "_token_index")):
+                special.update(value if isinstance(value, list) else [value])
+    plain = [i for i in range(1, parts[1].vocab_size) if i not in special][:TOKENS]
+    return torch.tensor([(plain * TOKENS)[:TOKENS]])
+
+
+def _devices(model: Any) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []
+
+
+@contextmanager
+def _bound(decoder: Any) -> Iterator[None]:
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    before = decoder.config._attn_implementation  # noqa: SLF001 - there is no public way to read it
+    decoder.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        decoder.set_attn_implementation(before)
+
+
+def _update(
+    witness: _Witness, update: Callable[..., Any], keys: Tensor, values: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    held_keys, held_values = update(keys, values, *args, **kwargs)
+    witness.updates += 1
+    witness.keys, witness.values = held_keys.view_as(held_keys), held_values
+    setattr(witness.keys, WITNESS, witness)
+    return witness.keys, held_values
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own eager attention, compared with what the runtime would compute of the same."""
+    witness = getattr(key, WITNESS, None)
+    if witness is None:
+        _NOW.strangers.append(module)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    named = set(inspect.signature(eager).parameters) if eager else set()
+    unknown = sorted(name for name in named - TAKEN if given.get(name) is not None)
+    ours = _plain(query, key, value, attention_mask, given)
+    theirs = ours if eager is None else eager(module, query, key, value, attention_mask, **given)[0]
+    if witness is not None:
+        witness.modules.append(module)
+        witness.heads = query.shape[1]
+        if value is not witness.values:
+            witness.refusal = "attends to other values than it caches"
+        elif not getattr(module, "is_causal", True):
+            witness.refusal = "attends to tokens after its own"
+        elif unknown:
+            witness.refusal = f"gives attention {', '.join(unknown)}, which no policy's kernels take"
+        elif eager is None:
+            witness.refusal = "has no eager attention to compare the runtime's with"
+        elif not _alike(ours, theirs):
+            witness.refusal = "attends in another way than softmax(scale q k) v with soft caps and sinks"
+    return theirs, None
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any]) -> Tensor:
+    """The runtime's attention, (batch, new_tokens, heads, head_dim); of shapes that it does not take, zeros."""
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        mask = mask if mask.dtype == torch.bool else mask >= 0
+    try:
+        scale = given.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        part = partial_attention(query, key, value, scale=scale, mask=mask, softcap=given.get("softcap"))
+        out = merge([part], sink_logits=given.get("s_aux")).to(query.dtype)
+    except ValueError:
+        out = query.new_zeros(*query.shape[:3], value.shape[3])
+    return out.transpose(1, 2)
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal up to some roundings of their dtype."""
+    if one.shape != other.shape:
+        return False
+    allowed = max(1e-4, 4 * torch.finfo(other.dtype).eps)
+    one, other = one.double(), other.double()
+    return bool((one - other).norm() <= allowed * other.norm())
+
+
+def _seen(layer: Any, witness: _Witness, heard: _Heard, cache: DynamicCache, names: dict[nn.Module, str]) -> SeenLayer:
+    shape: dict[str, Any] = {}
+    if witness.keys is not None and witness.values is not None:
+        _, kv_heads, _, head_dim = witness.keys.shape
+        shape = {"kv_heads": kv_heads, "head_dim": head_dim, "v_head_dim": witness.values.shape[3]}
+        shape["heads"] = witness.heads or kv_heads
+    if witness.modules:
+        shape["module"] = names.get(witness.modules[0], "")
+    if type(layer) is not DynamicLayer:
+        states = [*_tensors(getattr(layer, "conv_states", None)), *_tensors(getattr(layer, "recurrent_states", None))]
+        window = getattr(layer, "sliding_window", None)
+        if window and not states:
+            return SeenLayer(kind="sliding", window_tokens=window, **shape)
+        return SeenLayer(kind="linear", state_elements=sum(state[0].numel() for state in states), **shape)
+    shape["refusal"] = witness.refusal or _refusal(witness)
+    shape["shared"] = len(set(witness.modules)) > 1
+    if not shape["refusal"]:
+        shape["rotation"] = _rotation(witness.modules[0], heard, cache)
+    return SeenLayer(kind="full", **shape)
+
+
+def _tensors(states: Any) -> list[Tensor]:
+    found = states.values() if isinstance(states, dict) else [states]
+    return [state for state in found if isinstance(state, Tensor)]
+
+
+def _refusal(witness: _Witness) -> str:
+    if not witness.updates:
+        return "hands no keys and values to the cache"
+    if witness.updates > 1:
+        return "hands keys and values to the cache more than once in a step"
+    if not witness.modules:
+        if _NOW.strangers:
+            return "changes keys between the cache and attention (an MLA latent is expanded, heads are repeated)"
+        return "computes attention by itself, not through Transformers' attention interface"
+    return ""
+
+
+# -- how keys are rotated --------------------------------------------------------------------------------------------
+
+
+class _Keys(DynamicCache):
+    """Takes the keys that one attention module makes, and keeps nothing else."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Note the keys."""
+        self.made = key_states
+        return key_states, value_states
+
+
+def _rotation(module: nn.Module, heard: _Heard, cache: DynamicCache) -> Rotation | None:
+    """How a module rotates keys, from its own keys of one hidden state at all positions: without it they are equal.
+
+    None where the module cannot be called by itself, or none of the known rotations makes its keys equal.
+    """
+    if module not in heard:
+        return None
+    args, given = heard[module]
+    keys, angles = _Keys(), None
+    arguments = _by_name(module, args, given)
+    for name, value in arguments.items():
+        if value is cache:
+            arguments[name] = keys
+        elif name == "hidden_states":
+            arguments[name] = value[:, :1].expand_as(value).contiguous()
+        elif name == "position_embeddings":
+            arguments[name], angles = _stretched(value)
+    try:
+        with torch.no_grad():
+            module.forward(**arguments)
+        made = keys.made
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return None
+    if _equal_rows(made):
+        return UNROTATED
+    if angles is None:
+        return None
+    return next((r for r in ROTATIONS if _undoes(r, made, *angles)), None)
+
+
+def _by_name(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    called = inspect.signature(module.forward).bind_partial(*args, **given)
+    arguments: dict[str, Any] = {}
+    for name, value in called.arguments.items():
+        rest = called.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        arguments |= value if rest else {name: value}
+    return arguments
+
+
+def _undoes(rotation: Rotation, keys: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    cos, sin = rotation.full(cos)[:, None], rotation.full(sin)[:, None]
+    if cos.shape[-1] > keys.shape[-1] or cos.shape[-1] % 2:
+        return False
+    return _equal_rows(unrotate(keys.float(), cos, sin, pairs=rotation.pairs))
+
+
+def _equal_rows(keys: Tensor) -> bool:
+    """Whether keys (1, kv_heads, tokens, head_dim) are the same for all tokens."""
+    return _alike(keys, keys[:, :, :1].expand_as(keys).contiguous())
+
+
+def _stretched(position_embeddings: Any) -> tuple[Any, tuple[Tensor, Tensor] | None]:
+    """Other angles in the layout of the model's, of which none is small, so that every dimension tells how it turns."""
+    angles = angles_of(position_embeddings)
+    if angles is None:
+        return position_embeddings, None
+    cos, sin = (part.double() for part in angles)
+    angle = torch.atan2(sin, cos)
+    angle = angle.sign() * angle.abs() ** 0.1
+    new = tuple(part.to(old.dtype) for part, old in zip((angle.cos(), angle.sin()), angles, strict=True))
+    if isinstance(position_embeddings, Tensor):
+        return torch.complex(*new), new
+    return type(position_embeddings)(new), new
