@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvsim.derive import TIERS, PlanTable
+from kvsim.fit import misfit, usable_bytes
 from kvsim.guessing import ARITHMETIC, COLLECTIVES, WEIGHTS, Guesser
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import NVLINK, SM, Machine
@@ -78,8 +79,9 @@ class Explainer:
         self._new_tokens = speculation.verified_tokens if speculation is not None else 1
         self.table = PlanTable(policy, rank, self.machine, shares or {}, self._guesser)
         self.clock = Clock(rank, self.machine, self._guesser)
-        hbm_bytes = int(gpu.memory_bytes * utilization) - rank.weight_bytes
-        hbm_bytes -= self._guesser.weight_bytes if self._guesser else 0
+        weight_bytes = rank.weight_bytes + (self._guesser.weight_bytes if self._guesser else 0)
+        hbm_bytes = usable_bytes(gpu, utilization) - weight_bytes
+        self.misfit = misfit(model.name, gpu, tp, utilization, weight_bytes)  # in words; None where the weights fit
         # One rank's part of each tier.
         self.capacity_bytes = (max(0, hbm_bytes), host.ddr_bytes // tp, host.nvme_bytes // tp)
 

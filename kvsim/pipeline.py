@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from kvsim.derive import TIERS, PlanTable
+from kvsim.fit import misfit, usable_bytes
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import Machine
 from kvsim.makespan import Clock, Load
@@ -67,8 +68,10 @@ class Pipelined:
         self._stages = stages_of(model, self.machine, pp)
         self._tables = [PlanTable(Full(), rank, self.machine, {}) for rank in self._stages.ranks]
         self._clocks = [Clock(rank, self.machine) for rank in self._stages.ranks]
-        usable = int(gpu.memory_bytes * utilization)
+        usable = usable_bytes(gpu, utilization)
         self._room_bytes = [usable - rank.weight_bytes for rank in self._stages.ranks]
+        most_bytes = max(rank.weight_bytes for rank in self._stages.ranks)
+        self.misfit = misfit(model.name, gpu, pp * tp, utilization, most_bytes)  # in words; None where the weights fit
 
     def send_s(self, tokens: int) -> list[float]:
         """How long the activations of so many tokens take to each stage; each rank sends its part of them."""

@@ -385,7 +385,13 @@ class ModelShape:
             for layer in self.layers
         )
         return replace(
-            model, layers=layers, weight_dtype=weight_dtype, expert_dtype=None, outer_dtype=None, head_stored=None
+            model,
+            layers=layers,
+            weight_dtype=weight_dtype,
+            expert_dtype=None,
+            outer_dtype=None,
+            head_stored=None,
+            notes=(),
         )
 
     @property

@@ -101,6 +101,8 @@ def explain(
 
     contexts = [parse_tokens(part) for part in context.split(",")]
     shape = load_model(model).stored_as(weight_dtype, kv_dtype)
+    for note in shape.notes:
+        _warn(f"note: {note}")
     if plan is not None:
         _refuse_others(ctx, "--plan", PLAN_OPTIONS)
         for tokens in contexts:
@@ -153,6 +155,7 @@ def _paper_rows(
     names: Sequence[str], model: "ModelShape", gpu: str, contexts: Sequence[int], tp: int, batch: int | None
 ) -> list[tuple[str, "Costs"]]:
     from kvsim.explain import paper_costs
+    from kvsim.fit import misfit
     from kvsim.hardware import load_gpu
 
     for name in names:
@@ -161,6 +164,9 @@ def _paper_rows(
                 f"--paper prices the policy full alone, not {shown(name)}; leave --paper or the policy out"
             )
     card = load_gpu(gpu if "@" in gpu else f"{gpu}@datasheet")
+    # As the paper counts, an engine may use all of the memory, and one copy lies on all GPUs together.
+    if note := misfit(model.name, card, tp, 1.0, -(-model.weight_bytes // tp)):
+        _warn(f"note: {note}")
     return [("full", paper_costs(model, card, tokens, tp=tp, batch=batch)) for tokens in contexts]
 
 
@@ -180,6 +186,7 @@ def _rows(
 
     card, server = load_gpu(gpu), load_host(host)
     drawn: set[str] = set()
+    misfits: dict[str, None] = {}
     known = [name for name, kind in POLICIES.items() if kind.verifies or options["speculation"] is None]
     for name in names or known:
         explainer = Explainer(parse_policy(name), model, card, server, shares=shares, **options)
@@ -191,6 +198,12 @@ def _rows(
             _warn(f"note: {name} is left out: {error}")
             continue
         drawn |= explainer.table.drawn
+        if explainer.misfit is not None and explainer.misfit not in misfits:
+            misfits[explainer.misfit] = None
+            _warn(f"note: {explainer.misfit}")
+        for costs in priced:
+            if explainer.misfit is None and not costs.concurrency:
+                _warn(f"note: {name} at {costs.context_tokens:,} tokens: not one sequence fits beside the weights")
         yield from ((name, costs) for costs in priced)
     for name in shares:
         if name not in drawn:

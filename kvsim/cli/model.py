@@ -57,13 +57,15 @@ def show_model(
         return
     facts = {
         "parameters": f"{shape.params:,}, {format_count(shape.active_params)} of them active per token",
-        "weights": f"{format_bytes(shape.weight_bytes)} in {shape.weight_dtype}",
+        "weights": f"{format_bytes(shape.weight_bytes)} in {_stored(shape)}",
         "hidden size": f"{shape.hidden_dim:,}",
         "vocabulary": f"{shape.vocab_size:,}",
         "positions": f"{shape.max_positions:,}",
         "KV bytes per token": f"{shape.kv_bytes_per_token:,} in {shape.kv_dtype}, once all windows are full",
     }
     facts |= {f"KV at {context} tokens": format_bytes(size) for context, size in kv_bytes.items()}
+    if shape.notes:
+        facts["note"] = "; ".join(shape.notes)
     if source := model_source(model):
         facts["source"] = source
     print_facts(shape.name, facts)
@@ -83,6 +85,14 @@ def unpack_needle(
     print_line(f"needle-28m is in {expand(folder)}")
 
 
+def _stored(model: ModelShape) -> str:
+    """The dtype of the weights, or of each part where they differ."""
+    dtypes = model.stored_dtypes
+    if len(set(dtypes.values())) == 1:
+        return model.weight_dtype
+    return ", ".join(f"{dtype} ({part})" for part, dtype in dtypes.items())
+
+
 def _summary(model: ModelShape) -> dict[str, Any]:
     return {
         "name": model.name,
@@ -90,6 +100,7 @@ def _summary(model: ModelShape) -> dict[str, Any]:
         "active_params": model.active_params,
         "weight_bytes": model.weight_bytes,
         "weight_dtype": model.weight_dtype,
+        "weight_dtypes": model.stored_dtypes,
         "kv_dtype": model.kv_dtype,
         "n_layers": model.n_layers,
         "hidden_dim": model.hidden_dim,

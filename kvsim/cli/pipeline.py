@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kvsim.cli.output import SCHEMA_VERSION, print_table
+from kvsim.cli.output import SCHEMA_VERSION, print_line, print_table
 from kvsim.units import format_bytes, format_count, format_s
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def print_pipeline(
     from kvsim.pipeline import Pipelined
 
     pipelined = Pipelined(model, load_gpu(gpu), load_host(host), **options)
+    if pipelined.misfit:
+        print_line(f"note: {pipelined.misfit}", err=True)
     rows = [pipelined.costs(tokens, micro_batches, batch) for tokens in contexts]
     if json:
         head = {"schema_version": SCHEMA_VERSION, "pp": pipelined.pp, "tp": pipelined.tp}

@@ -182,6 +182,8 @@ def replay(
     several = ctx.info_name == "compare"
     asked = _scenario(ctx, scenario, several, allow_code=allow_code)
     setups = asked.setups()
+    for note in setups[0].model.notes:
+        _warn(note)
     if asked.perfetto and out is None:
         window = "-".join(f"{end_s:g}" for end_s in asked.perfetto)
         raise ValueError(f"perfetto={window} is written to trace.perfetto.json in the folder of --out; add --out DIR")

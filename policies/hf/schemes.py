@@ -106,9 +106,11 @@ def _auto_round(keys: Keys) -> Scheme:
 
 
 def _packed(keys: Keys, *, index: bool) -> WeightFormat:
-    bits, group = keys.number("bits"), keys.number("group_size", 128, least=-1)
+    # AutoAWQ's own file has other names.
+    name = "w_bit" if "w_bit" in keys else "bits"
+    bits, group = keys.number(name), keys.number("q_group_size" if "q_group_size" in keys else "group_size", 128, -1)
     if bits not in (2, 3, 4, 8):
-        raise keys.error("bits", "must be 2, 3, 4 or 8")
+        raise keys.error(name, "must be 2, 3, 4 or 8")
     return WeightFormat(
         dtype="int8" if bits == 8 else "int4",
         bits=bits,

@@ -149,3 +149,40 @@ def test_down_projections_of_mla_are_whole_on_every_rank() -> None:
     assert whole.qkv_params == down + up + 7168
     assert rank.qkv_params == down + up // 8 + 7168 // 8
     assert rank.out_params == 128 * 128 * 7168 // 8
+
+
+def test_a_model_of_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    model = tmp_path / "hub" / "models--nvidia--Llama-3.1-70B-Instruct-FP8"
+    folder = model / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("abc\n")
+    plain = json.loads((CONFIGS / "llama-3.1-70b.json").read_text())
+    (folder / "config.json").write_text(json.dumps(plain))
+    scheme = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": scheme}))
+    shape = load_model("nvidia/Llama-3.1-70B-Instruct-FP8")
+    # Matrices in a byte each, with two fp32 scales; embedding, head and norms in two; a scale of keys, one of values.
+    in_layers = 80 * (2 * 8192**2 + 2 * 1024 * 8192 + 3 * 8192 * 28672)
+    assert shape.weight_bytes == in_layers + 80 * (7 * 8 + 8) + 2 * (2 * 128256 * 8192 + 161 * 8192)
+    assert shape.kv_bytes_per_token == 80 * 2 * 8 * 128
+    assert load_model(str(folder)).weight_bytes == shape.weight_bytes
+    with pytest.raises(ValueError, match="hf download nvidia/other"):
+        load_model("nvidia/other")
+
+
+@pytest.mark.parametrize(
+    ("file", "scheme", "dtype"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False}, "int4"),
+        ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}, "int4"),
+        ("hf_quant_config.json", {"producer": {}, "quantization": {"quant_algo": "NVFP4"}}, "nvfp4"),
+    ],
+)
+def test_schemes_beside_a_config(tmp_path: Path, file: str, scheme: dict[str, object], dtype: str) -> None:
+    (tmp_path / "config.json").write_text((CONFIGS / "llama-3.1-8b.json").read_text())
+    (tmp_path / file).write_text(json.dumps(scheme))
+    shape = load_model(str(tmp_path))
+    assert (shape.weight_dtype, shape.stored_dtypes["mlp"]) == (dtype, dtype)
+    assert shape.weight_bytes < 0.4 * load_model("llama-3.1-8b").weight_bytes
