@@ -130,7 +130,8 @@ class Rows:
         rule = f"must have one id for each {block_tokens}-token block of the prompt; correct the row, or say another "
         self.reject(field, ~fits, f"{rule}size with the option block_tokens=N")
         keep = np.flatnonzero(self._good)
-        flat = np.concatenate([np.empty(0, np.int64), *(ids[row] for row in keep)])
+        whole = np.uint64 if any(ids[row].dtype == np.uint64 for row in keep) else np.int64
+        flat = np.concatenate([np.empty(0, whole), *(ids[row].astype(whole, copy=False) for row in keep)])
         if len(flat) and flat.max() > _INT32_MAX:
             flat = np.unique(flat, return_inverse=True)[1]
         return flat.astype(np.int32), counts[keep]
@@ -139,8 +140,8 @@ class Rows:
         """The good rows; raises TraceError for the first bad one unless bad rows are skipped, and when none is good."""
         if self._first is not None and not self._skip:
             row, field, rule = self._first
-            cell = self.table.columns[field][row]
-            raise TraceError.at(self.table.source, self.table.lines[row], field, cell, rule)
+            cell, name = self.table.columns[field][row], self.table.written.get(field, field)
+            raise TraceError.at(self.table.source, self.table.lines[row], name, cell, rule)
         if not self._good.any():
             left = " or none of its requests" if self._left_out.any() else ""
             rows = f"all {len(self._good)} rows are bad{left} and were skipped"
@@ -182,16 +183,21 @@ def _is_name(cell: object) -> bool:
 
 
 def _ids(cell: Any) -> Ints | None:
-    """One row's block ids (JSON list, Parquet array, or text separated by spaces), None when they are not ids."""
-    try:
-        if isinstance(cell, str):
-            ids = np.array(list(map(int, _LISTED.sub(" ", cell).split())), dtype=np.int64)
-        elif isinstance(cell, np.ndarray) and cell.dtype.kind in "iu":
-            ids = cell.astype(np.int64)
-        elif isinstance(cell, list) and set(map(type, cell)) <= {int}:
-            ids = np.array(cell, dtype=np.int64)
-        else:
+    """One row's block ids (JSON list, Parquet array, or text separated by spaces), None when they are not ids.
+
+    Hashes of 64 bits that need the sign's bit are uint64.
+    """
+    if isinstance(cell, np.ndarray):
+        if cell.dtype.kind not in "iu":
             return None
-    except (ValueError, OverflowError):
+        ids = cell if cell.dtype == np.uint64 and len(cell) and cell.max() >= 2**63 else cell.astype(np.int64)
+        return ids if not len(ids) or ids.min() >= 0 else None
+    try:
+        values = list(map(int, _LISTED.sub(" ", cell).split())) if isinstance(cell, str) else cell
+    except ValueError:
         return None
-    return ids if not len(ids) or ids.min() >= 0 else None
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        return None
+    if values and not (min(values) >= 0 and max(values) < 2**64):
+        return None
+    return np.array(values, np.uint64 if values and max(values) >= 2**63 else np.int64)

@@ -66,6 +66,7 @@ def load(table: Table, options: Options, *, name: str, seed: int = 0, skip_bad_r
         if ALIASES[alias] in table.columns:
             raise TraceError(f"{table.source}: columns {alias} and {ALIASES[alias]} are one; keep one of them")
         table.columns[ALIASES[alias]] = table.columns.pop(alias)
+        table.written[ALIASES[alias]] = alias
     rows = Rows(table, skip_bad_rows=skip_bad_rows)
     session = rows.sessions("session") if rows.has("session") else np.full(len(table.lines), -1, np.int32)
     first = _first_turns(session)

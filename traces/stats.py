@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -73,14 +72,15 @@ def lru_hit_ratio(trace: Trace, capacity_blocks: int) -> float | None:
         return None
     cache: OrderedDict[int, None] = OrderedDict()
     hits = 0
-    for block in trace.block_ids.tolist():
-        if block in cache:
-            hits += 1
-            cache.move_to_end(block)
-        else:
-            cache[block] = None
-            if len(cache) > capacity_blocks:
-                cache.popitem(last=False)
+    for prompt in range(len(trace)):  # all ids at once, as Python integers, would take eight times the memory
+        for block in trace.blocks(prompt).tolist():
+            if block in cache:
+                hits += 1
+                cache.move_to_end(block)
+            else:
+                cache[block] = None
+                if len(cache) > capacity_blocks:
+                    cache.popitem(last=False)
     return hits / len(trace.block_ids)
 
 
@@ -93,13 +93,14 @@ def prefix_lru_hit_ratio(trace: Trace, capacity_blocks: int) -> float | None:
     if not _has_blocks(trace, capacity_blocks):
         return None
     cache: OrderedDict[int, None] = OrderedDict()
-    ids, offsets, hits = trace.block_ids.tolist(), trace.block_offsets.tolist(), 0
-    for first, end in pairwise(offsets):
-        for block in ids[first:end]:
+    hits = 0
+    for prompt in range(len(trace)):
+        chain = trace.blocks(prompt).tolist()
+        for block in chain:
             if block not in cache:
                 break
             hits += 1
-        tail_first = ids[first : min(end, first + capacity_blocks)][::-1]  # of what fits at all
+        tail_first = chain[:capacity_blocks][::-1]  # of what fits at all
         missing = [block for block in tail_first if block not in cache]
         for block in tail_first:  # lest they make room for their own tail
             if block in cache:

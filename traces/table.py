@@ -29,7 +29,8 @@ _SPACE = re.compile(r"\s*")
 class Table:
     """Cells by column, as the file has them: text (CSV), JSON values or Parquet values; None where a row has no cell.
 
-    `lines` holds each row's line (CSV, JSON lines; the last one of a quoted cell) or row number from 1 (Parquet).
+    `lines` holds each row's line (CSV, JSON lines; the last one of a quoted cell) or row number from 1 (Parquet);
+    `written` says how the file calls a column that has another name here.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Table:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     lines: list[int] = field(default_factory=list)
     skipped_rows: int = 0
+    written: dict[str, str] = field(default_factory=dict)
 
 
 def read_table(path: Path, *, skip_bad_rows: bool = False) -> Table:

@@ -76,9 +76,9 @@ def load(table: Table, options: Options, *, name: str, seed: int = 0, skip_bad_r
         notes = (drawn, *notes)
     elif options.rate_rps:
         raise TraceError(f"{table.source}: rate_rps={options.rate_rps:g}: its arrivals are recorded; leave it out")
-    elif options.time_unit:
+    else:
         arrival_s[~rows.keep()] = np.nan
-        arrival_s, since = seconds(arrival_s, options.time_unit)
+        arrival_s, since = seconds(arrival_s, options.time_unit or PLAIN.unit)
         notes = (*since, *notes)
     return finish(
         rows, name=name, arrival_s=arrival_s, prompt=prompt, output=output, stated=options.block_tokens, notes=notes

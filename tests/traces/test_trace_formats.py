@@ -277,6 +277,23 @@ CASES = {
         [8, 9, 7],
         {"session": [1, 0, 0], "skipped_rows": 1},
     ),
+    # As version 0.1 wrote them.
+    "aiperf_0.1.jsonl": (
+        lines(
+            *(
+                {
+                    "metadata": {"timestamp_ns": S * 10**9 + ns, "credit_phase": "profiling", "turn_index": 0},
+                    "metrics": {key: {"value": n} for key in ("input_sequence_length", "output_sequence_length")},
+                    "error": None,
+                }
+                for ns, n in ((157, 5), (0, 7))
+            )
+        ),
+        [0.0, 157e-9],
+        [7, 5],
+        [7, 5],
+        {"session": [-1, -1]},
+    ),
     "spans.jsonl": (
         lines(
             otlp(span("chat m", f"{S}500000000", usage(512, 77) | CHAT, own="c")),
@@ -435,7 +452,7 @@ REFUSED = {
         ('"delay": 250', '"delay": -250', r":3: delay=-250: must be a finite number"),
         ('"delay": 250', '"later": 250', r":3: timestamp=None: must be known for the first turn of a session"),
         ('"timestamp": 0', '"timestamp": null', r":1: timestamp=None: must be known for the first turn of a session"),
-        ('"session_id": "x"', '"session_id": ["x"]', r":1: session=\['x'\]: must be text"),
+        ('"session_id": "x"', '"session_id": ["x"]', r":1: session_id=\['x'\]: must be text"),
         ('"hash_ids": [3]', '"hash_ids": [3, 9]', r":2: hash_ids=\[3, 9\]: must have one id for each 64-token block"),
     ],
     "llmperf.json": [

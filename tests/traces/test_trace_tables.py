@@ -6,9 +6,11 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 import traces
 from traces import Trace, TraceError
@@ -114,6 +116,28 @@ def test_hash_ids_beyond_32_bits_are_renumbered_alike(tmp_path):
     path = tmp_path / "big.jsonl"
     rows = [{"timestamp": i, "input_length": 1024, "output_length": 1, "hash_ids": [2**62, 2**40 + i]} for i in (0, 1)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trace = traces.load(str(path))
+    assert trace.blocks(0)[0] == trace.blocks(1)[0]
+    assert len(set(trace.block_ids.tolist())) == 3
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_hashes_of_64_bits_are_renumbered_alike(tmp_path, suffix):
+    """Also those beyond 2^63, which a signed number cannot hold; a list in a CSV cell may have brackets."""
+    shared, own = 2**64 - 1, [2**63, 5]
+    rows = [
+        {"timestamp": 1000 * i, "input_length": 1000, "output_length": 1, "hash_ids": [shared, n]}
+        for i, n in enumerate(own)
+    ]
+    path = tmp_path / f"big.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "csv":
+        with path.open("w") as stream:
+            csv.writer(stream).writerows([rows[0], *(row.values() for row in rows)])
+    else:
+        ids = pa.array([row.pop("hash_ids") for row in rows], pa.list_(pa.uint64()))
+        parquet.write_table(pa.Table.from_pylist(rows).append_column("hash_ids", ids), path)
     trace = traces.load(str(path))
     assert trace.blocks(0)[0] == trace.blocks(1)[0]
     assert len(set(trace.block_ids.tolist())) == 3
