@@ -59,7 +59,7 @@ def read(config: Mapping[str, Any], name: str, *, params: int | None = None) -> 
         kinds = _layer_kinds(keys, family, model_type)
         layers = tuple(_layer(keys, family, index, kind) for index, kind in enumerate(kinds))
     shape = _assemble(keys, family, name, layers, params, source, inner.outer)
-    return as_stored(shape, keys, model_type, gated_mlp=family.gated_mlp)
+    return as_stored(shape, keys, model_type, family)
 
 
 def make_keys(config: Mapping[str, Any], name: str, model_type: str, family: Family, *, nested: bool) -> Keys:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from policies.hf.family import Family
 from policies.hf.keys import Keys
 from policies.model import LayerShape
 
@@ -30,6 +31,7 @@ class Naming(NamedTuple):
     experts: str = "mlp.experts.0"
     shared: str = "mlp.shared_experts"
     mlps: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    expert_mlps: tuple[str, str, str] | None = None  # None: the same
     fused_qkv: str = ""
     out: str = "o_proj"
 
@@ -45,14 +47,19 @@ _NAMES = {
     "mixtral": _MIXTRAL,
     "phimoe": _MIXTRAL,
     "minimax": _MIXTRAL,
+    "minimax_m1": _MIXTRAL,
     "minimax_m2": _MIXTRAL,
-    "minimax_m3": _MIXTRAL._replace(mlps=Naming().mlps),
+    "minimax_m3": _MIXTRAL._replace(mlps=Naming().mlps, expert_mlps=_MIXTRAL.mlps),
+    "kimi_linear": Naming(linear="self_attn", experts=_MIXTRAL.experts, shared=_MIXTRAL.shared),
     "qwen2_moe": _QWEN,
     "qwen3_next": _QWEN,
-    "qwen3_5_moe_text": _QWEN,
     "qwen3_5_moe": _QWEN,
-    "llama4_text": Naming(mlp="feed_forward", experts="feed_forward.experts.0", shared="feed_forward.shared_expert"),
-    "gemma4_text": Naming(experts="experts.0", shared="mlp"),
+    "llama4": Naming(mlp="feed_forward", experts="feed_forward.experts.0", shared="feed_forward.shared_expert"),
+    "jamba": Naming(linear="mamba", mlp="feed_forward", experts="feed_forward.experts.0"),
+    "bamba": Naming(linear="mamba", mlp="feed_forward"),
+    "falcon_h1": Naming(linear="mamba", mlp="feed_forward"),
+    "granitemoehybrid": Naming(linear="mamba", experts=_MIXTRAL.experts, shared="shared_mlp"),
+    "internlm2": Naming(attention="attention", fused_qkv="wqkv", out="wo", mlp="feed_forward", mlps=("w1", "w3", "w2")),
     "gemma4": Naming(experts="experts.0", shared="mlp"),
     "nemotron_h": Naming(
         attention="mixer", linear="mixer", mlp="mixer", experts="mixer.experts.0", shared="mixer.shared_experts"
@@ -72,16 +79,20 @@ _NAMES = {
 }
 
 
-def matrices(keys: Keys, layer: LayerShape, hidden: int, model_type: str, gated_mlp: bool) -> Iterator[Matrix]:
+def matrices(keys: Keys, layer: LayerShape, hidden: int, model_type: str, family: Family) -> Iterator[Matrix]:
     """The matrices of a layer. Norms, biases, convolutions, routers and gates of a few rows are none of them."""
-    naming = _NAMES.get(model_type, Naming())
+    naming = _NAMES.get(model_type.removesuffix("_text").removesuffix("_vl"), Naming())
     if layer.kind == "linear":
         yield from _linear(keys, layer, hidden, naming)
     elif layer.kind == "mla":
         yield from _latent(keys, layer, hidden, naming)
+    elif layer.latent_dim:
+        yield from _compressed(keys, layer, hidden, naming)
     else:
         yield from _heads(layer, hidden, naming)
-    yield from _mlps(keys, layer, hidden, naming, 3 if gated_mlp else 2)
+    latent = family.experts.latent if family.experts else ""
+    inputs = keys.number(latent, hidden) if latent else hidden
+    yield from _mlps(layer, hidden, inputs, naming, 3 if family.gated_mlp else 2)
 
 
 def _heads(layer: LayerShape, hidden: int, naming: Naming) -> Iterator[Matrix]:
@@ -113,11 +124,25 @@ def _latent(keys: Keys, layer: LayerShape, hidden: int, naming: Naming) -> Itera
             found += [("indexer.wq_b", keys.number("index_n_heads") * dim, rank), ("indexer.wk", dim, hidden)]
     else:
         found.append(("q_proj", q_dim, hidden))
+    found.append(("g_proj", layer.heads * layer.v_head_dim, hidden))  # of Kimi K3, where enough is left
     for name, outputs, inputs in found:
         if outputs * inputs <= left:
             left -= outputs * inputs
             yield Matrix("qkv", f"{at}.{name}", outputs, inputs)
     yield Matrix("out", f"{at}.{naming.out}", hidden, layer.heads * layer.v_head_dim)
+
+
+def _compressed(keys: Keys, layer: LayerShape, hidden: int, naming: Naming) -> Iterator[Matrix]:
+    """DeepSeek-V4's projections; what pools tokens into blocks is not converted."""
+    at, rank = naming.attention, keys.number("q_lora_rank")
+    groups, out_rank, dim = keys.number("o_groups"), keys.number("o_lora_rank"), layer.heads * layer.head_dim
+    yield Matrix("qkv", f"{at}.wq_a", rank, hidden)
+    yield Matrix("qkv", f"{at}.wq_b", dim, rank)
+    yield Matrix("qkv", f"{at}.wkv", layer.head_dim, hidden)
+    if layer.index_dim:
+        yield Matrix("qkv", f"{at}.indexer.wq_b", layer.index_heads * layer.index_dim, rank)
+    yield Matrix("out", f"{at}.wo_a", groups * out_rank, dim // groups)
+    yield Matrix("out", f"{at}.wo_b", hidden, groups * out_rank)
 
 
 def _linear(keys: Keys, layer: LayerShape, hidden: int, naming: Naming) -> Iterator[Matrix]:
@@ -137,12 +162,14 @@ def _linear(keys: Keys, layer: LayerShape, hidden: int, naming: Naming) -> Itera
     yield Matrix("out", f"{at}.out_proj", hidden, inner)
 
 
-def _mlps(keys: Keys, layer: LayerShape, hidden: int, naming: Naming, matrices_each: int) -> Iterator[Matrix]:
+def _mlps(layer: LayerShape, hidden: int, inputs: int, naming: Naming, matrices_each: int) -> Iterator[Matrix]:
+    """The dense part, and one expert, which reads `inputs` elements: the hidden size, or a latent of tokens."""
     names = naming.mlps[3 - matrices_each :]
     dense = layer.dense_params
     if layer.experts:
-        inputs = keys.number("moe_latent_size", hidden)
-        yield from _mlp("expert", naming.experts, names, _width(layer.expert_params, inputs, matrices_each), inputs)
+        width = _width(layer.expert_params, inputs, matrices_each)
+        own = (naming.expert_mlps or naming.mlps)[3 - matrices_each :]
+        yield from _mlp("expert", naming.experts, own, width, inputs)
         dense -= layer.experts * hidden  # the router
         if inputs != hidden:
             dense -= 2 * hidden * inputs

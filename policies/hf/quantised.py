@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from policies.dtypes import DTYPE_BITS
+from policies.hf.family import Family
 from policies.hf.keys import Keys
 from policies.hf.matrices import Matrix, matrices
 from policies.hf.nemotron import block_numbers
@@ -13,7 +14,7 @@ from policies.model import LayerShape, ModelShape
 from policies.weight_formats import Stored
 
 
-def as_stored(shape: ModelShape, keys: Keys, model_type: str, *, gated_mlp: bool) -> ModelShape:
+def as_stored(shape: ModelShape, keys: Keys, model_type: str, family: Family) -> ModelShape:
     """The model as its config says that it is quantised; as it is where the config says nothing.
 
     Raises ValueError for a scheme that is not understood.
@@ -21,15 +22,15 @@ def as_stored(shape: ModelShape, keys: Keys, model_type: str, *, gated_mlp: bool
     scheme = scheme_of(keys, shape.name)
     if scheme is None:
         return shape
-    return Quantiser(scheme, shape, keys, model_type, gated_mlp).model()
+    return Quantiser(scheme, shape, keys, model_type, family).model()
 
 
 class Quantiser:
     """Counts one model under one scheme, and which dtype most of its weights have in the end."""
 
-    def __init__(self, scheme: Scheme, shape: ModelShape, keys: Keys, model_type: str, gated_mlp: bool) -> None:
+    def __init__(self, scheme: Scheme, shape: ModelShape, keys: Keys, model_type: str, family: Family) -> None:
         self._scheme, self._shape, self._keys = scheme, shape, keys
-        self._model_type, self._gated_mlp = model_type, gated_mlp
+        self._model_type, self._family = model_type, family
         self._params: Counter[str] = Counter()
 
     def model(self) -> ModelShape:
@@ -58,7 +59,7 @@ class Quantiser:
     def _layer(self, layer: LayerShape, numbers: tuple[int, int]) -> LayerShape:
         """The layer whose attention and MLP stand under these numbers in the checkpoint."""
         found: dict[str, list[Matrix]] = {"qkv": [], "out": [], "dense": [], "expert": []}
-        for matrix in matrices(self._keys, layer, self._shape.hidden_dim, self._model_type, self._gated_mlp):
+        for matrix in matrices(self._keys, layer, self._shape.hidden_dim, self._model_type, self._family):
             found[matrix.part].append(matrix)
         cached = layer.kind != "linear" and layer.share_kv_with is None and self._scheme.kv_dtype is not None
         scales_bytes = self._scheme.kv_scale_bits // 4 if cached else 0

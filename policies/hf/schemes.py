@@ -55,7 +55,8 @@ def scheme_of(keys: Keys, config_name: str) -> Scheme | None:
         raise keys.error("quantization_config", f"is not understood; known quant_method: {', '.join(_METHODS)}")
     if isinstance(settings.get("quantization"), Mapping):
         settings = {**settings, **settings["quantization"]}
-    return read(Keys(settings, f"{config_name}, quantization_config", {}))
+    beside = {"expert_dtype": keys.value("expert_dtype")}
+    return read(Keys({**beside, **settings}, f"{config_name}, quantization_config", {}))
 
 
 def _kept(keys: Keys, *names: str) -> ModuleNames:
@@ -141,6 +142,8 @@ def _fp8(keys: Keys) -> Scheme:
     if "moe_quant_algo" in keys:  # DeepSeek-V4's experts, converted once more by ModelOpt
         experts = modelopt_format(keys, keys.value("moe_quant_algo"), keys.value("group_size"))
         groups = ((ModuleNames(["experts"]), experts),)
+    elif keys.value("expert_dtype") == "fp4":  # DeepSeek-V4 as it is published
+        groups = ((ModuleNames(["experts"]), WeightFormat(dtype="mxfp4", bits=4, columns=32, scale_bits=8)),)
     return Scheme(default=default, groups=groups, kept=_kept(keys, "modules_to_not_convert", "ignored_layers"))
 
 
@@ -220,7 +223,6 @@ def _modelopt(keys: Keys) -> Scheme:
         default=None if mixed else modelopt_format(keys, algorithm, keys.value("group_size")),
         groups=listed,
         kept=_kept(keys, "exclude_modules", "ignore"),
-        head=True,
         kv_dtype=_kv_dtype(keys, "kv_cache_quant_algo") or _kv_dtype(keys, "kv_cache_scheme"),
         kv_scale_bits=32,
     )

@@ -173,6 +173,28 @@ def test_layers_of_several_formats() -> None:
     assert shape.kv_bytes_per_token == LAYERS * 2 * KV_DIM
 
 
+def test_experts_and_shared_experts_by_their_own_names() -> None:
+    """DeepSeek-V3 as ModelOpt converts it: attention but the output projection stays, and so does the head."""
+    config, layers = catalogue("deepseek-v3"), range(61)
+    kept = [f"model.layers.{i}.self_attn.{name}" for i in layers for name in ("q_a_proj", "q_b_proj", "kv_b_proj")]
+    kept += [f"model.layers.{i}.self_attn.kv_a_proj_with_mqa" for i in layers]
+    config["quantization_config"] = {
+        "quant_method": "modelopt", "quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8",
+        "exclude_modules": ["lm_head", *kept, "model.layers.61*"],
+    }  # fmt: skip
+    shape = hf.read(config, "m")
+    expert = 3 * 7168 * 2048
+    converted = expert // 2 + expert // 16 + 3 * 8
+    assert {layer.expert_stored.nbytes for layer in shape.layers if layer.expert_stored} == {converted}
+    assert shape.layers[5].dense_stored is not None
+    router_and_norm = 256 * 7168 + 256 + 7168
+    assert shape.layers[5].dense_stored.nbytes == converted + 2 * router_and_norm
+    assert shape.layers[5].out_stored is not None
+    out = 7168 * 128 * 128
+    assert shape.layers[5].out_stored.nbytes == out // 2 + out // 16 + 8
+    assert shape.kv_bytes_per_token == 61 * (512 + 64)
+
+
 @pytest.mark.parametrize(
     ("quantization", "kv_dtype"),
     [
