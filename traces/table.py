@@ -23,6 +23,8 @@ UNPACKED_ROWS, ROWS_PER_BYTE = 1_000_000, 16
 """The rows that any Parquet file may have, and those for each of its bytes beyond: one value over and over takes no
 room, so that a small file could fill memory; requests take bytes each."""
 _SPACE = re.compile(r"\s*")
+NESTED = ("resourceSpans", "resource_spans", "attributes", "metadata", "metrics", "error", "benchmarks")
+LONGEST_TEXT = 2000  # more than any name may have
 
 
 @dataclass(kw_only=True, slots=True)
@@ -102,7 +104,7 @@ def _read_jsonl(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
                 raise TraceError.at(source, number, "row", line.strip(), f"must be a JSON object; {fault}")
             table.skipped_rows += 1
             continue
-        rows.append(without_texts(row))
+        rows.append(condensed(row))
         table.lines.append(number)
     table.columns = _by_column(rows)
     return table
@@ -118,7 +120,7 @@ def _read_json(lines: TextIO, source: str, _skip_bad_rows: bool) -> Table:
                 "must be JSON objects, one after another or in a list",
             )
             raise TraceError.at(source, number, "file", kind, rule)
-        rows.append(without_texts(row))
+        rows.append(condensed(row))
         table.lines.append(number)
     table.columns = _by_column(rows)
     return table
@@ -150,22 +152,30 @@ def _json_values(text: str, source: str) -> Iterator[tuple[int, Any, bool]]:
             due = True
 
 
-def without_texts(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of chat messages with their numbers of characters in place of their texts, which nobody reads."""
+def condensed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what nobody reads and memory would be full of: chat texts, of which their numbers of characters
+    stay, and in spans, records and reports the texts of requests and the lists of their tokens' latencies."""
     turns = row.get("conversations")
-    if not isinstance(turns, list):
-        return row
-    lengths = [
-        {"from": turn.get("from", turn.get("role")), "chars": _chars(turn.get("value", turn.get("content")))}
-        if isinstance(turn, dict)
-        else None
-        for turn in turns
-    ]
-    return {"id": row.get("id"), "conversations": lengths}
+    if isinstance(turns, list):
+        return {"id": row.get("id"), "conversations": [_turn(turn) for turn in turns]}
+    return {key: _short(value) if key in NESTED else value for key, value in row.items()}
 
 
-def _chars(text: Any) -> int | None:
-    return len(text) if isinstance(text, str) else None
+def _turn(turn: Any) -> dict[str, Any] | None:
+    if not isinstance(turn, dict):
+        return None
+    text = turn.get("value", turn.get("content"))
+    return {"from": turn.get("from", turn.get("role")), "chars": len(text) if isinstance(text, str) else None}
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str):
+        return value[:LONGEST_TEXT]
+    if isinstance(value, dict):
+        return {key: _short(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [] if value and type(value[0]) in (int, float) else [_short(inner) for inner in value]
+    return value
 
 
 def _by_column(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -113,7 +113,7 @@ def finish(
         stated = stated or int(column[0])
         rows.reject("block_tokens", column != stated, f"must be the same on every row, and as stated: {stated}")
     block_tokens, ids, counts = 0, None, None
-    if rows.has("hash_ids"):
+    if rows.has("hash_ids") and any(cell is not None for cell in rows.table.columns["hash_ids"]):
         lists = rows.id_lists("hash_ids")
         block_tokens = stated
         if not stated:

@@ -243,6 +243,15 @@ def test_a_note_says_which_block_was_found(tmp_path, capsys):
     assert "note: hash_ids are of 64 tokens: their numbers fit no other usual block" in capsys.readouterr().out
 
 
+def test_a_column_of_ids_without_any_is_none(tmp_path):
+    """Exporters write null where they have no hashes; beside ids a null is a bad row."""
+    rows = mooncake([0, 1000], hash_ids=None)
+    assert traces.load(saved(tmp_path, rows)).block_tokens == 0
+    rows[0]["hash_ids"] = [*range(12)]
+    with pytest.raises(TraceError, match=r":2: hash_ids=None: must be whole numbers"):
+        traces.load(saved(tmp_path, rows))
+
+
 @pytest.mark.parametrize("ids", [[], None])
 def test_prompts_shorter_than_a_block(tmp_path, capsys, ids):
     """No id at all: a prefix cache that never hits, and no figure where there is none."""
