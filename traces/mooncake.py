@@ -36,9 +36,10 @@ FOREIGN = ("chat_id", "parent_chat_id", "turn")  # of Qwen-Bailian's traces, who
 class Options:
     """How to read what the columns do not say for certain.
 
-    `time_unit` and `block_tokens` say the unit of the times and the tokens of a block id; `rate_rps` draws arrivals for
-    a trace without timestamps. `spread_s` moves every arrival later by a uniform draw from [0, spread_s): the
-    conversation trace records arrivals in ticks of about 3 s, and 3 spreads the requests of a tick over it.
+    `time_unit` and `block_tokens` say the unit of the times (also of `delay`, not of `delay_ms`) and the tokens of a
+    block id; `rate_rps` draws arrivals for a trace without timestamps. `spread_s` moves every arrival later by a
+    uniform draw from [0, spread_s): the conversation trace records arrivals in ticks of about 3 s, and 3 spreads the
+    requests of a tick over it.
     """
 
     spread_s: float = 0.0
@@ -99,7 +100,7 @@ def load(table: Table, options: Options, *, name: str, seed: int = 0, skip_bad_r
         _follow(arrival_s, session, think_s)
         placed = f"{int(unknown.sum())} later turns have a delay and no timestamp: placed as if answers took no time"
         notes = (*notes, f"{placed}; replay them with --sessions closed, which waits for the answers")
-        rule = "must follow an earlier turn of its session in the file"
+        rule = "must be known for a later turn, and follow a turn of its session that is good"
         rows.reject("delay", np.isnan(arrival_s), rule)
     trace = finish(
         rows,

@@ -102,6 +102,28 @@ CASES = {
         [9, 7],
         {"session": [0, 0]},
     ),
+    # Without timestamps: two first turns drawn, the others their delays behind.
+    "closed.jsonl:rate_rps=4": (
+        lines(
+            {"session_id": "x", "input_length": 10, "output_length": 9},
+            {"session_id": "y", "input_length": 20, "output_length": 8},
+            {"session_id": "y", "input_length": 30, "output_length": 7, "delay": 0},
+        ),
+        None,
+        [10, 20, 30],
+        [9, 8, 7],
+        {"session": [0, 1, 1], "think_s": [np.nan, np.nan, 0.0]},
+    ),
+    "stated.jsonl:time_unit=s": (
+        lines(
+            {"session_id": "x", "timestamp": 0.5, "input_length": 10, "output_length": 9, "delay": None},
+            {"session_id": "x", "timestamp": None, "input_length": 30, "output_length": 7, "delay": 2},
+        ),
+        [0.5, 2.5],
+        [10, 30],
+        [9, 7],
+        {"think_s": [np.nan, 2.0]},
+    ),
     "epoch.jsonl": (
         lines(*({"timestamp": 1000 * S + t, "input_length": 10, "output_length": 9} for t in (0, 250, 1000))),
         [0.0, 0.25, 1.0],
