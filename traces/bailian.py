@@ -15,17 +15,16 @@ from traces.mooncake import COLUMNS, FOREIGN
 from traces.schema import Codes, Trace
 from traces.table import Table
 from traces.tabular import OPTIONAL, checked_block, finish
-from traces.units import checked_unit, seconds, seconds_or_ask
+from traces.units import TimeUnit, checked_unit, seconds, seconds_or_ask
 
 BLOCK_TOKENS = 16
 REQUIRED = (*COLUMNS.required, "chat_id", "parent_chat_id")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
+class Options(TimeUnit):
     """`time_unit` and `block_tokens` contradict the format's own seconds and 16 tokens."""
 
-    time_unit: str = ""
     block_tokens: int = 0
 
     def __post_init__(self) -> None:

@@ -6,32 +6,20 @@ besides). A request without response tokens failed, as that text says.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from traces.checks import Rows, ignored_columns_note
 from traces.schema import Trace
 from traces.table import Table
 from traces.tabular import finish
-from traces.units import UNITS_PER_S, checked_unit
+from traces.units import UNITS_PER_S, TimeUnit
 
 COLUMNS = ("Timestamp", "Request tokens", "Response tokens")
 SESSION = "Session ID"
 _LATE_S = 86_400  # later files go on counting where others ended: their own first request is time 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """`time_unit` contradicts the format's own seconds."""
-
-    time_unit: str = ""
-
-    def __post_init__(self) -> None:
-        checked_unit(self.time_unit)
-
-
-def load(table: Table, options: Options, *, name: str, skip_bad_rows: bool = False) -> Trace:
+def load(table: Table, options: TimeUnit, *, name: str, skip_bad_rows: bool = False) -> Trace:
     """The requests that were answered; the others are left out and counted."""
     rows = Rows(table, skip_bad_rows=skip_bad_rows)
     failed = rows.numbers(COLUMNS[2]) == 0

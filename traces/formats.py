@@ -27,6 +27,7 @@ from traces import (
 from traces.options import parse_pairs
 from traces.schema import Trace, TraceError
 from traces.table import Table
+from traces.units import TimeUnit
 
 OptionsT = TypeVar("OptionsT")
 NONE = "none"
@@ -170,7 +171,7 @@ FORMATS = (
         refused="requests without a response are left out",
         matches=_has(*burstgpt.COLUMNS),
         load=burstgpt.load,
-        options=burstgpt.Options,
+        options=TimeUnit,
     ),
     Format(
         name="splitwise-sim",
@@ -180,7 +181,7 @@ FORMATS = (
         refused="a batch_size other than 1",
         matches=_has(*splitwise.COLUMNS),
         load=splitwise.load,
-        options=splitwise.Options,
+        options=TimeUnit,
     ),
     Format(
         name="LLMServingSim",

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from traces import tabular
 from traces.arrivals import spread
 from traces.checks import Rows, ignored_columns_note
 from traces.schema import Codes, Floats, Trace, TraceError
 from traces.table import Table
-from traces.tabular import OPTIONAL, Columns, checked_block, finish
-from traces.units import UNITS_PER_S, ask, checked_unit, milliseconds_or_ask, seconds
-from traces.untimed import checked_rate, poisson_s
+from traces.tabular import OPTIONAL, Columns, finish
+from traces.units import UNITS_PER_S, ask, milliseconds_or_ask, seconds
+from traces.untimed import poisson_s
 
 COLUMNS = Columns(arrival="timestamp", prompt="input_length", output="output_length", unit="ms")
 BLOCK_TOKENS = 512
@@ -33,7 +34,7 @@ FOREIGN = ("chat_id", "parent_chat_id", "turn")  # of Qwen-Bailian's traces, who
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
+class Options(tabular.Options):
     """How to read what the columns do not say for certain.
 
     `time_unit` and `block_tokens` say the unit of the times (also of `delay`, not of `delay_ms`) and the tokens of a
@@ -43,14 +44,6 @@ class Options:
     """
 
     spread_s: float = 0.0
-    time_unit: str = ""
-    block_tokens: int = 0
-    rate_rps: float = 0.0
-
-    def __post_init__(self) -> None:
-        checked_unit(self.time_unit)
-        checked_block(self.block_tokens)
-        checked_rate(self.rate_rps)
 
 
 def is_mooncake(columns: set[str]) -> bool:

@@ -5,31 +5,19 @@ Format: Mutinifni/splitwise-sim, `traces/test_trace.csv` at commit 37808801 (202
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from traces.checks import Rows, ignored_columns_note
 from traces.schema import Trace
 from traces.table import Table
 from traces.tabular import finish
-from traces.units import checked_unit, seconds
+from traces.units import TimeUnit, seconds
 
 COLUMNS = ("arrival_timestamp", "prompt_size", "token_size")
 BATCH = "batch_size"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """`time_unit` contradicts the format's own seconds."""
-
-    time_unit: str = ""
-
-    def __post_init__(self) -> None:
-        checked_unit(self.time_unit)
-
-
-def load(table: Table, options: Options, *, name: str, skip_bad_rows: bool = False) -> Trace:
+def load(table: Table, options: TimeUnit, *, name: str, skip_bad_rows: bool = False) -> Trace:
     """The trace of a table with splitwise-sim's columns; a row of several sequences is bad."""
     rows = Rows(table, skip_bad_rows=skip_bad_rows)
     times = rows.seconds(COLUMNS[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from traces.schema import Floats, TraceError
@@ -13,6 +15,16 @@ EPOCH_S = 1e8
 _MOST_RPS = 100.0  # of milliseconds without fractions; whole seconds of a slow service look like more
 _LEAST_RPS = 0.01  # of times without fractions; a busy service's look like less in a unit a thousand times too large
 _LATEST_START_MS = 10**9  # eleven days: seconds since 1970 are more, and milliseconds more than 10^12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeUnit:
+    """The option of a format of known unit: `time_unit` contradicts it."""
+
+    time_unit: str = ""
+
+    def __post_init__(self) -> None:
+        checked_unit(self.time_unit)
 
 
 def checked_unit(time_unit: str) -> str:
