@@ -1,12 +1,14 @@
 """Allocates what a policy's plan stores, and nothing else."""
 
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from policies.plan import Buffer, Tier
+from runtime.footprint import Footprint
 
 DTYPES = {
     "fp32": torch.float32,
@@ -25,9 +27,11 @@ class Arena:
     shapes. What only a prompt needs is allocated apart, so that it can be freed when the prompt is complete.
     """
 
-    def __init__(self, device: torch.device, batch: int) -> None:
-        self.device, self.batch = device, batch
+    def __init__(self, device: torch.device, batch: int, footprint: Footprint | None = None) -> None:
+        """`footprint` is told of all that is allocated and freed, also when the arena is forgotten unreleased."""
+        self.device, self.batch, self.footprint = device, batch, footprint or Footprint()
         self.allocated_bytes: Counter[Tier] = Counter()
+        weakref.finalize(self, self.footprint.drop, self.allocated_bytes).atexit = False
         self._own: dict[int, dict[str, _Held]] = {}
         self._rings: dict[tuple[Tier, str], list[_Held]] = {}
         self._passing: list[tuple[int, str]] = []  # (layer, name) of what only the prompt needs
@@ -80,8 +84,10 @@ class Arena:
 
     def release(self) -> None:
         """Zero host memory, so that one sequence's cache is never readable by the next, and drop everything."""
+        self.footprint.drop(self.allocated_bytes.copy())
+        self.allocated_bytes.clear()
         for held in self._all():
-            self._free(held)
+            self._erase(held)
         for table in (self._own, self._rings, self._passing, self._passing_rings):
             table.clear()
 
@@ -89,6 +95,24 @@ class Arena:
         """Give each sequence of the batch the state of another (beam search): sequence i takes that of `rows[i]`."""
         for held in (h for layer in self._own.values() for h in layer.values()):
             held.tensor.copy_(held.tensor.index_select(0, rows.to(held.tensor.device)))
+
+    def taken(self, rows: torch.Tensor) -> "Arena":
+        """A new arena of `len(rows)` sequences, of which sequence i has the state that `rows[i]` has here."""
+        taken = Arena(self.device, len(rows), self.footprint)
+        for layer, named in self._own.items():
+            taken._own[layer] = {name: taken._copied(held, rows) for name, held in named.items()}
+        for key, ring in self._rings.items():  # nothing in them outlives a layer's turn
+            taken._rings[key] = [taken._like(held) for held in ring]
+        taken._passing, taken._passing_rings = list(self._passing), set(self._passing_rings)
+        return taken
+
+    def _copied(self, held: "_Held", rows: torch.Tensor) -> "_Held":
+        made = self._like(held)
+        torch.index_select(held.tensor, 0, rows.to(held.tensor.device), out=made.tensor)
+        return made
+
+    def _like(self, held: "_Held") -> "_Held":
+        return self._new(held.tier, held.tensor.shape[1:], held.tensor.dtype)
 
     def _all(self) -> list["_Held"]:
         rings = [held for ring in self._rings.values() for held in ring]
@@ -110,22 +134,31 @@ class Arena:
             raise ValueError(
                 f"buffer {buffer.name!r}: the runtime cannot store {buffer.dtype}; it stores {', '.join(DTYPES)}"
             )
-        on_host = buffer.tier is not Tier.HBM
+        held = self._new(buffer.tier, (buffer.rows, *buffer.row_shape), DTYPES[buffer.dtype])
+        if held.tensor.nbytes != self.batch * buffer.nbytes:
+            raise RuntimeError(
+                f"{buffer.name}: {held.tensor.nbytes} bytes allocated, {self.batch} x {buffer.nbytes} planned"
+            )
+        return held
+
+    def _new(self, tier: Tier, shape: Sequence[int], dtype: torch.dtype) -> "_Held":
+        on_host = tier is not Tier.HBM
         tensor = torch.zeros(
-            (self.batch, buffer.rows, *buffer.row_shape),
-            dtype=DTYPES[buffer.dtype],
+            (self.batch, *shape),
+            dtype=dtype,
             device="cpu" if on_host else self.device,
             pin_memory=on_host and self.device.type == "cuda",
         )
-        if tensor.nbytes != self.batch * buffer.nbytes:
-            raise RuntimeError(
-                f"{buffer.name}: {tensor.nbytes} bytes allocated, {self.batch} x {buffer.nbytes} planned"
-            )
-        self.allocated_bytes[buffer.tier] += tensor.nbytes
-        return _Held(tensor, buffer.tier)
+        self.allocated_bytes[tier] += tensor.nbytes
+        self.footprint.add(tier, tensor.nbytes)
+        return _Held(tensor, tier)
 
     def _free(self, held: "_Held") -> None:
         self.allocated_bytes[held.tier] -= held.tensor.nbytes
+        self.footprint.drop({held.tier: held.tensor.nbytes})
+        self._erase(held)
+
+    def _erase(self, held: "_Held") -> None:
         if held.tensor.device.type == "cpu":
             held.tensor.zero_()
 

@@ -1,20 +1,26 @@
 """The Hugging Face cache whose layers keep their tokens where a policy's plan says."""
 
 import logging
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from policies import Full, LayerPlan, ModelShape, Policy, Step, plan_ends, plan_layer, settle
 from policies.plan import Buffer, Tier, stored_bytes
 from runtime.arena import DTYPES, Arena
 from runtime.call import Call, Handed, Method
 from runtime.executor import Executor
+from runtime.footprint import Footprint
+from runtime.layer import TieredLayer
+from runtime.masks import Seen, read_mask
 from runtime.memory import check_fits
 from runtime.methods import method_of
 from runtime.mover import Mover
@@ -23,13 +29,15 @@ from runtime.recorder import At, Recorder
 from runtime.rotary import UNROTATED, Rotary
 
 LOG = logging.getLogger(__name__)
-HANDLE = "_kvsim_layer"  # attribute of the keys that `update` returns: a weak reference to their layer
 LONG_PROMPT = 1 << 16  # tokens: no policy leaves such a prompt dense for being short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
-    """What all caches of one `offload` share."""
+    """What all caches of one `offload` share; `caches` refers to those that are in use.
+
+    `decoder` is the module that the model hands its cache to: they are used in its forward alone.
+    """
 
     shape: ModelShape
     seen: tuple[SeenLayer, ...]
@@ -37,105 +45,14 @@ class Terms:
     max_new_tokens: int
     mover: Mover
     recorder: Recorder
+    footprint: Footprint
+    decoder: "weakref.ref[torch.nn.Module]"
+    caches: "list[weakref.ref[TieredCache]]"
 
 
-class TieredLayer(CacheLayerMixin):
-    """One layer: `update` takes the new tokens, and the attention function then runs the plan over them."""
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(self, cache: "TieredCache", index: int) -> None:
-        super().__init__()
-        self._cache, self.index = weakref.ref(cache), index
-        self.tokens = self.prompt_tokens = 0
-        self.first_prompt_tokens = 0  # of the first turn, which has settled the policy
-        self.leaf, self.method = _leaf(cache.terms, LONG_PROMPT, index)
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether the newest tokens can be taken back, as assisted and lookup decoding do."""
-        return self.method.crops
-
-    @property
-    def cache(self) -> "TieredCache":
-        """The cache that the layer belongs to."""
-        cache = self._cache()
-        if cache is None:
-            raise RuntimeError("the cache of this layer no longer exists; keep `kv.cache()` while generating")
-        return cache
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate the layer's buffers for the whole generation."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.cache.open(self, key_states)
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the new tokens, (batch, kv_heads, new_tokens, head_dim) each, and hand them on with a handle."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._new = (key_states, value_states)
-        handed = key_states.view_as(key_states)
-        setattr(handed, HANDLE, weakref.ref(self))
-        return handed, value_states
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Run the layer's plan for the tokens of the last `update`; (batch, heads, new_tokens, head_dim)."""
-        if self._new is None:
-            raise RuntimeError("attention without new tokens: call update first")
-        (new_k, new_v), self._new = self._new, None
-        out = self.cache.run(self, Handed(query, new_k, new_v, mask, scale, softcap, sinks))
-        self.tokens += new_k.shape[2]
-        return out
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """All tokens, resident or not, so that padding columns line up with positions."""
-        return self.tokens + int(query_length), 0
-
-    def get_seq_length(self) -> int:
-        """Tokens taken so far."""
-        return self.tokens
-
-    def get_max_length(self) -> int:
-        """No maximum of its own; the cache raises when its `max_tokens` are used up."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.tokens, self._new, self.is_initialized = 0, None, False
-        self.cache.release()
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Beams change places; done once for all layers, when the first is asked."""
-        if self.index == self.cache.own[0]:
-            self.cache.reorder(beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the newest tokens: -n of them, or, as older versions of Transformers ask, all but n.
-
-        Raises ValueError where the policy cannot.
-        """
-        gone = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.tokens - tokens_to_remove)
-        if not gone:
-            return
-        if not self.method.crops:
-            raise ValueError(
-                f"a cache under {self.leaf.name} cannot take tokens back; generate without assisted or lookup decoding"
-            )
-        self.tokens -= gone
-        self.prompt_tokens = min(self.prompt_tokens, self.tokens)
-        self.cache.cropped(self, gone)
+def own_layers(seen: Sequence[SeenLayer]) -> list[int]:
+    """The layers that follow a policy: those that hold all tokens, for themselves alone."""
+    return [index for index, layer in enumerate(seen) if layer.kind == "full" and not layer.shared]
 
 
 class TieredCache(Cache):
@@ -144,16 +61,140 @@ class TieredCache(Cache):
     def __init__(self, config: Any, terms: Terms, device: torch.device, prompt_tokens: int | None) -> None:
         self.terms, self.device, self.prompt_tokens = terms, device, prompt_tokens
         layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in terms.seen]
-        self.own = [i for i, seen in enumerate(terms.seen) if seen.kind == "full" and not seen.shared]
-        super().__init__(layers=[TieredLayer(self, i) if i in self.own else x for i, x in enumerate(layers)])
+        self.own = own_layers(terms.seen)
+        own = {i: TieredLayer(self, i, *_leaf(terms, LONG_PROMPT, i)) for i in self.own}
+        super().__init__(layers=[own.get(i, layer) for i, layer in enumerate(layers)])
         self.executor = Executor(device, terms.mover)
-        self.arena: Arena = Arena(device, 0)
+        self.arena: Arena = Arena(device, 0, terms.footprint)
         self.max_tokens = 0
         self.progress: Callable[[Step], None] | None = None  # told each step that a layer has done
         self.rotaries: dict[int, Rotary] = {}  # by layer; layers that share angles share one
         self._extended: list[tuple[torch.Tensor, Rotary]] = []  # in this step
         self._last_calls: dict[int, Call] = {}  # of the prompt, for whole-model work
         self._first_sequence = 0
+        self._real: torch.Tensor | None = None  # which tokens are no padding, bool (batch, tokens); None: all
+        self._read: tuple[torch.Tensor | None, Seen] | None = None  # the mask of this forward, and what it says
+        self._awaited: set[int] = set()  # layers that are still to take their tokens in this forward
+        self._pending: int | None = None  # the layer whose attention must come next
+        self._under_way = False  # a forward has begun and not come to its end
+        self._ended = ""  # why the cache cannot be used any more
+        self._lock = threading.RLock()
+        self._register(self)
+
+    # -- use -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Our own arithmetic: without gradients, inference tensors and autocast, and never while the cache ends."""
+        device = self.device.type
+        with (
+            self._lock,
+            torch.inference_mode(mode=False),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext(),
+        ):
+            yield
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the cache has taken; 0 for a model whose layers are all its own."""
+        return self.layers[self.own[0]].tokens if self.own else 0
+
+    def begin(self, decoder: torch.nn.Module, batch: int, new: int) -> None:
+        """A forward of the decoder begins, with `new` tokens for each of `batch` sequences.
+
+        Raises ValueError when it cannot go well.
+        """
+        self.check_usable()
+        if decoder is not self.terms.decoder():
+            raise ValueError(
+                f"this cache was made for another model ({self.terms.shape.name}); use the one that offload() was given"
+            )
+        if not new:
+            raise ValueError(f"no token is new: the cache has {self.tokens} already; give at least one more")
+        self._check_batch(batch)
+        if self.own and self.arena.batch:
+            self._check_room(self.layers[self.own[0]], new)
+        self._under_way, self._awaited, self._pending, self._read = True, set(self.own), None, None
+
+    def finish(self) -> None:
+        """The decoder has come to the end of a forward.
+
+        Raises ValueError when a layer has not attended as the policy says, so that its output is worth nothing.
+        """
+        if self._ended:
+            raise ValueError(self._ended)
+        if self._pending is not None or self._awaited:
+            self._missed(self._pending if self._pending is not None else min(self._awaited))
+        self._under_way = False
+        if self._read is not None:
+            self._real, self._read = self._read[1].real, None
+        else:
+            self._real = None
+
+    def _register(self, cache: "TieredCache") -> None:
+        known = self.terms.caches
+        known[:] = [*(reference for reference in known if reference() is not None), weakref.ref(cache)]
+
+    def check_usable(self) -> None:
+        """Raise ValueError when the cache has ended, or was left in the middle of a forward."""
+        if self._ended:
+            raise ValueError(self._ended)
+        if self._under_way:
+            raise ValueError(
+                "a forward with this cache has not come to its end (it was interrupted, or another thread is at it), "
+                "so that layers hold different tokens; begin again with a new kv.cache()"
+            )
+
+    def expect(self, layer: TieredLayer, keys: torch.Tensor) -> None:
+        """Check that these new keys of a layer come when and as they must.
+
+        Raises ValueError when they do not.
+        """
+        if self._ended:
+            raise ValueError(self._ended)
+        if self._pending is not None:
+            self._missed(self._pending)
+        if layer.index not in self._awaited:
+            raise ValueError(
+                "a kvsim cache was given to a model that is not under its offload(): use it inside the context, and in "
+                "a forward of its model alone"
+            )
+        self._check_batch(keys.shape[0])
+        self._awaited.remove(layer.index)
+        self._pending = layer.index
+
+    def stored(self, part: torch.Tensor) -> torch.Tensor:
+        """New queries, keys or values in the dtype that the cache stores, exactly.
+
+        Raises ValueError when that is too narrow for them.
+        """
+        dtype = DTYPES[self.terms.shape.kv_dtype]
+        if part.dtype != dtype and torch.promote_types(part.dtype, dtype) != dtype:
+            raise ValueError(
+                f"attention computes in {part.dtype} and the cache stores {dtype}, as the model was loaded; leave out "
+                "torch.autocast, or load the model in the dtype that it computes in"
+            )
+        return part.to(dtype)
+
+    def _missed(self, index: int) -> None:
+        raise ValueError(
+            f"the attention of layer {index} did not come through the runtime: its implementation was changed inside "
+            "the context, or this architecture computes attention in a way of its own; what came out is worth nothing"
+        )
+
+    def _check_batch(self, batch: int) -> None:
+        if self.arena.batch not in (0, batch):
+            raise ValueError(
+                f"the cache has {self.arena.batch} sequences and {batch} have come; use a new kv.cache(), or "
+                "batch_repeat_interleave and batch_select_indices"
+            )
+
+    def end(self, why: str) -> None:
+        """Give all memory back for good; whoever uses the cache afterwards is told `why`."""
+        with self._lock:
+            self._ended = self._ended or why
+            self.release()
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -182,7 +223,7 @@ class TieredCache(Cache):
     def _admit(self, batch: int, prompt: int, first: int, device: torch.device) -> None:
         self._check_positions(prompt)
         check_fits(self._needed_bytes(batch, prompt, first), device)
-        self.arena = Arena(device, batch)
+        self.arena = Arena(device, batch, self.terms.footprint)
         self.max_tokens = prompt + self.terms.max_new_tokens
         self._first_sequence = self.terms.recorder.admit(batch)
 
@@ -200,16 +241,76 @@ class TieredCache(Cache):
 
     def release(self) -> None:
         """Give all memory back, host memory zeroed."""
-        self.executor.join()
-        self.arena.release()
-        self.arena = Arena(self.device, 0)
-        for table in (self.rotaries, self._extended, self._last_calls):
+        with self.at_work():
+            self.executor.settle()
+            self.arena.release()
+        self.arena = Arena(self.device, 0, self.terms.footprint)
+        for table in (self.rotaries, self._extended, self._last_calls, self._awaited):
             table.clear()
+        self._real, self._read, self._pending, self._under_way = None, None, None, False
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Sequence i takes the state of sequence `rows[i]`."""
-        self.executor.join()
-        self.arena.reorder(rows)
+        self.check_usable()
+        with self.at_work():
+            self.executor.settle()
+            self.arena.reorder(rows)
+            self._take_rest(rows)
+
+    def take(self, rows: torch.Tensor) -> None:
+        """The cache becomes one of `len(rows)` new sequences: sequence i begins with the state of sequence `rows[i]`.
+
+        Raises MemoryError, with nothing changed, when they do not fit beside those that they come from.
+        """
+        self.check_usable()
+        if not self.arena.batch:
+            return
+        if not len(rows):
+            raise ValueError("no sequence is left of the batch; select at least one")
+        with self.at_work():
+            before = self.arena
+            self.arena = self._taken(before, rows)
+            before.release()
+            self._take_rest(rows)
+        self._first_sequence = self.terms.recorder.admit(len(rows))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
+        """A cache of its own: new sequences, which begin with the state that this one has now.
+
+        Raises ValueError when the cache has ended or was interrupted, MemoryError when the copy does not fit.
+        """
+        self.check_usable()
+        copy = TieredCache.__new__(TieredCache)
+        with self.at_work():
+            tables = {id(rotary): rotary.copy() for rotary in self.rotaries.values()}
+            vars(copy).update(vars(self))
+            vars(copy).update(
+                layers=[x.of(copy) if isinstance(x, TieredLayer) else deepcopy(x, memo) for x in self.layers],
+                executor=Executor(self.device, self.terms.mover),
+                arena=self._taken(self.arena, torch.arange(self.arena.batch)),
+                rotaries={index: tables[id(rotary)] for index, rotary in self.rotaries.items()},
+                progress=None,
+                _extended=[],
+                _last_calls={},
+                _awaited=set(),
+                _lock=threading.RLock(),
+                _first_sequence=self.terms.recorder.admit(self.arena.batch),
+            )
+        self._register(copy)
+        return copy
+
+    def _taken(self, arena: Arena, rows: torch.Tensor) -> Arena:
+        self.executor.settle()
+        needed = {tier: nbytes // max(1, arena.batch) * len(rows) for tier, nbytes in arena.allocated_bytes.items()}
+        check_fits(needed, arena.device)
+        return arena.taken(rows)
+
+    def _take_rest(self, rows: torch.Tensor) -> None:
+        """What a cache knows of its sequences besides the arena."""
+        for rotary in {id(rotary): rotary for rotary in self.rotaries.values()}.values():
+            rotary.take(rows)
+        if self._real is not None:
+            self._real = self._real[rows.to(self._real.device)]
 
     def _buffers(self, leaf: Policy, layer: int, prompt: int, first: int) -> tuple[list[Buffer], list[Buffer]]:
         """What a layer keeps, at its largest, and what only its prompt needs; `first` tokens come in the first call."""
@@ -257,28 +358,21 @@ class TieredCache(Cache):
         if index not in self.rotaries:
             prompt = self.prompt_tokens or cos.shape[1]
             self.rotaries[index] = self.new_rotary(index, prompt + self.terms.max_new_tokens)
-        self.rotaries[index].extend(cos, sin)
+        with self.at_work():
+            self.rotaries[index].extend(cos, sin)
         self._extended.append((cos, self.rotaries[index]))
 
     def run(self, layer: TieredLayer, handed: Handed) -> torch.Tensor:
         """Plan and execute one attention call.
 
-        Raises ValueError when the cache was allocated for fewer tokens, or the model has fewer positions.
+        Raises ValueError when the cache was allocated for fewer tokens, the model has fewer positions, or the policy
+        cannot honour the mask.
         """
         past, new, prompt = layer.tokens, handed.new_k.shape[2], layer.prompt_tokens
-        if past < prompt < past + new:
-            raise ValueError(
-                f"the prompt was announced with {prompt} tokens and its token {past + new} has come; give "
-                "kv.cache(prompt_tokens=...) its whole length"
-            )
-        if past + new > self.max_tokens:
-            raise ValueError(
-                f"the cache holds {self.max_tokens} tokens (prompt and max_new_tokens={self.terms.max_new_tokens}) and "
-                f"token {past + new} has come; give offload(..., max_new_tokens=...) more, or, for a prompt that comes "
-                "in chunks, kv.cache(prompt_tokens=...)"
-            )
+        self._check_room(layer, new)
+        handed = handed._replace(mask=self._mask(layer, handed))
+        self._pending = None
         if layer.index == self.own[0]:
-            self._check_positions(past + new)
             self.executor.begin()
         if past >= prompt and new > 1 and layer.method.extends:
             layer.prompt_tokens = prompt = past + new
@@ -294,6 +388,30 @@ class TieredCache(Cache):
         if new == 1 and not step.prefilling:
             self._ahead(layer, step, handed)
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
+
+    def _mask(self, layer: TieredLayer, handed: Handed) -> torch.Tensor | None:
+        """The mask as the layer's method takes it; layers that share a mask read it once."""
+        if self._read is None or self._read[0] is not handed.mask:
+            batch, _, new, _ = handed.q.shape
+            seen = read_mask(handed.mask, past=layer.tokens, new=new, batch=batch, before=self._real)
+            self._read = (handed.mask, seen)
+        return self._read[1].to(layer.method, layer.leaf.name)
+
+    def _check_room(self, layer: TieredLayer, new: int) -> None:
+        past, prompt = layer.tokens, layer.prompt_tokens
+        if past < prompt < past + new:
+            raise ValueError(
+                f"the prompt was announced with {prompt} tokens and its token {past + new} has come; give "
+                "kv.cache(prompt_tokens=...) its whole length"
+            )
+        if past + new > self.max_tokens:
+            raise ValueError(
+                f"the cache holds {self.max_tokens} tokens (prompt and max_new_tokens={self.terms.max_new_tokens}) and "
+                f"token {past + new} has come; give offload(..., max_new_tokens=...) more, or, for a prompt that comes "
+                "in chunks, kv.cache(prompt_tokens=...)"
+            )
+        if layer.index == self.own[0]:
+            self._check_positions(past + new)
 
     def _step(self, layer: TieredLayer, step: Step, handed: Handed) -> torch.Tensor:
         plan = plan_layer(layer.leaf, self.terms.shape, step, layer.index)
@@ -353,6 +471,8 @@ class TieredCache(Cache):
         rotary = self.rotaries.get(layer.index)
         if rotary is not None and rotary.tokens > layer.tokens:
             rotary.drop(gone)
+        if self._real is not None:
+            self._real = self._real[:, : layer.tokens]
 
 
 def _leaf(terms: Terms, prompt: int, layer: int) -> tuple[Policy, Method]:

@@ -114,7 +114,8 @@ class Method:
     layers. `fused` names operations that another kernel does as well. `extends`: a later turn is more of the prompt;
     else its tokens are decoded one by one, so that what was built from the prompt stays. `execution_tokens`: a prompt
     is planned and executed that many tokens at a time (0: as it comes). `crops`: the newest tokens can be taken back.
-    `unrotates`: kernels need `Call.rotary`.
+    `unrotates`: kernels need `Call.rotary`. `any_padding`: padding may stand behind real tokens too. `any_mask`:
+    attention is as the mask says, whatever it says.
     """
 
     kernels: Mapping[str, Kernel]
@@ -125,6 +126,8 @@ class Method:
     execution_tokens: int = 0
     crops: bool = False
     unrotates: bool = False
+    any_padding: bool = False
+    any_mask: bool = False
 
     def missing(self, plan: LayerPlan) -> list[str]:
         """Operations of a plan that nothing executes."""

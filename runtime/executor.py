@@ -45,6 +45,12 @@ class Executor:
         for lane in self._lanes.values():
             lane.wait_stream(current)
 
+    def settle(self) -> None:
+        """Let the host wait for all that was issued, before it reads or erases memory of its own."""
+        self.join()
+        if self._cuda:
+            torch.cuda.current_stream(self.device).synchronize()
+
     def run(self, plan: LayerPlan, method: Method, call: Call) -> None:
         """Run every operation of a layer's plan that has not been issued ahead.
 

@@ -1,5 +1,6 @@
 """The only file that copies between tiers; it counts the bytes where it copies."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 
@@ -16,11 +17,13 @@ class Mover:
     def __init__(self) -> None:
         self._copied: Counter[tuple[Tier, Tier]] = Counter()
         self._gathered: dict[tuple[Tier, Tier, int], torch.Tensor] = {}  # rows, counted by the kernel on its device
+        self._lock = threading.Lock()  # caches may be used by threads of their own
 
     @property
     def moved_bytes(self) -> Counter[tuple[Tier, Tier]]:
         """Bytes moved so far; waits for the device where a kernel counts."""
-        return self._copied + self.gathered_bytes
+        with self._lock:
+            return self._copied + self.gathered_bytes
 
     @property
     def gathered_bytes(self) -> Counter[tuple[Tier, Tier]]:
@@ -46,14 +49,22 @@ class Mover:
         if destination.shape != source.shape:
             raise ValueError(f"a copy of shape {tuple(source.shape)} does not fit {tuple(destination.shape)}")
         destination.copy_(source, non_blocking=True)
-        self._copied[src, dst] += source.nbytes
+        with self._lock:
+            self._copied[src, dst] += source.nbytes
         return source.nbytes
 
     def _gather(self, piece: Gather, src: Tier, dst: Tier) -> int | None:
         row_bytes = piece.src.shape[-1] * piece.src.element_size()
         key = (src, dst, row_bytes)
-        if key not in self._gathered:
-            self._gathered[key] = torch.zeros(1, dtype=torch.int64, device=piece.dst.device)
-        before = None if piece.dst.is_cuda else int(self._gathered[key])
-        gather_rows(piece.src, piece.ids, piece.dst, piece.slots, self._gathered[key])
-        return None if before is None else (int(self._gathered[key]) - before) * row_bytes
+        with self._lock:
+            if key not in self._gathered:
+                self._gathered[key] = torch.zeros(1, dtype=torch.int64, device=piece.dst.device)
+            rows = self._gathered[key]
+        if piece.dst.is_cuda:
+            gather_rows(piece.src, piece.ids, piece.dst, piece.slots, rows)
+            return None
+        gathered = torch.zeros_like(rows)
+        gather_rows(piece.src, piece.ids, piece.dst, piece.slots, gathered)
+        with self._lock:
+            rows += gathered
+        return int(gathered) * row_bytes

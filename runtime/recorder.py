@@ -1,5 +1,6 @@
 """Keeps what each step of each layer drew, without waiting for the device, until somebody asks."""
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,10 +30,12 @@ class Recorder:
         self._steps: list[tuple[At, Step]] = []
         self._drawn: dict[str, list[tuple[int, torch.Tensor, int]]] = {}  # index into `_steps`, values, maximum
         self._sequences = 0
+        self._lock = threading.Lock()  # caches may be used by threads of their own
 
     def admit(self, sequences: int) -> int:
         """The number of the first of a new cache's sequences."""
-        first, self._sequences = self._sequences, self._sequences + sequences
+        with self._lock:
+            first, self._sequences = self._sequences, self._sequences + sequences
         return first
 
     def note(self, at: At, step: Step, plan: LayerPlan, counts: dict[str, torch.Tensor]) -> None:
@@ -47,19 +50,24 @@ class Recorder:
                 raise RuntimeError(
                     f"count {count.name!r} has shape {shape} where its plan has {(at.sequences, count.heads)}"
                 )
-            self._drawn.setdefault(count.name, []).append((len(self._steps), value, count.maximum))
-        self._steps.append((at, step))
+        with self._lock:
+            for count in plan.counts:
+                drawn = self._drawn.setdefault(count.name, [])
+                drawn.append((len(self._steps), counts[count.name], count.maximum))
+            self._steps.append((at, step))
 
     def recording(self) -> Recording:
         """Everything so far."""
+        with self._lock:
+            noted, drawn = list(self._steps), {name: list(values) for name, values in self._drawn.items()}
         rows: list[tuple[int, ...]] = []
         begins = []
-        for at, step in self._steps:
+        for at, step in noted:
             begins.append(len(rows))
             row = (at.layer, at.first_prompt_tokens, step.prompt_tokens, step.past_tokens, step.new_tokens)
             rows += [(at.first_sequence + i, *row) for i in range(at.sequences)]
         steps = np.array(rows, dtype=np.int64).reshape(-1, len(COLUMNS))
-        return Recording(steps, {name: _joined(drawn, begins) for name, drawn in self._drawn.items()})
+        return Recording(steps, {name: _joined(values, begins) for name, values in drawn.items()})
 
 
 def _joined(drawn: Sequence[tuple[int, torch.Tensor, int]], begins: Sequence[int]) -> Drawn:

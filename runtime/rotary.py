@@ -87,6 +87,18 @@ class Rotary:
         """Forget the last `tokens`."""
         self.tokens -= tokens
 
+    def take(self, rows: Tensor) -> None:
+        """Sequence i takes the angles of sequence `rows[i]`."""
+        if self._cos.shape[0] > 1:  # one row serves them all
+            rows = rows.to(self._cos.device)
+            self._cos, self._sin = self._cos[rows], self._sin[rows]
+
+    def copy(self) -> "Rotary":
+        """A table of its own with the same angles."""
+        copy = Rotary(self.capacity_tokens, self.rotation)
+        copy.tokens, copy._cos, copy._sin = self.tokens, self._cos.clone(), self._sin.clone()
+        return copy
+
     def at(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the tokens (batch or 1, ...) of each row: (batch, ..., rotated dimensions)."""
         batch = max(tokens.shape[0], self._cos.shape[0])

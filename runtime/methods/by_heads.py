@@ -58,6 +58,8 @@ def method(policy: Policy) -> Method:
         execution_tokens=min((m.execution_tokens for m in methods if m.execution_tokens), default=0),
         crops=all(m.crops for m in methods),
         unrotates=any(m.unrotates for m in methods),
+        any_padding=all(m.any_padding for m in methods),
+        any_mask=all(m.any_mask for m in methods),
     )
 
 

@@ -7,7 +7,9 @@ from runtime.dense import attend, split, write
 
 def method(_policy: Policy) -> Method:
     """Append in place, then attend to everything."""
-    return Method(kernels={"append": _append, "attend": _attend}, extends=True, crops=True)
+    return Method(
+        kernels={"append": _append, "attend": _attend}, extends=True, crops=True, any_padding=True, any_mask=True
+    )
 
 
 def _append(call: Call) -> None:

@@ -15,7 +15,8 @@ def method(policy: Policy) -> Method:
         return [(call.state["kv_host"][:, rows], call.state["kv"][:, rows])]
 
     routes = {"fetch": _fetch, "store": store}
-    return Method(kernels={"append": _append, "attend": _attend}, routes=routes, extends=True, crops=True)
+    kernels = {"append": _append, "attend": _attend}
+    return Method(kernels=kernels, routes=routes, extends=True, crops=True, any_padding=True, any_mask=True)
 
 
 def _fetch(call: Call) -> list[Piece]:

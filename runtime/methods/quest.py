@@ -67,7 +67,7 @@ def method(policy: Policy) -> Method:
         call.out = attend(call, _rows(keys, tokens), _rows(values, tokens), mask)
 
     kernels = {"append": append, "bound": bound, "score": score, "select": select, "attend": attend_pages}
-    return Method(kernels=kernels, extends=True)
+    return Method(kernels=kernels, extends=True, any_padding=True)
 
 
 def _union(chosen: Tensor, pages: int, group: int) -> Tensor:

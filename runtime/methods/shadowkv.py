@@ -36,7 +36,7 @@ def method(policy: Policy) -> Method:
         "attend": own.attend,
     }
     routes = {"offload_values": own.offload_values, "fetch": own.fetch}
-    return Method(kernels=kernels, routes=routes, fused=frozenset({"aggregate"}), unrotates=True)
+    return Method(kernels=kernels, routes=routes, fused=frozenset({"aggregate"}), unrotates=True, any_padding=True)
 
 
 class _Kernels:

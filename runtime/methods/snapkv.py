@@ -29,7 +29,7 @@ def method(policy: Policy) -> Method:
         "compress": own.compress,
         "attend": own.attend,
     }
-    return Method(kernels=kernels)
+    return Method(kernels=kernels, any_padding=True)
 
 
 class _Kernels:

@@ -184,7 +184,10 @@ def test_bytes_are_those_of_the_plans(policy):
         last = Step.decoding(prompt, room)
         stored = stored_bytes([plan_layer(kv.policy, kv.shape, last, layer).buffers for layer in range(4)])
         assert kv.footprint_bytes == {tier: batch * nbytes for tier, nbytes in stored.items()}
-    assert sum(kv.footprint_bytes.values()) == 0
+        held = kv.footprint_bytes
+    assert not cache.arena.held()
+    assert kv.footprint_bytes == held  # what was held last
+    assert all(kv.peak_footprint_bytes[tier] >= nbytes for tier, nbytes in held.items())
 
 
 def test_a_window_that_forgets_differs_and_one_that_covers_does_not():

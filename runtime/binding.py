@@ -1,0 +1,194 @@
+"""Installs the runtime in a model for as long as any context needs it, and hears each forward of its decoder.
+
+Contexts on one model may nest, end in any order and belong to different threads: the first of them installs, the last
+one takes away.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
+
+from runtime.attention import NAME, attention, mask
+from runtime.cache import TieredCache
+from runtime.rotary import angles_of
+
+LOG = logging.getLogger(__name__)
+_LOCK = threading.RLock()
+_OPEN: dict[Hashable, "_Open"] = {}  # what is installed, by what and where
+
+
+class _Open:
+    """Something that is installed for `contexts` contexts; `where` is kept, so that its id stays its own."""
+
+    def __init__(self, where: Any, undo: Callable[[], None]) -> None:
+        self.where, self.undo, self.contexts = where, undo, 0
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that is given the cache: of a vision-language model the language model alone.
+
+    Raises ValueError for a model that PyTorch compiles.
+    """
+    if any(_is_compiled(module) for module in model.modules()):
+        raise ValueError(
+            "the model is compiled (torch.compile), which the runtime does not execute; pass it uncompiled"
+        )
+    return model.get_decoder()
+
+
+@contextmanager
+def bound(model: Any, *, angles: bool) -> Iterator[None]:
+    """Let the decoder of `model` attend through the runtime inside this context; `angles`: caches hear how it rotates.
+
+    Raises ValueError for a decoder whose attention cannot be replaced.
+    """
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    decoder = decoder_of(model)
+    with ExitStack() as stack:
+        stack.enter_context(_installed("attention", decoder.config, lambda: _replace(decoder)))
+        stack.enter_context(_installed("forward", decoder, lambda: _watch(decoder)))
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):
+                stack.enter_context(_installed("generate", module, partial(_guard, module)))
+        if angles:
+            stack.enter_context(_installed("angles", decoder, lambda: _listen(decoder)))
+        yield
+
+
+@contextmanager
+def _installed(what: str, where: Any, install: Callable[[], Callable[[], None]]) -> Iterator[None]:
+    """Install something, unless another context has; the last one undoes it."""
+    key = (what, id(where))
+    with _LOCK:
+        if key not in _OPEN:
+            _OPEN[key] = _Open(where, install())
+        _OPEN[key].contexts += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _OPEN[key].contexts -= 1
+            if not _OPEN[key].contexts:
+                _OPEN.pop(key).undo()
+
+
+def _replace(decoder: Any) -> Callable[[], None]:
+    """Give the decoder our attention function."""
+    before = _implementation(decoder)
+    decoder.set_attn_implementation(NAME)
+    if _implementation(decoder) != NAME:
+        raise ValueError(
+            f"{type(decoder).__name__} computes attention in a way of its own, which Transformers cannot replace; the "
+            "runtime does not execute it"
+        )
+    return lambda: decoder.set_attn_implementation(before)
+
+
+def _watch(decoder: torch.nn.Module) -> Callable[[], None]:
+    """Let caches know when a forward of the decoder begins and ends, and users when it has none."""
+    warned = False
+
+    def begin(decoder: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        nonlocal warned
+        cache = _cache_among(args, given)
+        if cache is not None:
+            _check_forward(decoder, given)
+            ids = next(x for x in (given.get("input_ids"), given.get("inputs_embeds"), *args[:1]) if x is not None)
+            cache.begin(decoder, *ids.shape[:2])
+        elif given.get("use_cache") is not False and not warned and _implementation(decoder) == NAME:
+            warned = True
+            LOG.warning(
+                "a forward inside offload() has no cache of it, so that no policy is applied; pass "
+                "past_key_values=kv.cache()"
+            )
+
+    def finish(_decoder: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any], _out: Any) -> None:
+        cache = _cache_among(args, given)
+        if cache is not None:
+            cache.finish()
+
+    hooks = (
+        decoder.register_forward_pre_hook(begin, with_kwargs=True),
+        decoder.register_forward_hook(finish, with_kwargs=True),
+    )
+    return lambda: [hook.remove() for hook in hooks] and None
+
+
+def _check_forward(decoder: Any, given: dict[str, Any]) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError("torch.compile has come upon a kvsim cache; call the model uncompiled inside offload()")
+    if _implementation(decoder) != NAME:
+        raise ValueError(
+            f"the attention implementation was set to {_implementation(decoder)!r} inside offload(); set it before"
+        )
+    if given.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        raise ValueError("output_attentions=True: a policy does not compute all weights; leave it out inside offload()")
+
+
+def _guard(model: Any) -> Callable[[], None]:
+    """Let `generate` refuse what it would silently do with a cache that it cannot use."""
+    before, prepare = vars(model).get("prepare_inputs_for_generation"), model.prepare_inputs_for_generation
+
+    @wraps(prepare)
+    def guarded(input_ids: torch.Tensor, *args: Any, **given: Any) -> dict[str, Any]:
+        cache, new = given.get("past_key_values"), given.get("next_sequence_length")
+        if isinstance(cache, TieredCache):
+            cache.check_usable()
+            if new is not None and new < 1:
+                raise ValueError(
+                    f"the cache has {cache.get_seq_length()} tokens and the prompt {input_ids.shape[1]}: nothing is "
+                    "new; give at least one token more, or a copy.deepcopy of a cache of fewer"
+                )
+        prepared: dict[str, Any] = prepare(input_ids, *args, **given)
+        if isinstance(cache, TieredCache) and prepared.get("past_key_values") is not cache:
+            raise ValueError(
+                f"{type(model).__name__} has put the cache aside at token {input_ids.shape[1]}, where its rotary "
+                "angles change (LongRoPE): what is cached was rotated by others; begin with a prompt beyond that "
+                "length, or stop before it"
+            )
+        return prepared
+
+    model.prepare_inputs_for_generation = guarded
+
+    def undo() -> None:
+        if before is None:
+            del model.prepare_inputs_for_generation
+        else:
+            model.prepare_inputs_for_generation = before
+
+    return undo
+
+
+def _listen(decoder: torch.nn.Module) -> Callable[[], None]:
+    """Pass on the angles that each attention module gets."""
+
+    def hear(module: torch.nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        cache, angles = given.get("past_key_values"), angles_of(given.get("position_embeddings"))
+        if isinstance(cache, TieredCache) and angles is not None:
+            cache.angles(module.layer_idx, *angles)
+
+    modules = (m for m in decoder.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention"))
+    hooks = [module.register_forward_pre_hook(hear, with_kwargs=True) for module in modules]
+    return lambda: [hook.remove() for hook in hooks] and None
+
+
+def _cache_among(args: tuple[Any, ...], given: dict[str, Any]) -> TieredCache | None:
+    return next((x for x in (*given.values(), *args) if isinstance(x, TieredCache)), None)
+
+
+def _implementation(decoder: Any) -> str:
+    name: str = decoder.config._attn_implementation  # noqa: SLF001 - Transformers has no public way to read it
+    return name
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    if isinstance(module, torch._dynamo.OptimizedModule):  # noqa: SLF001 - what torch.compile returns
+        return True
+    return module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")  # noqa: SLF001
