@@ -4,6 +4,7 @@ Priced from a policy's plan on one GPU, or on `tp` that share every layer; and b
 Deploying Long-Context Transformers' (arXiv:2405.08944), as that paper counts.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -93,6 +94,13 @@ class Explainer:
         """
         if context_tokens < 2:
             raise ValueError(f"context_tokens={context_tokens} leaves nothing to decode after; use at least 2")
+        dims = max(layer.heads * (layer.head_dim + layer.v_head_dim) for layer in self.clock.model.layers)
+        most_tokens = math.isqrt(2**61 // dims)
+        if context_tokens > most_tokens:
+            raise ValueError(
+                f"context_tokens={context_tokens} must be at most {most_tokens:,}: beyond, the FLOPs of a layer's "
+                "attention exceed 64 bits"
+            )
         amounts = self.table.decode(context_tokens - 1, 1).start
         hbm_bytes, ddr_bytes, nvme_bytes = (int(stored) for stored in amounts[-len(TIERS) :])
         held = zip(self.capacity_bytes, (hbm_bytes, ddr_bytes, nvme_bytes), strict=True)

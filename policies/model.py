@@ -9,6 +9,10 @@ from policies.dtypes import check_dtype, row_bytes
 from policies.shown import shown
 from policies.weight_formats import Stored
 
+MOST_HEAD_DIMS = 2**20
+MOST_PARAMS = 2**50
+"""Of a layer's heads times their dimensions, and of a model's weights: FLOPs and bytes fit 64 bits up to there."""
+
 LAYER_KINDS = ("full", "sliding", "mla", "linear", "block", "core", "compressed")
 
 
@@ -71,6 +75,9 @@ class LayerShape:
         for name in ("heads", "kv_heads", "head_dim", "v_head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.heads * max(self.head_dim, self.v_head_dim) > MOST_HEAD_DIMS:
+            dims = f"head_dim={self.head_dim} and v_head_dim={self.v_head_dim}"
+            raise ValueError(f"heads={self.heads} with {dims} exceed {MOST_HEAD_DIMS:,} dimensions of a layer")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         for name, kinds in _OWN_FIELDS.items():
@@ -253,6 +260,10 @@ class ModelShape:
                 check_dtype(dtype)
         if not self.layers:
             raise ValueError(f"model {shown(self.name)} has no layers")
+        if self.params > MOST_PARAMS:
+            raise ValueError(
+                f"model {shown(self.name)} has {self.params:,} weights; at most {MOST_PARAMS:,} are counted"
+            )
         for index, layer in enumerate(self.layers):
             source = layer.share_kv_with
             if source is not None and not (0 <= source < index and self.layers[source].share_kv_with is None):

@@ -81,7 +81,7 @@ def _kinds(keys: Keys, every: int) -> list[str]:
             for index in range(keys.number("num_hidden_layers"))
         ]
     known = {"sliding_attention": "sliding", "full_attention": "full"}
-    if unknown := [name for name in named if name not in known]:
+    if unknown := [name for name in named if str(name) not in known]:
         raise keys.error("layer_types", f"has {str(unknown[0])[:80]!r}; known: {', '.join(known)}")
     return [known[str(name)] for name in named]
 

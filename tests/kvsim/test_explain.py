@@ -1,6 +1,7 @@
 """`kvsim explain` against closed forms, hand counts and the published analysis of arXiv:2405.08944."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,3 +288,14 @@ def test_a_models_own_dtypes_stay_unless_told(capsys: pytest.CaptureFixture[str]
     priced = Explainer(parse_policy("full"), model, load_gpu("h100-sxm"), load_host("ddr5-dual-xeon"))
     (row,) = explain(capsys, "--context", "32k", "--policy", "full", "--kv-dtype", "fp8", "--gpu", "h100-sxm")
     assert row["kv_bytes"] == priced.costs(32_000).kv_bytes
+
+
+def test_a_context_whose_flops_no_whole_number_holds_is_refused() -> None:
+    """4 x 32 heads x 256 x n**2 < 2**63 for Llama-3.1-8B: counts in 64 bits would have come round."""
+    full, model = parse_policy("full"), load_model("llama-3.1-8b")
+    explainer = Explainer(full, model, load_gpu("h100-sxm"), load_host("ddr5-dual-xeon"))
+    most = math.isqrt(2**61 // (32 * 256))
+    half, whole = explainer.costs(most // 2), explainer.costs(most)
+    assert whole.prefill_s / half.prefill_s == pytest.approx(4, rel=0.01)
+    with pytest.raises(ValueError, match=f"must be at most {most:,}"):
+        explainer.costs(most + 1)

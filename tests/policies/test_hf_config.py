@@ -1,5 +1,6 @@
 """Shapes read from Hugging Face configs: published parameter counts, layer patterns and errors."""
 
+import time
 from typing import Any
 
 import pytest
@@ -191,3 +192,53 @@ def test_errors_of_stated_weights(changes: dict[str, Any], params: int, message:
 def test_errors_name_the_key(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read({**LLAMA, **changes})
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 2**20 + 1, 2**63 - 1, 10**30, 1.5, float("nan"), True, "64", [], {}, {"a": 1}],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+)
+def test_no_number_is_taken_that_is_none_or_too_large(key: str, value: object) -> None:
+    """Within a second, and in one line; of the value no more than a glance."""
+    began = time.process_time()
+    with pytest.raises(ValueError, match=key) as error:
+        read({**LLAMA, key: value})
+    assert time.process_time() - began < 1
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": []},
+        {"model_type": {}},
+        {"model_type": 7},
+        {"layer_types": {}},
+        {"layer_types": [[], {}]},
+        {"layer_types": "full_attention"},
+        {"torch_dtype": []},
+        {"torch_dtype": {"a": 1}},
+        {"quantization_config": []},
+        {"quantization_config": "awq"},
+        {"text_config": []},
+        {"model_type": "llava", "text_config": {"model_type": []}},
+        {"tie_word_embeddings": []},
+        {"head_dim": 2**21},
+        {"vocab_size": 2**25},
+        {"max_position_embeddings": 2**33},
+        {"num_attention_heads": 2**16, "num_key_value_heads": 1, "head_dim": 2**16},
+    ],
+)
+def test_no_list_is_taken_where_a_name_belongs(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^(config of 'm'|heads=)") as error:
+        read({**LLAMA, **changes})
+    assert len(str(error.value)) < 400
+
+
+def test_a_long_value_comes_after_the_rule() -> None:
+    rule = r"^config of 'm': quantization_config is not understood; .*; it begins \{"
+    with pytest.raises(ValueError, match=rule) as error:
+        read({**LLAMA, "quantization_config": {"quant_method": "hqq", "layers": ["x" * 50] * 1000}})
+    assert len(str(error.value).partition("it begins ")[2]) <= 80
