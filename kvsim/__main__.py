@@ -1,9 +1,9 @@
 """Entry point of the `kvsim` program: runs a command, turns errors into one line and an exit code."""
 
 import io
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import typer
 from typer.exceptions import TyperException
@@ -11,6 +11,7 @@ from typer.exceptions import TyperException
 from kvsim.cli import TargetUnmet
 from kvsim.cli.app import app
 from kvsim.printable import brief, printable
+from kvsim.process import OutputLost, discard_output, in_order
 from policies.shown import MOST_SHOWN, shown
 
 LONGEST_WORD, LONGEST_MESSAGE = 1024, 560  # a value that typer or the system quotes whole may have megabytes
@@ -25,14 +26,16 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a character that it cannot write is escaped, and ends no command
             stream.reconfigure(errors="backslashreplace")
     try:
-        # typer returns the code of typer.Exit, 130 after Ctrl-C, and None when a command just ends.
-        code: int | None = typer.main.get_command(app)(args=args, prog_name="kvsim", standalone_mode=False)
-        sys.stdout.flush()
+        with in_order():
+            # typer returns the code of typer.Exit, 130 after Ctrl-C, and None when a command just ends.
+            code: int | None = typer.main.get_command(app)(args=args, prog_name="kvsim", standalone_mode=False)
         return code or 0
-    except BrokenPipeError:
-        # The reader (head, less) has gone; without this Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (head, less) has gone
+        discard_output()
         return 1
+    except OutputLost as error:
+        discard_output()
+        return _fail(str(error), 1)
     except TyperException as error:
         # pydantic, which typer calls to run a parser, puts its own words before those of the error.
         return _fail(error.format_message().replace("Value error, ", ""), error.exit_code)
@@ -57,7 +60,9 @@ def _explain(error: ValueError | OSError | MemoryError) -> str:
 def _fail(message: str, code: int) -> int:
     if message:  # empty when typer has printed the help in place of a message
         words = (word if len(word) <= LONGEST_WORD else f"{word[:MOST_SHOWN]}..." for word in message.split())
-        sys.stderr.write(f"error: {brief(printable(' '.join(words)), LONGEST_MESSAGE)}\n")
+        with suppress(OSError):  # nobody is there to be told
+            sys.stderr.write(f"error: {brief(printable(' '.join(words)), LONGEST_MESSAGE)}\n")
+            sys.stderr.flush()
     return code
 
 

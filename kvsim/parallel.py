@@ -86,8 +86,11 @@ def _simulate(job: Job, index: int, left: Any, began: Any, stop: Any, show: Show
 
 
 def _simulate_beside(jobs: Sequence[Job], left: Any, began: Any, stop: Any, show: Show) -> dict[int, Result]:
+    kept = True
     with suppress(ValueError):  # one that cannot run says so itself, with its policy's name
-        compile_loop(*jobs[0])
+        kept = compile_loop(*jobs[0])
+    if not kept:  # each process would compile for itself, which takes longer than most replays
+        return _simulate_in_turn(jobs, left, began, stop, show)
     context = _processes()
     waiting = list(enumerate(jobs))
     running: dict[Connection, tuple[int, Any]] = {}
@@ -112,6 +115,18 @@ def _simulate_beside(jobs: Sequence[Job], left: Any, began: Any, stop: Any, show
     finally:
         _end([process for _, process in running.values()])  # a failure of one ends the others
     return dict(sorted(results.items()))
+
+
+def _simulate_in_turn(jobs: Sequence[Job], left: Any, began: Any, stop: Any, show: Show) -> dict[int, Result]:
+    results: dict[int, Result] = {}
+    for index, job in enumerate(jobs):
+        if stop.value:
+            break
+        try:
+            results[index] = _simulate(job, index, left, began, stop, show)
+        except ValueError as error:
+            raise ValueError(f"policy {describe(job.setup.policy)}: {error}") from None
+    return results
 
 
 def _end(processes: Sequence[Any]) -> None:
