@@ -149,6 +149,11 @@ class Rows:
         return self._good
 
     @property
+    def good(self) -> NDArray[np.bool_]:
+        """Which rows are good so far."""
+        return self._good
+
+    @property
     def skipped_rows(self) -> int:
         """Rows left out so far, unreadable ones included."""
         return self.table.skipped_rows + int(np.count_nonzero(~self._good))

@@ -15,7 +15,8 @@ import numpy as np
 from traces import tabular
 from traces.arrivals import spread
 from traces.checks import Rows, ignored_columns_note
-from traces.schema import Codes, Floats, Trace, TraceError
+from traces.deltas import are_deltas, checked_turns, turns_before, whole
+from traces.schema import Codes, Floats, Ints, Trace, TraceError
 from traces.table import Table
 from traces.tabular import OPTIONAL, Columns, finish
 from traces.units import UNITS_PER_S, ask, milliseconds_or_ask, seconds
@@ -40,10 +41,15 @@ class Options(tabular.Options):
     `time_unit` and `block_tokens` say the unit of the times (also of `delay`, not of `delay_ms`) and the tokens of a
     block id; `rate_rps` draws arrivals for a trace without timestamps. `spread_s` moves every arrival later by a
     uniform draw from [0, spread_s): the conversation trace records arrivals in ticks of about 3 s, and 3 spreads the
-    requests of a tick over it.
+    requests of a tick over it. `turns` says whether those of a session hold the `whole` prompt or a `delta`.
     """
 
     spread_s: float = 0.0
+    turns: str = ""
+
+    def __post_init__(self) -> None:
+        tabular.Options.__post_init__(self)
+        checked_turns(self.turns)
 
 
 def is_mooncake(columns: set[str]) -> bool:
@@ -95,6 +101,12 @@ def load(table: Table, options: Options, *, name: str, seed: int = 0, skip_bad_r
         notes = (*notes, f"{placed}; replay them with --sessions closed, which waits for the answers")
         rule = "must be known for a later turn, and follow a turn of its session that is good"
         rows.reject("delay", np.isnan(arrival_s), rule)
+    stated = options.block_tokens
+    if turns or "session_id" in renamed:
+        prompt, stated, told = _whole_prompts(rows, prompt, output, session, options)
+        notes = (*notes, *told)
+    elif options.turns:
+        raise TraceError(f"{table.source}: turns={options.turns}: there is no column session_id or delay; leave it out")
     trace = finish(
         rows,
         name=name,
@@ -103,11 +115,32 @@ def load(table: Table, options: Options, *, name: str, seed: int = 0, skip_bad_r
         output=output,
         session=session,
         think_s=think_s if turns else None,
-        stated=options.block_tokens,
+        stated=stated,
         default=BLOCK_TOKENS,
         notes=(*notes, *ignored_columns_note(table, (*COLUMNS.required, *OPTIONAL, "delay"))),
     )
     return spread(trace, options.spread_s, seed)
+
+
+def _whole_prompts(
+    rows: Rows, prompt: Ints, output: Ints, session: Codes, options: Options
+) -> tuple[Ints, int, tuple[str, ...]]:
+    """(lengths of whole prompts, the block that is certain by now or 0, notes); ids of deltas become whole as well."""
+    rows.keep()
+    before, has_ids, block_tokens = turns_before(session), tabular.has_ids(rows), options.block_tokens
+    ids = rows.id_lists("hash_ids") if has_ids else []
+    if options.turns == "whole" or not (options.turns or are_deltas(rows, prompt, output, ids, before)):
+        return prompt, block_tokens, ()
+    note = "turns of sessions hold only what is new: prompts are that and all turns and answers before"
+    if has_ids:
+        good, counts = rows.keep(), np.array([len(row) for row in ids])
+        block_tokens = block_tokens or tabular.block_of(rows, prompt[good], counts[good], BLOCK_TOKENS)
+        rows.block_ids("hash_ids", ids, prompt, block_tokens)
+        note = f"{note}; hash_ids are of {block_tokens} tokens"
+    lengths = whole(rows, prompt, output, ids, block_tokens if has_ids else 0, before)
+    if has_ids:
+        rows.table.columns["hash_ids"] = ids
+    return lengths, block_tokens, (note,)
 
 
 def _unit(times: Floats, rows: Rows, renamed: list[str]) -> str:

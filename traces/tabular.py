@@ -108,18 +108,17 @@ def finish(
     tenant, tenants = rows.labels("tenant") if rows.has("tenant") else (np.zeros(len(prompt), np.int32), ("default",))
     if session is None:
         session = rows.sessions("session") if rows.has("session") else np.full(len(prompt), -1, np.int32)
-    if rows.has("block_tokens"):
-        column = rows.whole("block_tokens", minimum=1)
-        stated = stated or int(column[0])
-        rows.reject("block_tokens", column != stated, f"must be the same on every row, and as stated: {stated}")
     block_tokens, ids, counts = 0, None, None
-    if rows.has("hash_ids") and any(cell is not None for cell in rows.table.columns["hash_ids"]):
+    own = _of_column(rows)
+    if stated and own and stated != own:
+        raise TraceError(f"{rows.table.source}: block_tokens={stated}: its own column says {own}; leave the option out")
+    stated = stated or own
+    if has_ids(rows):
         lists = rows.id_lists("hash_ids")
         block_tokens = stated
         if not stated:
             good, held = rows.keep(), np.array([len(row) for row in lists])
-            where = rows.table.source
-            block_tokens = block_tokens_of(prompt[good], held[good], source=where, default=default, certain=certain)
+            block_tokens = block_of(rows, prompt[good], held[good], default, certain=certain)
             if block_tokens != default:
                 notes = (*notes, f"hash_ids are of {block_tokens} tokens: their numbers fit no other usual block")
         ids, counts = rows.block_ids("hash_ids", lists, prompt, block_tokens)
@@ -139,3 +138,24 @@ def finish(
         skipped_rows=rows.skipped_rows,
         notes=notes,
     )
+
+
+def has_ids(rows: Rows) -> bool:
+    """Whether any row has block ids; exporters without hashes write null in all."""
+    return rows.has("hash_ids") and any(cell is not None for cell in rows.table.columns["hash_ids"])
+
+
+def block_of(rows: Rows, prompt: Ints, counts: Ints, default: int, *, certain: bool = False) -> int:
+    """The tokens of a block: those of its column, or those that the good rows' lengths and numbers of ids tell."""
+    own = _of_column(rows)
+    return own or block_tokens_of(prompt, counts, source=rows.table.source, default=default, certain=certain)
+
+
+def _of_column(rows: Rows) -> int:
+    """What the column block_tokens says, 0 without one; rows that say something else are bad."""
+    if not rows.has("block_tokens"):
+        return 0
+    column = rows.whole("block_tokens", minimum=1)
+    first = int(column[0])
+    rows.reject("block_tokens", column != first, f"must be the same on every row; the first has {first}")
+    return first

@@ -102,6 +102,30 @@ CASES = {
         [9, 7],
         {"session": [0, 0]},
     ),
+    # AIPerf's turns state what is new: prompts of 1,000, then 1,000 + 100 + 600, then 1,700 + 24 + 326. The second
+    # block is full only in the second turn, where it has the answer in it; the third turn has one full block more.
+    "deltas.jsonl": (
+        lines(
+            {"session_id": "x", "timestamp": 0.0, "input_length": 1000, "output_length": 100, "hash_ids": [0, 9]},
+            {"session_id": "x", "delay": 20.5, "input_length": 600, "output_length": 24, "hash_ids": [30, 31]},
+            {"session_id": "x", "delay": 1000, "input_length": 326, "output_length": 5, "hash_ids": [32]},
+            {"session_id": "y", "timestamp": 5000, "input_length": 512, "output_length": 1, "hash_ids": [0]},
+        ),
+        [0.0, 0.0205, 1.0205, 5.0],
+        [1000, 1700, 2050, 512],
+        [100, 24, 5, 1],
+        {"block_tokens": 512, "block_ids": [0, 1, 0, 5, 6, 0, 5, 6, 7, 0], "block_offsets": [0, 2, 5, 9, 10]},
+    ),
+    "deltas_told.jsonl:turns=delta": (
+        lines(
+            {"session_id": "x", "timestamp": 0, "input_length": 10, "output_length": 5},
+            {"session_id": "x", "timestamp": 1000, "input_length": 20, "output_length": 5},
+        ),
+        [0.0, 1.0],
+        [10, 35],
+        [5, 5],
+        {"block_tokens": 0},
+    ),
     # Without timestamps: two first turns drawn, the others their delays behind.
     "closed.jsonl:rate_rps=4": (
         lines(
@@ -530,6 +554,8 @@ ASKED = {
     "llmperf.json:time_unit=s": r"unknown trace option key 'time_unit'",
     "azure.csv:time_unit=s": r"takes no options, got 'time_unit'",
     "dynamo.jsonl:rate_rps=1": r"rate_rps=1: its arrivals are recorded; leave it out",
+    "deltas.jsonl:turns=half": r"turns=half: must be whole .* or delta",
+    "epoch.jsonl:turns=whole": r"turns=whole: there is no column session_id or delay",
     "dynamo.jsonl:time_unit=h": r"time_unit=h: must be one of s, ms, us, ns",
     "dynamo.jsonl:block_tokens=-1": r"block_tokens=-1: must be a whole number from 1",
     "dynamo.jsonl:block_tokens=32": r":1: hash_ids=\[0, 1, 2\]: must have one id for each 32-token block",

@@ -235,6 +235,45 @@ def test_of_a_few_bad_rows_the_first_is_named_and_the_others_decide(tmp_path):
     assert (trace.block_tokens, trace.skipped_rows) == (64, 1)
 
 
+# -- turns
+
+
+@pytest.mark.parametrize("size", [0, 64])
+@settings(max_examples=60, **SLOW)
+@given(data=st.data())
+def test_turns_that_state_all_or_what_is_new_give_the_same_prompts(tmp_path, size, data):
+    """One session of random messages and answers, written both ways; what is in doubt is asked for."""
+    new = data.draw(st.lists(st.integers(1, 700), min_size=2, max_size=5))
+    answers = data.draw(st.lists(st.integers(1, 300), min_size=len(new), max_size=len(new)))
+    all_of_it = (np.cumsum(new) + np.cumsum([0, *answers[:-1]])).tolist()
+    found = {}
+    for kind, lengths in (("delta", new), ("whole", all_of_it)):
+        rows = with_ids(*lengths, size=size or 64)
+        for i, row in enumerate(rows):
+            row |= {"session_id": "s", "output_length": answers[i]}
+            if kind == "whole":  # a full block of the turn before is one of the next
+                row["hash_ids"] = [
+                    next((k for k in range(i) if lengths[k] >= 64 * (b + 1)), i) * 1000 + b
+                    for b in range(-(-lengths[i] // 64))
+                ]
+            if not size:
+                del row["hash_ids"]
+        path = f"{saved(tmp_path, rows)}{':block_tokens=64' if size else ''}"
+        trace, refused = read(path)
+        if trace is None:
+            assert "turns=whole or turns=delta" in refused
+        elif len(new) > 2 or size:  # two lengths alone can grow by chance
+            found[kind] = trace
+        stated = traces.load(f"{path}{',' if size else ':'}turns={kind}")
+        assert stated.prompt_tokens.tolist() == all_of_it
+        for i in range(1, len(new) if size else 0):
+            shared = all_of_it[i - 1] // 64
+            assert stated.blocks(i)[:shared].tolist() == stated.blocks(i - 1)[:shared].tolist()
+            assert not set(stated.blocks(i)[shared:].tolist()) & set(stated.blocks(i - 1).tolist())
+    for trace in found.values() if size else ():
+        assert trace.prompt_tokens.tolist() == all_of_it
+
+
 # -- what commands say
 
 
