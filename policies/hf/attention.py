@@ -45,7 +45,8 @@ def heads_params(
         normed = 2 * head_dim if family.qk_norm == "head" else q_dim + k_dim
         qkv += normed * (2 if family.qk_norm_bias else 1)
     if family.gate and decided(keys, family.gate_if):
-        qkv += hidden * (out_dim if family.gate == "wide" else heads)
+        gate_dim = out_dim if family.gate == "wide" else heads
+        qkv += hidden * gate_dim + (gate_dim if family.gate_biased and decided(keys, family.qkv_bias) else 0)
     return {
         "heads": heads,
         "kv_heads": kv_heads,

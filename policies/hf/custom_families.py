@@ -22,6 +22,6 @@ CUSTOM: Mapping[str, Family] = MappingProxyType(
         "nemotron-nas": Family(layers=nas_layers, defaults={"tie_word_embeddings": False}),
         "zamba2": Family(layers=zamba2_layers, outside=zamba2_outside, aliases={
             "mamba_ngroups": "mamba_n_groups", "n_mamba_heads": "mamba_n_heads", "mamba_headdim": "mamba_head_dim",
-            "use_conv_bias": "mamba_conv_bias"}),
+            "add_bias_linear": "mamba_proj_bias"}),
     }
 )  # fmt: skip

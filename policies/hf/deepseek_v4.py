@@ -10,7 +10,9 @@ from policies.hf.per_layer import number_at, per_layer
 from policies.model import LayerShape
 from policies.shown import shown
 
-_EXPERTS = Experts(count="n_routed_experts", shared_count="n_shared_experts", correction_bias=True)
+_EXPERTS = Experts(
+    count="n_routed_experts", shared_count="n_shared_experts", correction_bias=True, shared_bias="mlp_bias"
+)
 _SPARSE, _HEAVY, _WINDOW = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
 _DEFAULT_RATES = {_SPARSE: 4, _HEAVY: 128}
 

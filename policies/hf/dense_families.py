@@ -113,7 +113,7 @@ DENSE: Mapping[str, Family] = MappingProxyType(
         "internlm": Family(qkv_bias="bias", out_bias="bias"),
         "internlm2": Family(qkv_bias="bias", out_bias="bias"),
         "internlm3": Family(qkv_bias="qkv_bias", out_bias="bias", mlp_bias="bias"),
-        "minicpm3": replace(BIASED, attention="mla"),
+        "minicpm3": replace(LLAMA, attention="mla"),
         "youtu": replace(BIASED, attention="mla"),
         "gpt2": _GPT2,
         "gpt-sw3": _GPT2,

@@ -21,6 +21,7 @@ class Experts:
     shared_count: str = ""  # key of how many shared experts of `width` there are
     always_shared: int = 0  # so many in any case
     shared_gate: bool = False
+    shared_bias: Switch = False  # of the shared experts, and of projections to a latent
     correction_bias: Switch = False  # DeepSeek-V3's balancing bias, one weight for each expert
     biased: bool = False  # experts and router have biases
     latent: str = ""  # key of the width that tokens are projected to before the routed experts
@@ -51,6 +52,7 @@ class Family:
     qk_norm_if: Switch = True
     gate: str = ""  # of the attention's output: "wide", one for each element, or "head", one for each head
     gate_if: Switch = True
+    gate_biased: bool = False  # with the bias of qkv
     sinks: str = ""  # one learned attention sink for each head, in layers of all kinds ("all") or in "sliding" ones
     index: bool = False  # a lightning indexer chooses the tokens of MLA layers
     indexed: Callable[[Keys, int], bool] | None = None  # layers over keys and values whose indexer caches a key a token

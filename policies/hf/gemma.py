@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from policies.hf.attention import head_dim_of, heads_params, window_of
-from policies.hf.family import Experts, Family
+from policies.hf.family import Experts, Family, decided
 from policies.hf.keys import Keys
 from policies.hf.mlps import dense_mlp, layer, mlp_params
 from policies.hf.per_layer import number_at, per_layer
@@ -94,7 +94,8 @@ def _attention(keys: Keys, family: Family, kind: str, index: int, *, shared: boo
         dim = keys.number("global_head_dim", dim)
         kv_heads = keys.number("num_global_key_value_heads", kv_heads) if equal else kv_heads
     parts = heads_params(keys, family, heads, kv_heads, (dim, dim))
-    one = kv_heads * dim * keys.number("hidden_size")  # a projection to keys or to values
+    inputs = keys.number("hidden_size") + (1 if decided(keys, family.qkv_bias) else 0)
+    one = kv_heads * dim * inputs  # a projection to keys or to values
     parts["qkv_params"] -= 2 * one + dim if shared else one if equal else 0
     window = window_of(keys, family) if kind == "sliding" else 0
     return {**parts, "kind": "sliding" if window else "full", "window_tokens": window}

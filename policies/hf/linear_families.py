@@ -21,7 +21,9 @@ _MAMBA = Family(
     defaults={"max_position_embeddings": 2**20},  # a state knows no positions
 )  # fmt: skip
 _LIGHTNING = Family(linear="lightning", experts=_LOCAL, kinds=rules.marked("attn_type_list", ("linear", "full")))
-_QWEN_NEXT = replace(BIASED, qk_norm="head", gate="wide", linear="gated_delta_net", kinds=rules.qwen_next)
+_QWEN_NEXT = replace(
+    BIASED, qk_norm="head", gate="wide", gate_biased=True, linear="gated_delta_net", kinds=rules.qwen_next
+)
 
 LINEAR: Mapping[str, Family] = MappingProxyType(
     {
@@ -41,8 +43,9 @@ LINEAR: Mapping[str, Family] = MappingProxyType(
         "qwen3_5_text": _QWEN_NEXT,
         "qwen3_5_moe_text": replace(_QWEN_NEXT, experts=_QWEN_SHARED),
         "kimi_linear": Family(
-            attention="mla", linear="kimi_delta_attention", adapt=adapt.kimi_linear, sparse=rules.after(1),
-            gate="wide", gate_if="mla_use_output_gate", kinds=rules.needs_layer_types,
+            attention="mla", qkv_bias="attention_bias", out_bias="attention_bias", linear="kimi_delta_attention",
+            adapt=adapt.kimi_linear, sparse=rules.after(1), gate="wide", gate_if="mla_use_output_gate",
+            kinds=rules.needs_layer_types,
             aliases={"num_experts_per_token": "num_experts_per_tok", "model_max_length": "max_position_embeddings",
                      "num_local_experts": "num_experts", "n_shared_experts": "num_shared_experts"},
             experts=Experts(shared_count="num_shared_experts", correction_bias=True,

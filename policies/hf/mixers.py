@@ -49,11 +49,13 @@ def mamba2(keys: Keys) -> dict[str, Any]:
     heads, groups, inner = keys.number("mamba_n_heads"), keys.number("mamba_n_groups", 1), _inner(keys)
     conv_dim = inner + 2 * groups * state
     conv = conv_dim * (width + (1 if keys.flag("mamba_conv_bias", True) else 0))
-    bias = (inner + conv_dim + heads, hidden) if keys.flag("mamba_proj_bias", False) else (0, 0)
+    biased = keys.flag("mamba_proj_bias", False)
+    bias = inner + conv_dim + heads if biased else 0
+    out_bias = hidden if keys.flag("projectors_bias", biased) else 0
     norm = inner if keys.flag("mamba_rms_norm", True) else 0
-    into = hidden * (inner + conv_dim + heads) + bias[0] + conv + 3 * heads + norm
+    into = hidden * (inner + conv_dim + heads) + bias + conv + 3 * heads + norm
     dims, kept = inner // heads, inner * state + conv_dim * (width - 1)
-    return _linear((heads, heads), (dims, dims), kept, (into, inner * hidden + bias[1]))
+    return _linear((heads, heads), (dims, dims), kept, (into, inner * hidden + out_bias))
 
 
 def _inner(keys: Keys) -> int:

@@ -28,10 +28,14 @@ def sparse_mlp(keys: Keys, family: Family, experts: Experts, index: int) -> dict
     latent = keys.number(experts.latent, hidden) if experts.latent else hidden
     expert = mlp_params(latent, width, family, experts.biased)
     routed = count + (keys.number(experts.idle, 0, least=0) if experts.idle else 0)
-    rest = routed * hidden + (0 if latent == hidden else 2 * hidden * latent)
+    biased = decided(keys, experts.shared_bias)
+    rest = routed * hidden
+    if latent != hidden:
+        rest += 2 * hidden * latent + (hidden + latent if biased else 0)
     if latent != hidden and experts.latent_norm and keys.flag(experts.latent_norm, False):
         rest += latent
-    rest += mlp_params(hidden, _shared_width(keys, experts, width, index), family, False)
+    shared = _shared_width(keys, experts, width, index)
+    rest += mlp_params(hidden, shared, family, biased) if shared else 0
     rest += routed if experts.biased or decided(keys, experts.correction_bias) else 0
     rest += hidden if experts.shared_gate else 0
     rest += experts.further(keys) if experts.further else 0

@@ -16,6 +16,7 @@ _EXPERTS = Experts(
     shared_width="moe_shared_expert_intermediate_size",
     correction_bias=True,
     latent="moe_latent_size",
+    shared_bias="mlp_bias",
 )
 _BLOCKS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
 _BLOCK_TYPES = {
@@ -52,8 +53,6 @@ def _mlp(keys: Keys, family: Family, letter: str, index: int) -> dict[str, Any]:
 
 NEMOTRON_H = Family(
     norms=1,  # for each block
-    qkv_bias="attention_bias",
-    out_bias="attention_bias",
     gated_mlp=False,
     mlp_bias="mlp_bias",
     layers=nemotron_layers,
@@ -64,6 +63,8 @@ NEMOTRON_H = Family(
         "ssm_state_size": "mamba_d_state",
         "conv_kernel": "mamba_d_conv",
         "use_conv_bias": "mamba_conv_bias",
+        "use_bias": "mamba_proj_bias",
+        "mamba_proj_bias": "of_no_use",
     },
 )
 

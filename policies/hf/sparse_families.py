@@ -66,12 +66,13 @@ SPARSE: Mapping[str, Family] = MappingProxyType(
         "ernie4_5_moe": Family(
             qkv_bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", sparse=rules.ernie_sparse,
             experts=Experts(count="moe_num_experts", top_k="moe_k", shared_count="moe_num_shared_experts",
-                            correction_bias=True)),
+                            correction_bias=True, shared_bias="use_bias"), head_bias="use_bias"),
         "exaone_moe": Family(qk_norm="head", kinds=rules.by_pattern, experts=_SHARED, sparse=rules.after(1)),
         "hunyuan_v1_moe": replace(BIASED, qk_norm="head", experts=Experts(
             width="intermediate_size", top_k="moe_topk", always_shared=1)),
-        "hy_v3": replace(LLAMA, qk_norm="head", experts=_SHARED, sparse=rules.after(1)),
-        "solar_open": replace(BIASED, experts=_DEEPSEEK),
+        "hy_v3": replace(LLAMA, qk_norm="head", experts=replace(_SHARED, shared_bias="mlp_bias"),
+                         sparse=rules.after(1)),
+        "solar_open": replace(BIASED, out_bias=False, experts=_DEEPSEEK),
         "dots1": replace(BIASED, qk_norm="head", experts=_DEEPSEEK, sparse=rules.after_first,
                          kinds=rules.qwen),
         "deepseek": replace(BIASED, experts=replace(_DEEPSEEK, correction_bias=False), sparse=rules.after_first),
@@ -95,7 +96,8 @@ SPARSE: Mapping[str, Family] = MappingProxyType(
         "dbrx": Family(experts=Experts(width="intermediate_size"), adapt=adapt.dbrx, aliases={
             "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
             "max_seq_len": "max_position_embeddings"}),
-        "deepseek_v2": replace(_MLA, experts=replace(_DEEPSEEK, correction_bias=False)),
+        "deepseek_v2": replace(_MLA, mlp_bias="mlp_bias", experts=replace(
+            _DEEPSEEK, correction_bias=False, shared_bias="mlp_bias")),
         "deepseek_v3": _MLA,
         "deepseek_v32": replace(_MLA, index=True),
         "glm4_moe_lite": replace(_MLA, sparse=rules.after(1)),

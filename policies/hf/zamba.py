@@ -57,7 +57,7 @@ def _attention(keys: Keys, family: Family) -> dict[str, int]:
 
 def _mlp(keys: Keys, family: Family) -> int:
     hidden, width = keys.number("hidden_size"), _width(keys)
-    bias = 2 * width + hidden if decided(keys, "add_bias_linear") else 0
+    bias = 2 * width + hidden if decided(keys, "mamba_proj_bias") else 0
     return mlp_params(hidden, width, family, False) + bias + hidden
 
 
