@@ -54,7 +54,7 @@ SWITCHES = (
 # Turned over, these make a config of which Transformers itself makes no model, or one without the part.
 LEFT = {
     "kimi_linear": ("tie_word_embeddings",),  # it never ties
-    "nemotron_h": ("tie_word_embeddings", "mamba_proj_bias"),  # nor this; its code has use_bias for the second
+    "nemotron_h": ("tie_word_embeddings", "mamba_proj_bias"),  # nor this; the second is its use_bias
     "zamba2": ("tie_word_embeddings",),  # untied, its shared blocks come apart as well
 }  # fmt: skip
 UNBUILT = {
