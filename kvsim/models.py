@@ -22,24 +22,30 @@ def model_names() -> list[str]:
     return sorted(entry.name.removesuffix(".json") for entry in _CATALOGUE.iterdir() if entry.name.endswith(".json"))
 
 
-def load_model(text: str) -> ModelShape:
+def load_model(text: str, params: int | None = None) -> ModelShape:
     """The model of that catalogue name, or the one that a `config.json`, or a folder holding one, describes.
 
-    ORG/NAME, where no such folder is, is looked up in Hugging Face's local cache. Raises ValueError for a name that is
+    ORG/NAME, where no such folder is, is looked up in Hugging Face's local cache. `params` are the weights of an
+    architecture that is not in the table of families. Raises ValueError for a name that is
     not known (the known ones are listed, nearest first), for malformed JSON, and for a config that is not understood;
     FileNotFoundError for a path that leads nowhere.
     """
+    return hf.read(*load_config(text), params=params)
+
+
+def load_config(text: str) -> tuple[dict[str, Any], str]:
+    """The keys of a model's config, and its name; see `load_model`."""
     if text in model_names():
-        return hf.read(_object((_CATALOGUE / f"{text}.json").read_text(encoding="utf-8"), text), text)
+        return _object((_CATALOGUE / f"{text}.json").read_text(encoding="utf-8"), text), text
     path = Path(text).expanduser()
     if path.suffix != ".json" and is_hub_name(text) and not path.exists():
-        return _read_file(cached_folder(text) / "config.json", text)
+        return _read_file(cached_folder(text) / "config.json"), text
     if path.is_dir():
         path = path / "config.json"
     elif path.suffix != ".json" and len(path.parts) == 1 and not path.exists():
         raise unknown_name("model", text, model_names())
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return _read_file(path, name)
+    return _read_file(path), name
 
 
 def model_source(name: str) -> str:
@@ -50,8 +56,8 @@ def model_source(name: str) -> str:
     return str(source)
 
 
-def _read_file(path: Path, name: str) -> ModelShape:
-    """The model of a config.json, and of what a toolkit wrote beside it about quantised weights."""
+def _read_file(path: Path) -> dict[str, Any]:
+    """The keys of a config.json, and of what a toolkit wrote beside it about quantised weights."""
     config = _object(read_document(path), str(path))
     given = config.get("quantization_config")
     own = isinstance(given, dict) and given.get("quant_method") not in (None, "modelopt")
@@ -64,7 +70,7 @@ def _read_file(path: Path, name: str) -> ModelShape:
                 raise ValueError(f"{beside}: quantization must be an object, not {shown(inner)}")
             config["quantization_config"] = {"quant_method": method, **inner}
             break
-    return hf.read(config, name)
+    return config
 
 
 def _object(document: str, origin: str) -> dict[str, Any]:

@@ -338,6 +338,8 @@ def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:
         "skipped_rows": trace.skipped_rows,
         "requests": len(trace),
         "model": setup.model.name,
+        "params": setup.model.params,
+        "params_source": setup.model.source,
         "policy": describe(setup.policy),
         "gpu": setup.gpu.name,
         "parameter_set": setup.gpu.parameter_set,

@@ -18,7 +18,7 @@ from kvsim.shares import measured_shares
 from kvsim.simulate import Setup
 from kvsim.speculation import parse_acceptance, speculation
 from kvsim.tenants import Tenant, parse_tenant
-from kvsim.units import parse_bytes, parse_duration_s, parse_tokens
+from kvsim.units import parse_bytes, parse_duration_s, parse_params, parse_tokens
 from policies import ModelShape, code_of, parse_policy
 from policies.shown import shown
 
@@ -149,6 +149,7 @@ class Scenario(BaseModel):
     perfetto: Annotated[tuple[float, float], BeforeValidator(_window)] | None = _default("perfetto")
     kv_dtype: str | None = None
     weight_dtype: str | None = None
+    params: Annotated[int, _written(parse_params)] | None = None
     counts: Annotated[dict[str, Share], _written(lambda text: measured_shares(Path(text)))] = _default("counts")
     tenants: dict[str, Terms] = _default("tenants")
     slo_classes: dict[str, Class] = _default("slo_classes")
@@ -180,7 +181,7 @@ class Scenario(BaseModel):
 
     def load_model(self) -> ModelShape:
         """The model, stored in the dtypes that were asked for; `weight_dtype` holds for all its weights."""
-        return load_model(self.model).stored_as(self.weight_dtype, self.kv_dtype)
+        return load_model(self.model, self.params).stored_as(self.weight_dtype, self.kv_dtype)
 
     def setups(self) -> list[Setup]:
         """What to simulate, for each policy in order.

@@ -15,6 +15,7 @@ _BYTES: Mapping[str, int] = (
     | {"kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
     | {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
 )
+_PARAMS: Mapping[str, int] = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _SECONDS: Mapping[str, int | Fraction] = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400} | {
     "ms": Fraction(1, 10**3),
     "us": Fraction(1, 10**6),
@@ -38,6 +39,17 @@ def parse_tokens(text: str) -> int:
     Raises ValueError for what is negative, not finite, not whole, or has an unknown unit.
     """
     return _whole("token count", text, _TOKENS, "'50k' (50,000), '128Ki' (131,072) or '1M'")
+
+
+def parse_params(text: str) -> int:
+    """A number of weights: `8B` and `8e9` are 8 * 10**9, `8.03B` is 8,030,000,000.
+
+    Raises ValueError for what is not finite, not whole, or not at least 1, or has an unknown unit.
+    """
+    params = _whole("number of weights", text.replace(",", ""), _PARAMS, "'8B', '8.03e9' or '8030261248'")
+    if params < 1:
+        raise ValueError(f"number of weights {shown(text)} must be at least 1; write it as '8B' or '8.03e9'")
+    return params
 
 
 def parse_bytes(text: str) -> int:

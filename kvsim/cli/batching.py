@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
+from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.trace import LimitOption, SeedOption, SkipOption, TraceArgument
-from kvsim.units import format_count, format_s, parse_duration_s, parse_tokens
+from kvsim.units import format_count, format_s, parse_duration_s, parse_params, parse_tokens
 from policies.shown import shown
 
 
@@ -26,6 +27,7 @@ def batching(
     limit: LimitOption = None,
     seed: SeedOption = 0,
     skip_bad_rows: SkipOption = False,
+    params: ParamsOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Compare ways to prefill a trace's prompts: padded, packed into rows, without padding, in chunks."""
@@ -53,7 +55,7 @@ def batching(
             raise ValueError(
                 f"window={window}: no prompt of {loaded.name} arrives within; it spans {arrived_s[-1]:g} s"
             )
-    rank = load_model(model).shard(tp)
+    rank = load_model(model, None if params is None else parse_params(params)).shard(tp)
     rows = compare(
         lengths.tolist(), batch, parse_tokens(chunk), PlanTable(Full(), rank, machine, {}), Clock(rank, machine)
     )

@@ -7,20 +7,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_line, print_rich, print_table
 from kvsim.cli.prefill import print_density, print_occupancy, print_schemes
 from kvsim.names import unknown_name
 from kvsim.shares import parse_shares
-from kvsim.units import format_bytes, format_count, format_s, parse_tokens
+from kvsim.units import format_bytes, format_count, format_s, parse_params, parse_tokens
 from policies.shown import shown
 
 if TYPE_CHECKING:
     from kvsim.explain import Costs
     from policies import ModelShape
 
-PLAN_OPTIONS = ("plan", "model", "context", "kv_dtype", "weight_dtype")
-PAPER_OPTIONS = ("paper", "model", "gpu", "context", "policy", "batch", "tp", "kv_dtype", "weight_dtype", "json")
-SP_OPTIONS = ("sp", "model", "gpu", "host", "context", "kv_dtype", "weight_dtype", "json")
+PLAN_OPTIONS = ("plan", "model", "context", "kv_dtype", "weight_dtype", "params")
+PAPER_OPTIONS = (
+    "paper",
+    "model",
+    "gpu",
+    "context",
+    "policy",
+    "batch",
+    "tp",
+    "kv_dtype",
+    "weight_dtype",
+    "params",
+    "json",
+)
+SP_OPTIONS = ("sp", "model", "gpu", "host", "context", "kv_dtype", "weight_dtype", "params", "json")
 PP_OPTIONS = ("pp", "micro_batches", "tp", "batch", "gpu_memory_utilization", *SP_OPTIONS[1:])
 OCCUPANCY_OPTIONS = ("occupancy", "batch", "tp", *SP_OPTIONS[1:])
 DENSITY_OPTIONS = ("density", "policy", "counts", *SP_OPTIONS[1:])
@@ -71,6 +84,7 @@ def explain(
     ] = "ddr5-dual-xeon",
     kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
     weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the weights.")] = None,
+    params: ParamsOption = None,
     gpu_memory_utilization: Annotated[
         float, typer.Option(metavar="SHARE", help="What an engine may use of HBM.")
     ] = 0.9,
@@ -100,7 +114,7 @@ def explain(
     from kvsim.speculation import parse_acceptance, speculation
 
     contexts = [parse_tokens(part) for part in context.split(",")]
-    shape = load_model(model).stored_as(weight_dtype, kv_dtype)
+    shape = load_model(model, None if params is None else parse_params(params)).stored_as(weight_dtype, kv_dtype)
     for note in shape.notes:
         _warn(f"note: {note}")
     if plan is not None:

@@ -1,6 +1,7 @@
 """`kvsim model`: the catalogue of model shapes, and what any `config.json` weighs and caches."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,9 +9,13 @@ import typer
 
 from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import JsonFlag, print_facts, print_json, print_line, print_table
-from kvsim.units import format_bytes, format_count, parse_tokens
+from kvsim.units import format_bytes, format_count, parse_params, parse_tokens
 from policies.model import LayerShape, ModelShape
 
+ParamsOption = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="State the weights, as 8B, of an architecture that the table of families lacks."),
+]
 SHOWN_CONTEXTS = ("4Ki", "32Ki", "128Ki", "1Mi")
 
 app = typer.Typer(no_args_is_help=True)
@@ -43,12 +48,19 @@ def list_models(json: JsonFlag = False) -> None:
 @app.command("show")
 def show_model(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")],
+    params: ParamsOption = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Count the weights of the model that Transformers builds, without loading any."),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Show a model's layers, weights and KV-cache sizes."""
+    """Show a model's layers, weights and KV-cache sizes, and where their number is from."""
     from kvsim.models import load_model, model_source
 
-    shape = load_model(model)
+    if exact and params is not None:
+        raise ValueError("--exact counts the weights and --params states them; give one of them")
+    shape = _counted(model) if exact else load_model(model, None if params is None else parse_params(params))
     kv_bytes = {context: shape.kv_bytes(parse_tokens(context)) for context in SHOWN_CONTEXTS}
     groups = [{"layers": count, **dict(group)} for group, count in Counter(map(_group, shape.layers)).items()]
     if json:
@@ -57,6 +69,13 @@ def show_model(
         return
     facts = {
         "parameters": f"{shape.params:,}, {format_count(shape.active_params)} of them active per token",
+        "counted": shape.source,
+        "other parameters": f"{shape.other_params:,}, of towers beside the language model"
+        if shape.other_params
+        else "",
+        "multi-token prediction": f"{shape.predictor_params:,} parameters more, not counted"
+        if shape.predictor_params
+        else "",
         "weights": f"{format_bytes(shape.weight_bytes)} in {_stored(shape)}",
         "hidden size": f"{shape.hidden_dim:,}",
         "vocabulary": f"{shape.vocab_size:,}",
@@ -68,7 +87,7 @@ def show_model(
         facts["note"] = "; ".join(shape.notes)
     if source := model_source(model):
         facts["source"] = source
-    print_facts(shape.name, facts)
+    print_facts(shape.name, {name: fact for name, fact in facts.items() if fact})
     used = [name for name in groups[0] if any(group[name] for group in groups)]
     rows = ([str(group[name]) for name in used] for group in groups)
     print_table(dict.fromkeys((name.replace("_", " ") for name in used), "right"), rows)
@@ -85,6 +104,29 @@ def unpack_needle(
     print_line(f"needle-28m is in {expand(folder)}")
 
 
+def _counted(model: str) -> ModelShape:
+    """The model with the weights that Transformers counts, which have to be those of the table where that knows it."""
+    require_runtime()
+    from kvsim.models import load_config, load_model
+    from policies.hf import read
+    from policies.hf.families import FAMILIES
+    from policies.hf.wrappers import unwrap
+    from runtime.counting import count_weights
+
+    config, name = load_config(model)
+    counted = count_weights({key: value for key, value in config.items() if not key.startswith("_")})
+    if unwrap(config, name).model_type not in FAMILIES:
+        shape = read(counted.keys, name, params=counted.params, counted_by=counted.by)
+    else:
+        shape = load_model(model)
+        gap = counted.params - shape.params
+        agrees = "the same" if not gap else f"{counted.params:,}, {gap:+,}"
+        shape = replace(shape, params=counted.params, source=f"{shape.source}; counted by {counted.by}: {agrees}")
+    return replace(
+        shape, other_params=counted.other_params, notes=tuple(n for n in shape.notes if "not counted" not in n)
+    )
+
+
 def _stored(model: ModelShape) -> str:
     """The dtype of the weights, or of each part where they differ."""
     dtypes = model.stored_dtypes
@@ -97,6 +139,10 @@ def _summary(model: ModelShape) -> dict[str, Any]:
     return {
         "name": model.name,
         "params": model.params,
+        "params_source": model.source,
+        "other_params": model.other_params,
+        "predictor_params": model.predictor_params,
+        "notes": list(model.notes),
         "active_params": model.active_params,
         "weight_bytes": model.weight_bytes,
         "weight_dtype": model.weight_dtype,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import JsonFlag, print_line
 from kvsim.shares import parse_shares
 from kvsim.tenants import parse_named
@@ -141,6 +142,7 @@ def replay(
     ] = None,
     kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
     weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of all weights.")] = None,
+    params: ParamsOption = None,
     counts: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=SHARE,...|FILE", help="What data decide, as shares of its maximum, or a recording."),

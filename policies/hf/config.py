@@ -13,7 +13,7 @@ from policies.hf.mlps import dense_mlp, layer, sparse_mlp
 from policies.hf.per_layer import number_at, per_layer
 from policies.hf.quantised import as_stored
 from policies.hf.rules import KIND_OF_LAYER_TYPE
-from policies.hf.stated import stated_layers
+from policies.hf.stated import STATED, stated_layers
 from policies.hf.towers import count_towers
 from policies.hf.wrappers import unwrap
 from policies.model import LayerShape, ModelShape
@@ -25,7 +25,7 @@ SERVED_IN_HALF = "the checkpoint is in fp32, and is taken to be served in bf16; 
 _ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
-def read(config: Mapping[str, Any], name: str, *, params: int | None = None) -> ModelShape:
+def read(config: Mapping[str, Any], name: str, *, params: int | None = None, counted_by: str = "") -> ModelShape:
     """The shape of the language model that `config` describes, inside whatever wrapper; see `policies.hf.families`.
 
     Weights, cached keys and values have the config's dtype, bf16 when it names none or fp32; what a quantised
@@ -48,11 +48,12 @@ def read(config: Mapping[str, Any], name: str, *, params: int | None = None) -> 
         raise ValueError(
             f"--params {params:,} is of no use: the weights of a {model_type} model are counted; leave it out"
         )
-    keys = make_keys(inner.config, name, model_type, family or Family(), nested=inner.nested)
+    keys = make_keys(inner.config, name, model_type, family or STATED, nested=inner.nested)
     source = f"family table: {model_type}"
     if family is None:
-        source = f"stated by --params; KV from the keys of {shown(model_type)}"
-        family, layers = Family(), stated_layers(keys, params or 0)
+        how = f"counted by {counted_by}" if counted_by else "stated by --params"
+        source = f"{how}; keys and values as the config of a {shown(model_type)} has them"
+        family, layers = STATED, stated_layers(keys, params or 0)
     elif family.layers:
         layers = family.layers(keys, family)
     else:

@@ -11,6 +11,8 @@ from policies.hf.rules import KIND_OF_LAYER_TYPE
 from policies.model import LayerShape
 from policies.shown import shown
 
+STATED = Family(aliases={"kv_channels": "head_dim", "attention_head_dim": "head_dim", "d_kv": "head_dim"})
+
 # Keys of designs that cache something else than keys and values of every token, or a latent.
 _FOREIGN = ("mamba", "ssm", "linear_", "conv", "recurrent", "compress", "kv_shared", "share_kv", "lru_", "rwkv")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

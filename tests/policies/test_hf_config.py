@@ -154,7 +154,7 @@ def test_an_unknown_family_is_never_read_as_a_llama() -> None:
 def test_stated_weights_take_keys_and_values_from_the_config() -> None:
     shape = hf.read({**LLAMA, "model_type": "newllama"}, "m", params=1_000_000)
     assert (shape.params, shape.kv_bytes_per_token) == (1_000_000, read(LLAMA).kv_bytes_per_token)
-    assert shape.source == "stated by --params; KV from the keys of 'newllama'"
+    assert shape.source == "stated by --params; keys and values as the config of a 'newllama' has them"
     in_layers = sum(x.qkv_params + x.out_params + x.mlp_params for x in shape.layers)
     assert in_layers == 1_000_000 - 2 * 100 * 64
 

@@ -48,13 +48,14 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SWITCHES = (
     "attention_bias", "mlp_bias", "use_bias", "bias", "qkv_bias", "use_qkv_bias", "attention_out_bias", "enable_bias",
     "tie_word_embeddings", "use_qk_norm", "qk_layernorm", "mamba_conv_bias", "mamba_proj_bias", "conv_bias",
-    "use_conv_bias", "projectors_bias", "lm_head_bias", "use_expert_bias", "use_shared_attention_adapter", "add_bias_linear",
-    "mamba_rms_norm", "use_parallel_residual", "parallel_attn", "multi_query", "do_layer_norm_before", "use_post_norm",
+    "use_conv_bias", "projectors_bias", "lm_head_bias", "use_expert_bias", "use_shared_attention_adapter",
+    "add_bias_linear", "mamba_rms_norm", "use_parallel_residual", "parallel_attn", "multi_query",
+    "do_layer_norm_before", "use_post_norm",
 )  # fmt: skip
 # Turned over, these make a config of which Transformers itself makes no model, or one without the part.
 LEFT = {
     "kimi_linear": ("tie_word_embeddings",),  # it never ties
-    "nemotron_h": ("tie_word_embeddings", "mamba_proj_bias"),  # nor this; the second is its use_bias
+    "nemotron_h": ("tie_word_embeddings", "mamba_proj_bias"),
     "zamba2": ("tie_word_embeddings",),  # untied, its shared blocks come apart as well
 }  # fmt: skip
 UNBUILT = {
