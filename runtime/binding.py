@@ -33,13 +33,16 @@ class _Open:
 def decoder_of(model: Any) -> Any:
     """The module that is given the cache: of a vision-language model the language model alone.
 
-    Raises ValueError for a model that PyTorch compiles.
+    Raises ValueError for a model that PyTorch compiles, and for one that is training with dropout in its attention.
     """
     if any(_is_compiled(module) for module in model.modules()):
         raise ValueError(
             "the model is compiled (torch.compile), which the runtime does not execute; pass it uncompiled"
         )
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    if model.training and any(getattr(module, "attention_dropout", None) for module in decoder.modules()):
+        raise ValueError("the model is training, with dropout in its attention; call model.eval()")
+    return decoder
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def _watch(decoder: torch.nn.Module) -> Callable[[], None]:
         if cache is not None:
             _check_forward(decoder, given)
             ids = next(x for x in (given.get("input_ids"), given.get("inputs_embeds"), *args[:1]) if x is not None)
-            cache.begin(decoder, *ids.shape[:2])
+            cache.begin(decoder, *ids.shape[:2], given.get("position_ids"))
         elif given.get("use_cache") is not False and not warned and _implementation(decoder) == NAME:
             warned = True
             LOG.warning(
@@ -148,11 +151,13 @@ def _guard(model: Any) -> Callable[[], None]:
                 )
         prepared: dict[str, Any] = prepare(input_ids, *args, **given)
         if isinstance(cache, TieredCache) and prepared.get("past_key_values") is not cache:
-            raise ValueError(
-                f"{type(model).__name__} has put the cache aside at token {input_ids.shape[1]}, where its rotary "
-                "angles change (LongRoPE): what is cached was rotated by others; begin with a prompt beyond that "
-                "length, or stop before it"
-            )
+            if cache.get_seq_length():
+                raise ValueError(
+                    f"{type(model).__name__} has put the cache aside at token {input_ids.shape[1]}, where its rotary "
+                    "angles change (LongRoPE): what is cached was rotated by others; begin with a prompt beyond that "
+                    "length, or stop before it"
+                )
+            prepared["past_key_values"] = cache  # there is nothing in it that could be rotated otherwise
         return prepared
 
     model.prepare_inputs_for_generation = guarded

@@ -77,6 +77,8 @@ class TieredCache(Cache):
         self._awaited: set[int] = set()  # layers that are still to take their tokens in this forward
         self._pending: int | None = None  # the layer whose attention must come next
         self._under_way = False  # a forward has begun and not come to its end
+        self._switch_tokens = _switch_tokens(config)
+        self._beyond: bool | None = None  # whether cached tokens were rotated for contexts beyond those
         self._ended = ""  # why the cache cannot be used any more
         self._lock = threading.RLock()
         self._register(self)
@@ -100,8 +102,8 @@ class TieredCache(Cache):
         """Tokens that the cache has taken; 0 for a model whose layers are all its own."""
         return self.layers[self.own[0]].tokens if self.own else 0
 
-    def begin(self, decoder: torch.nn.Module, batch: int, new: int) -> None:
-        """A forward of the decoder begins, with `new` tokens for each of `batch` sequences.
+    def begin(self, decoder: torch.nn.Module, batch: int, new: int, positions: torch.Tensor | None) -> None:
+        """A forward of the decoder begins, with `new` tokens for each of `batch` sequences, at given positions or next.
 
         Raises ValueError when it cannot go well.
         """
@@ -115,7 +117,22 @@ class TieredCache(Cache):
         self._check_batch(batch)
         if self.own and self.arena.batch:
             self._check_room(self.layers[self.own[0]], new)
+        self._check_switch(new, positions)
         self._under_way, self._awaited, self._pending, self._read = True, set(self.own), None, None
+
+    def _check_switch(self, new: int, positions: torch.Tensor | None) -> None:
+        """Raise ValueError where LongRoPE turns to other angles than those of what is cached."""
+        if self._switch_tokens is None:
+            return
+        last = self.tokens + new if positions is None else int(positions.max()) + 1
+        beyond = last > self._switch_tokens
+        if self.tokens and beyond != (self.tokens > self._switch_tokens if self._beyond is None else self._beyond):
+            raise ValueError(
+                f"the cached tokens were rotated for contexts of {'more than' if not beyond else 'at most'} "
+                f"{self._switch_tokens} tokens and the new ones would be for others (LongRoPE has two sets of "
+                "factors); begin with a prompt beyond that length, or stop before it"
+            )
+        self._beyond = beyond
 
     def finish(self) -> None:
         """The decoder has come to the end of a forward.
@@ -473,6 +490,14 @@ class TieredCache(Cache):
             rotary.drop(gone)
         if self._real is not None:
             self._real = self._real[:, : layer.tokens]
+
+
+def _switch_tokens(config: Any) -> int | None:
+    """The context from which on LongRoPE rotates by its long factors; None for a model without them."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]  # one for all layers, or by type
+    long = (table for table in tables if table.get("rope_type") == "longrope")
+    return next((table.get("original_max_position_embeddings") for table in long), None)
 
 
 def _leaf(terms: Terms, prompt: int, layer: int) -> tuple[Policy, Method]:
