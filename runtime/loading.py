@@ -1,7 +1,7 @@
 """Loads a model from a folder of this machine: no download, no code from the folder, no pickle."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,19 +13,25 @@ from transformers.utils import logging
 from policies.hf.local_cache import cached_folder, is_hub_name
 from runtime.arena import DTYPES
 from runtime.needle import expand
+from runtime.needle.kept import kept
 
 NEEDLE = "needle-28m"
 
 
 @contextmanager
 def model_folder(where: str) -> Iterator[Path]:
-    """The folder `where`, one of Hugging Face's local cache by ORG/NAME, or that of needle-28m, unpacked meanwhile.
+    """The folder `where`, one of Hugging Face's local cache by ORG/NAME, or that of needle-28m.
 
-    Raises ValueError when there is no model.
+    That one is kept in the user's cache, or unpacked for as long as the context lasts where there is none. Raises
+    ValueError when there is no model.
     """
     if where == NEEDLE:
-        with TemporaryDirectory(prefix=NEEDLE) as unpacked:
-            yield expand(Path(unpacked))
+        with ExitStack() as stack:
+            try:
+                unpacked = kept()
+            except OSError:  # no cache that can be written
+                unpacked = expand(Path(stack.enter_context(TemporaryDirectory(prefix=NEEDLE))))
+            yield unpacked
         return
     folder = Path(where)
     if is_hub_name(where) and not folder.exists():

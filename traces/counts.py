@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traces.npz import read_npz
+from traces.replacing import replacing
 
 Whole = NDArray[np.int64]
 # `first_prompt_tokens`: the prompt of the sequence's first turn, which settles what a policy does with it.
@@ -55,11 +56,11 @@ class Recording:
         return totals
 
     def save(self, path: Path) -> None:
-        """Write the recording to `path`."""
+        """Write the recording to `path`, whole or not at all."""
         arrays = {"steps": self.steps}
         for name, drawn in self.counts.items():
             arrays |= {f"{name}.{part}": array for part, array in zip(FIELDS, drawn, strict=True)}
-        with path.open("wb") as file:
+        with replacing(path) as file:
             np.savez_compressed(file, allow_pickle=False, **arrays)
 
     @classmethod

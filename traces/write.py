@@ -6,9 +6,6 @@ import csv
 import gzip
 import io
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +13,7 @@ import numpy as np
 
 from traces import mooncake, tabular
 from traces.blocks import block_tokens_of, with_tail
+from traces.replacing import replacing
 from traces.schema import Floats, Trace, TraceError
 from traces.table import SUFFIXES
 from traces.units import EPOCH_S, UNITS_PER_S, milliseconds_or_ask
@@ -34,7 +32,7 @@ def write(trace: Trace, path: str | Path, *, overwrite: bool = False) -> None:
         raise TraceError(f"{path}: unknown file type; use one of {', '.join(SUFFIXES)}")
     if path.exists() and not overwrite:
         raise TraceError(f"{path}: exists already; choose another name, or say overwrite")
-    with _replacing(path) as stream:
+    with replacing(path) as stream:
         if path.suffix == ".parquet":
             _write_parquet(trace, stream)
         elif path.suffix == ".gz":
@@ -42,18 +40,6 @@ def write(trace: Trace, path: str | Path, *, overwrite: bool = False) -> None:
                 _write_text(trace, packed, path.suffixes[-2])
         else:
             _write_text(trace, stream, path.suffix)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream to a temporary neighbour of `path` that takes its place only when all was written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_text(trace: Trace, stream: Any, suffix: str) -> None:

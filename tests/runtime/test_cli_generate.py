@@ -71,6 +71,25 @@ def test_figures_and_recording(
     assert in_chunks["moved_bytes"]["ddr->hbm"] == 3 * 128 * (fetched + 9 + 18)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "is a folder; name a file in it"),
+        ("none/run.npz", "No such file or directory; name a file in a folder that takes one"),
+        ("prompt.txt/run.npz", "Not a directory; name a file in a folder that takes one"),
+    ],
+)
+def test_a_recording_that_could_not_be_written_is_refused_first(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompt.txt").write_text("a b c")
+    args = ("--prompt-file", str(tmp_path / "prompt.txt"), "--model", "none", "--counts-out", str(tmp_path / name))
+    assert main(["generate", *args]) == 2  # before the model is looked for, which there is none of
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --counts-out {tmp_path / name}")
+    assert err.endswith(f"{message}\n")
+
+
 def test_what_a_group_reads_together(
     tiny_llama: Path, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
