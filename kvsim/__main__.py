@@ -50,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _explain(error: ValueError | OSError | MemoryError) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) and not (type(error) is MemoryError and error.args):  # where no words are ours
         return "this takes more memory than there is; ask for fewer requests (--limit), seeds, GPUs or tokens"
     if isinstance(error, UnicodeEncodeError):
         return f"{shown(error.object)} holds lone surrogates or bytes that are no Unicode text; write it in UTF-8"
