@@ -6,11 +6,13 @@ Format: ai-dynamo/aiperf, `examples/artifacts/run1/profile_export.jsonl` at comm
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from traces.checks import Rows
+from traces.deltas import are_deltas, checked_turns, turns_before, whole
 from traces.schema import Trace
 from traces.table import Table
 from traces.tabular import finish
@@ -30,7 +32,17 @@ def is_aiperf(table: Table) -> bool:
     return any(isinstance(cell, dict) and known & set(cell) for cell in table.columns["metrics"])
 
 
-def load(table: Table, *, name: str, skip_bad_rows: bool = False) -> Trace:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """`turns` says whether the lengths of a session's turns are those of `whole` prompts or a `delta`."""
+
+    turns: str = ""
+
+    def __post_init__(self) -> None:
+        checked_turns(self.turns)
+
+
+def load(table: Table, options: Options, *, name: str, skip_bad_rows: bool = False) -> Trace:
     """The profiled requests, the first one sent at time 0; the warm-up is left out, a failed request is a bad row."""
     metadata, metrics = (table.columns[field] for field in COLUMNS)
     errors = table.columns.get("error", [None] * len(table.lines))
@@ -52,6 +64,10 @@ def load(table: Table, *, name: str, skip_bad_rows: bool = False) -> Trace:
     requests.columns["session"] = [_of(cell, SESSION) if several else None for cell in metadata]
     first_ns = int(times_ns[rows.keep()].min())
     notes = [f"time 0 is {np.datetime64(first_ns, 'ns')} UTC"]
+    before = turns_before(rows.sessions("session"))
+    if options.turns == "delta" or (not options.turns and are_deltas(rows, prompt, output, [], before)):
+        prompt = whole(rows, LENGTHS[0], prompt, output, before, [])
+        notes.append("lengths are those of the messages: prompts are that and all turns and answers before")
     if warm.any():
         notes.append(f"{int(warm.sum())} requests of the warm-up were left out")
     arrival_s = (times_ns - first_ns) / 1e9

@@ -57,8 +57,10 @@ def are_deltas(rows: Rows, prompt: Ints, output: Ints, ids: list[Ints], before: 
     )
 
 
-def whole(rows: Rows, prompt: Ints, output: Ints, ids: list[Ints], block_tokens: int, before: Ints) -> Ints:
-    """The lengths of whole prompts; with blocks, `ids` become those of whole prompts too.
+def whole(
+    rows: Rows, field: str, prompt: Ints, output: Ints, before: Ints, ids: list[Ints], block_tokens: int = 0
+) -> Ints:
+    """The lengths of whole prompts from those in a field; with blocks, `ids` become those of whole prompts too.
 
     Blocks of a first turn keep their ids, also a partial tail. Those behind have ids of their session alone, since an
     id stands for all that is before it; tails have none. A turn behind one that is bad is bad.
@@ -69,10 +71,8 @@ def whole(rows: Rows, prompt: Ints, output: Ints, ids: list[Ints], block_tokens:
         if j >= 0:
             lengths[i] = min(lengths[j] + int(output[j]) + int(prompt[i]), 2 * MAX_TOKENS)
             lost[i] = lost[j] or not good[j]
-    rows.reject("input_length", lost, "follows a turn of its session that is bad; correct that one or skip bad rows")
-    rows.reject(
-        "input_length", lengths > MAX_TOKENS, f"makes a prompt of more than {MAX_TOKENS:,} tokens with its turns"
-    )
+    rows.reject(field, lost, "follows a turn of its session that is bad; correct that one or skip bad rows")
+    rows.reject(field, lengths > MAX_TOKENS, f"makes a prompt of more than {MAX_TOKENS:,} tokens with its turns")
     if not block_tokens:
         return lengths
     full = lengths // block_tokens

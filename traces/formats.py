@@ -128,9 +128,10 @@ FORMATS = (
         recognised_by="metadata, metrics.input_sequence_length",
         times="nanoseconds since 1970",
         blocks=NONE,
-        refused="failed and cancelled requests",
+        refused="failed and cancelled requests; turns in doubt",
         matches=lambda table, _found: aiperf.is_aiperf(table),
         load=aiperf.load,
+        options=aiperf.Options,
     ),
     Format(
         name="OpenTelemetry spans",

@@ -137,7 +137,7 @@ def _whole_prompts(
         block_tokens = block_tokens or tabular.block_of(rows, prompt[good], counts[good], BLOCK_TOKENS)
         rows.block_ids("hash_ids", ids, prompt, block_tokens)
         note = f"{note}; hash_ids are of {block_tokens} tokens"
-    lengths = whole(rows, prompt, output, ids, block_tokens if has_ids else 0, before)
+    lengths = whole(rows, COLUMNS.prompt, prompt, output, before, ids, block_tokens if has_ids else 0)
     if has_ids:
         rows.table.columns["hash_ids"] = ids
     return lengths, block_tokens, (note,)

@@ -323,6 +323,17 @@ CASES = {
         [8, 9, 7],
         {"session": [1, 0, 0], "skipped_rows": 1},
     ),
+    "aiperf_turns.jsonl:turns=delta": (
+        lines(
+            aiperf(S * 10**9, 100, 9, whose="b"),
+            aiperf(S * 10**9 + 5, 30, 8, turn=1, whose="b"),
+            aiperf(S * 10**9 + 10**9, 7, 6, turn=2, whose="b"),
+        ),
+        [0.0, 5e-9, 1.0],
+        [100, 139, 154],
+        [9, 8, 6],
+        {"session": [0, 0, 0]},
+    ),
     # As version 0.1 wrote them.
     "aiperf_0.1.jsonl": (
         lines(
@@ -554,6 +565,7 @@ ASKED = {
     "llmperf.json:time_unit=s": r"unknown trace option key 'time_unit'",
     "azure.csv:time_unit=s": r"takes no options, got 'time_unit'",
     "dynamo.jsonl:rate_rps=1": r"rate_rps=1: its arrivals are recorded; leave it out",
+    "aiperf_turns.jsonl": r"could be whole prompts or only what is new in each; say which .*turns=whole or turns=delta",
     "deltas.jsonl:turns=half": r"turns=half: must be whole .* or delta",
     "epoch.jsonl:turns=whole": r"turns=whole: there is no column session_id or delay",
     "dynamo.jsonl:time_unit=h": r"time_unit=h: must be one of s, ms, us, ns",
