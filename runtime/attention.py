@@ -84,7 +84,7 @@ def mask(
     What is not merely causal (windows, chunks, packed sequences) keeps the mask of scaled dot product attention. Raises
     ValueError for a mask of fewer tokens than there are.
     """
-    if local_size is None and mask_function is causal_mask_function:
+    if local_size is None and mask_function is causal_mask_function and not kv_offset:
         if attention_mask is None or (q_length > 1 and bool(attention_mask.all())):
             return None
         return attention_mask[:, None, None, :kv_length].bool()

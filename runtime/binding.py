@@ -6,7 +6,7 @@ one takes away.
 
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -46,8 +46,10 @@ def decoder_of(model: Any) -> Any:
 
 
 @contextmanager
-def bound(model: Any, *, angles: bool) -> Iterator[None]:
-    """Let the decoder of `model` attend through the runtime inside this context; `angles`: caches hear how it rotates.
+def bound(model: Any, rotating: Mapping[int, str]) -> Iterator[None]:
+    """Let the decoder of `model` attend through the runtime inside this context.
+
+    Caches hear how attention modules rotate: `rotating` has their names in `model` by layer of the cache.
 
     Raises ValueError for a decoder whose attention cannot be replaced.
     """
@@ -60,8 +62,8 @@ def bound(model: Any, *, angles: bool) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, GenerationMixin):
                 stack.enter_context(_installed("generate", module, partial(_guard, module)))
-        if angles:
-            stack.enter_context(_installed("angles", decoder, lambda: _listen(decoder)))
+        if rotating:
+            stack.enter_context(_installed("angles", decoder, lambda: _listen(model, rotating)))
         yield
 
 
@@ -171,16 +173,22 @@ def _guard(model: Any) -> Callable[[], None]:
     return undo
 
 
-def _listen(decoder: torch.nn.Module) -> Callable[[], None]:
+def _listen(model: torch.nn.Module, rotating: Mapping[int, str]) -> Callable[[], None]:
     """Pass on the angles that each attention module gets."""
 
-    def hear(module: torch.nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
-        cache, angles = given.get("past_key_values"), angles_of(given.get("position_embeddings"))
-        if isinstance(cache, TieredCache) and angles is not None:
-            cache.angles(module.layer_idx, *angles)
+    def hear(layer: int, _module: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        cache = _cache_among(args, given)
+        if cache is None:
+            return
+        handed = [given["position_embeddings"]] if "position_embeddings" in given else args
+        angles = next((found for part in handed if (found := angles_of(part)) is not None), None)
+        if angles is not None:
+            cache.angles(layer, *angles)
 
-    modules = (m for m in decoder.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention"))
-    hooks = [module.register_forward_pre_hook(hear, with_kwargs=True) for module in modules]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(hear, layer), with_kwargs=True)
+        for layer, name in rotating.items()
+    ]
     return lambda: [hook.remove() for hook in hooks] and None
 
 

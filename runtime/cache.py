@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from policies import Full, LayerPlan, ModelShape, Policy, Step, plan_ends, plan_layer, settle
 from policies.plan import Buffer, Tier, stored_bytes
@@ -19,6 +19,7 @@ from runtime.arena import DTYPES, Arena
 from runtime.call import Call, Handed, Method
 from runtime.executor import Executor
 from runtime.footprint import Footprint
+from runtime.hybrid import TieredHybridLayer
 from runtime.layer import TieredLayer
 from runtime.masks import Seen, read_mask
 from runtime.memory import check_fits
@@ -62,8 +63,7 @@ class TieredCache(Cache):
         self.terms, self.device, self.prompt_tokens = terms, device, prompt_tokens
         layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in terms.seen]
         self.own = own_layers(terms.seen)
-        own = {i: TieredLayer(self, i, *_leaf(terms, LONG_PROMPT, i)) for i in self.own}
-        super().__init__(layers=[own.get(i, layer) for i, layer in enumerate(layers)])
+        super().__init__(layers=[self._own(i, x) if i in self.own else x for i, x in enumerate(layers)])
         self.executor = Executor(device, terms.mover)
         self.arena: Arena = Arena(device, 0, terms.footprint)
         self.max_tokens = 0
@@ -82,6 +82,12 @@ class TieredCache(Cache):
         self._ended = ""  # why the cache cannot be used any more
         self._lock = threading.RLock()
         self._register(self)
+
+    def _own(self, index: int, stock: Any) -> TieredLayer:
+        leaf = _leaf(self.terms, LONG_PROMPT, index)
+        if isinstance(stock, LinearAttentionAndFullAttentionLayer):
+            return TieredHybridLayer(self, index, *leaf, number_of_states=stock.number_of_states)
+        return TieredLayer(self, index, *leaf)
 
     # -- use -----------------------------------------------------------------------------------------------------
 

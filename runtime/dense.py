@@ -7,17 +7,28 @@ from runtime.call import Call
 from runtime.kernels.attention import causal_mask, merge, partial_attention
 
 
-def split(kv: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values, each (batch, kv_heads, tokens, head_dim), of a buffer (batch, rows, 2, kv_heads, head_dim)."""
-    keys, values = kv[:, :tokens].unbind(2)
+def split(kv: torch.Tensor, tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values, each (batch, kv_heads, tokens, its dimensions), as views of a buffer whose rows are `join`'s."""
+    kv = kv[:, :tokens]
+    keys, values = kv.unbind(2) if kv.dim() == 5 else (kv[..., :head_dim], kv[..., head_dim:])
     return keys.transpose(1, 2), values.transpose(1, 2)
 
 
+def join(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Rows of a cache: (batch, tokens, 2, kv_heads, head_dim), or, where values have other dimensions, (..., both).
+
+    Keys and values are (batch, kv_heads, tokens, dimensions); the latter rows (batch, tokens, kv_heads, dimensions).
+    """
+    if keys.shape[3] == values.shape[3]:
+        return torch.stack([keys, values], dim=2).permute(0, 3, 2, 1, 4)
+    return torch.cat([keys, values], dim=3).transpose(1, 2)
+
+
 def write(kv: torch.Tensor, call: Call, first: int) -> None:
-    """Put the call's new tokens into a buffer (batch, rows, 2, kv_heads, head_dim) from row `first` on."""
+    """Put the call's new tokens into a buffer of `join`'s rows from row `first` on."""
     rows = kv[:, first : first + call.step.new_tokens]
-    rows[:, :, 0].copy_(call.new_k.transpose(1, 2))
-    rows[:, :, 1].copy_(call.new_v.transpose(1, 2))
+    for part, new in zip(split(rows, call.step.new_tokens, call.shape.head_dim), (call.new_k, call.new_v), strict=True):
+        part.copy_(new)
 
 
 def append_raw(call: Call) -> None:

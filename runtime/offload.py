@@ -19,6 +19,7 @@ from runtime.methods import method_of
 from runtime.mover import Mover
 from runtime.probe import probe
 from runtime.recorder import Recorder
+from runtime.rotary import UNROTATED
 from runtime.saved import load_cache, save_cache
 from runtime.shapes import shape_of
 from traces.counts import Recording
@@ -125,10 +126,10 @@ def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterat
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     kv = Offload(model, policy, max_new_tokens)
-    unrotates = _bind(kv)
+    rotating = _bind(kv)
     _say_if_idle(kv)
     try:
-        with bound(model, angles=unrotates):
+        with bound(model, rotating):
             try:
                 yield kv
             finally:
@@ -141,17 +142,17 @@ def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterat
         ) from error
 
 
-def _bind(kv: Offload) -> bool:
+def _bind(kv: Offload) -> dict[int, str]:
     """Check that every layer that holds all tokens can follow the policy, and that its method executes its plans.
 
-    Returns whether any of them needs keys before their rotation.
+    Returns the attention modules that rotate keys, by layer, when any of them needs keys before their rotation.
     """
     unrotates = False
     for layer, seen in enumerate(kv.seen):
-        if seen.kind != "full":
-            continue
         if seen.refusal:
             raise ValueError(f"{kv.shape.name}: layer {layer} {seen.refusal}; the runtime has no method for it")
+        if seen.kind != "full" or seen.shared:
+            continue
         prompt = LONG_PROMPT
         for step in (Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt), Step.decoding(prompt, 1)):
             plan = plan_layer(kv.policy, kv.shape, step, layer)
@@ -164,7 +165,8 @@ def _bind(kv: Offload) -> bool:
                     "rotates them was not recognised: not in halves, nor in pairs, by angles that the model hands over"
                 )
             unrotates |= method.unrotates
-    return unrotates
+    rotating = {i: seen.module for i, seen in enumerate(kv.seen) if seen.rotation not in (None, UNROTATED)}
+    return rotating if unrotates else {}
 
 
 def _say_if_idle(kv: Offload) -> None:

@@ -8,6 +8,7 @@ model's own code does. A layer of which anything else is true cannot follow a po
 import inspect
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 from transformers.masking_utils import eager_mask
 
 from runtime.kernels.attention import merge, partial_attention
@@ -27,6 +28,7 @@ from runtime.rotary import ROTATIONS, UNROTATED, Rotation, angles_of, unrotate
 NAME = "kvsim_probe"
 TOKENS = 6  # of the forward: fewer than any window, enough to tell one rotation from another
 WITNESS = "_kvsim_witness"  # attribute of the keys that a layer of the probe's cache hands on
+HIDDEN = -1e4  # an additive mask hides what it adds this much or less to
 TAKEN = frozenset({"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "s_aux"})
 
 
@@ -61,12 +63,14 @@ class _Witness:
     values: Tensor | None = None
     modules: list[nn.Module] = field(default_factory=list)
     heads: int = 0
+    differs: str = ""  # from attention as the runtime computes it
     refusal: str = ""
 
 
 _PROBED: "WeakKeyDictionary[nn.Module, tuple[str, tuple[SeenLayer, ...]]]" = WeakKeyDictionary()
 _LOCK = threading.RLock()
-_NOW = threading.local()  # `strangers`: modules that have called attention with keys of no cache layer
+# `strangers`: how attention to keys of no cache layer differs from the runtime's; `masks`: what was made, by address.
+_NOW = threading.local()
 
 
 def probe(model: Any) -> tuple[SeenLayer, ...]:
@@ -101,7 +105,12 @@ def _probe(model: Any) -> tuple[SeenLayer, ...]:
         if hasattr(layer, "update"):
             layer.update = partial(_update, witness, layer.update)
     heard = _forward(model, cache)
+    if differs := next(filter(None, _NOW.strangers), ""):
+        raise ValueError(f"{config.model_type}: attention to keys that are not the cache's {differs}")
     names = {module: name for name, module in model.named_modules()}
+    served = Counter(module for witness in witnesses for module in set(witness.modules))
+    for module in [module for module, layers in served.items() if layers > 1]:
+        heard.pop(module, None)  # its angles cannot be told apart by layer
     return tuple(
         _seen(layer, witness, heard, cache, names) for layer, witness in zip(cache.layers, witnesses, strict=True)
     )
@@ -122,8 +131,9 @@ def _forward(model: Any, cache: DynamicCache) -> _Heard:
         if not isinstance(module, nn.ModuleList) and hasattr(module, "layer_idx")
     ]
     decoder = model.get_decoder()
+    decoder = decoder if hasattr(decoder, "set_attn_implementation") else model
     ids = _harmless_ids(model.config).to(model.device)
-    _NOW.strangers = []
+    _NOW.strangers, _NOW.masks = [], {}
     try:
         with _bound(decoder), torch.no_grad(), torch.random.fork_rng(_devices(model)):
             decoder(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
@@ -160,7 +170,7 @@ def _devices(model: Any) -> list[torch.device]:
 @contextmanager
 def _bound(decoder: Any) -> Iterator[None]:
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     before = decoder.config._attn_implementation  # noqa: SLF001 - there is no public way to read it
     decoder.set_attn_implementation(NAME)
     try:
@@ -184,27 +194,46 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own eager attention, compared with what the runtime would compute of the same."""
     witness = getattr(key, WITNESS, None)
-    if witness is None:
-        _NOW.strangers.append(module)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    named = set(inspect.signature(eager).parameters) if eager else set()
-    unknown = sorted(name for name in named - TAKEN if given.get(name) is not None)
     ours = _plain(query, key, value, attention_mask, given)
-    theirs = ours if eager is None else eager(module, query, key, value, attention_mask, **given)[0]
-    if witness is not None:
-        witness.modules.append(module)
-        witness.heads = query.shape[1]
-        if value is not witness.values:
-            witness.refusal = "attends to other values than it caches"
-        elif not getattr(module, "is_causal", True):
-            witness.refusal = "attends to tokens after its own"
-        elif unknown:
-            witness.refusal = f"gives attention {', '.join(unknown)}, which no policy's kernels take"
-        elif eager is None:
-            witness.refusal = "has no eager attention to compare the runtime's with"
-        elif not _alike(ours, theirs):
-            witness.refusal = "attends in another way than softmax(scale q k) v with soft caps and sinks"
+    if eager is None:
+        theirs, differs = ours, "has no eager attention to compare the runtime's with"
+    else:
+        theirs = eager(module, query, key, value, attention_mask, **given)[0]
+        named = set(inspect.signature(eager).parameters) - TAKEN
+        unknown = sorted(name for name in named if given.get(name) is not None)
+        unknown += ["a mask that adds to scores"] if _biased(attention_mask) else []
+        unknown += ["a mask that the model has changed"] if _changed(attention_mask) else []
+        differs = "" if _alike(ours, theirs) else "attends in another way than softmax(scale q k) v with caps and sinks"
+        differs = f"gives attention {', '.join(unknown)}, which no policy's kernels take" if unknown else differs
+    if witness is None:
+        _NOW.strangers.append(differs)
+        return theirs, None
+    witness.modules.append(module)
+    witness.heads = query.shape[1]
+    witness.differs = witness.differs or differs
+    if value is not witness.values:
+        witness.refusal = "attends to other values than it caches"
+    elif not getattr(module, "is_causal", True):
+        witness.refusal = "attends to tokens after its own"
     return theirs, None
+
+
+def _biased(mask: Tensor | None) -> bool:
+    """Whether a mask does more than hide or show."""
+    return mask is not None and mask.is_floating_point() and bool(((mask != 0) & (mask > HIDDEN)).any())
+
+
+def _changed(mask: Tensor | None) -> bool:
+    """Whether a mask is not what `_mask` has made, or a view of it."""
+    return mask is not None and mask.untyped_storage().data_ptr() not in _NOW.masks
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    made: Tensor | None = eager_mask(*args, **kwargs)
+    if made is not None:
+        _NOW.masks[made.untyped_storage().data_ptr()] = made
+    return made
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given: dict[str, Any]) -> Tensor:
@@ -239,13 +268,17 @@ def _seen(layer: Any, witness: _Witness, heard: _Heard, cache: DynamicCache, nam
         shape["heads"] = witness.heads or kv_heads
     if witness.modules:
         shape["module"] = names.get(witness.modules[0], "")
-    if type(layer) is not DynamicLayer:
+    shape["refusal"] = witness.differs
+    if type(layer) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         states = [*_tensors(getattr(layer, "conv_states", None)), *_tensors(getattr(layer, "recurrent_states", None))]
         window = getattr(layer, "sliding_window", None)
         if window and not states:
             return SeenLayer(kind="sliding", window_tokens=window, **shape)
-        return SeenLayer(kind="linear", state_elements=sum(state[0].numel() for state in states), **shape)
-    shape["refusal"] = witness.refusal or _refusal(witness)
+        if not isinstance(layer, DynamicLayer) or window:
+            return SeenLayer(kind="linear", state_elements=sum(state[0].numel() for state in states), **shape)
+        kept = type(layer).__name__
+        shape["refusal"] = f"keeps more than keys and values (a {kept}), which no policy places"
+    shape["refusal"] = shape["refusal"] or witness.refusal or _refusal(witness)
     shape["shared"] = len(set(witness.modules)) > 1
     if not shape["refusal"]:
         shape["rotation"] = _rotation(witness.modules[0], heard, cache)
@@ -294,10 +327,10 @@ def _rotation(module: nn.Module, heard: _Heard, cache: DynamicCache) -> Rotation
     for name, value in arguments.items():
         if value is cache:
             arguments[name] = keys
-        elif name == "hidden_states":
-            arguments[name] = value[:, :1].expand_as(value).contiguous()
         elif name == "position_embeddings":
             arguments[name], angles = _stretched(value)
+        elif isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():  # hidden states
+            arguments[name] = value[:, :1].expand_as(value).contiguous()
     try:
         with torch.no_grad():
             module.forward(**arguments)
@@ -321,7 +354,7 @@ def _by_name(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) ->
 
 
 def _undoes(rotation: Rotation, keys: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    cos, sin = rotation.full(cos)[:, None], rotation.full(sin)[:, None]
+    cos, sin = (table[:, None] for table in rotation.full(cos, sin))
     if cos.shape[-1] > keys.shape[-1] or cos.shape[-1] % 2:
         return False
     return _equal_rows(unrotate(keys.float(), cos, sin, pairs=rotation.pairs))

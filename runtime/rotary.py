@@ -17,14 +17,19 @@ class Rotation:
 
     `pairs`: neighbours are rotated, (x0, x1), (x2, x3), ..., as in RoFormer; else halves, x_i with x_(i + width / 2),
     as in GPT-NeoX. `table` says what the last dimension of a cosine holds: `half` (each angle once), `doubled` (all
-    angles, then all again), `interleaved` (each angle twice in a row), or `none`: nothing is rotated.
+    angles, then all again), `interleaved` (each angle twice in a row), or `none`: nothing is rotated. `backwards`: by
+    the negative angles.
     """
 
     pairs: bool = False
     table: str = "doubled"
+    backwards: bool = False
 
-    def full(self, table: Tensor) -> Tensor:
-        """A model's cosines or sines, one for each rotated dimension: (batch or 1, tokens, rotated dimensions)."""
+    def full(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """A model's cosines and sines, one for each rotated dimension: (batch or 1, tokens, rotated dimensions)."""
+        return self._full(cos), -self._full(sin) if self.backwards else self._full(sin)
+
+    def _full(self, table: Tensor) -> Tensor:
         if self.table == "none":
             return table[..., :0]
         if self.table == ("interleaved" if self.pairs else "doubled"):
@@ -37,7 +42,12 @@ class Rotation:
 
 
 UNROTATED = Rotation(table="none")
-ROTATIONS = tuple(Rotation(pairs=p, table=t) for p in (False, True) for t in ("doubled", "interleaved", "half"))
+ROTATIONS = tuple(
+    Rotation(pairs=pairs, table=table, backwards=backwards)
+    for backwards in (False, True)
+    for pairs in (False, True)
+    for table in ("doubled", "interleaved", "half")
+)
 
 
 def angles_of(position_embeddings: Any) -> tuple[Tensor, Tensor] | None:
@@ -65,7 +75,7 @@ class Rotary:
 
     def extend(self, cos: Tensor, sin: Tensor) -> None:
         """Take the angles of new tokens, (batch or 1, new_tokens, dimensions of the model's table)."""
-        self.restore(self.rotation.full(cos), self.rotation.full(sin))
+        self.restore(*self.rotation.full(cos, sin))
 
     def restore(self, cos: Tensor, sin: Tensor) -> None:
         """Take the angles of more tokens, (batch or 1, tokens, rotated dimensions), as `so_far` gives them."""

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from policies import describe
 from runtime.cache import TieredCache, TieredLayer
+from runtime.hybrid import TieredHybridLayer
 from runtime.rotary import Rotary
 
 FORMAT = "kvsim-cache-1"  # the key of the metadata
@@ -35,6 +36,8 @@ def save_cache(cache: TieredCache, model: Any, path: Path) -> None:
     stock: dict[str, int] = {}
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(cache.layers):
+        if isinstance(layer, TieredHybridLayer):
+            raise ValueError(f"layer {index} keeps a state beside its keys and values, which cannot be saved")
         if isinstance(layer, TieredLayer):
             if not layer.is_initialized or layer.tokens < layer.first_prompt_tokens:
                 raise ValueError(f"layer {index} has not finished its prompt; process all of it before saving")

@@ -17,5 +17,5 @@ def _append(call: Call) -> None:
 
 
 def _attend(call: Call) -> None:
-    keys, values = split(call.state["kv"], call.step.tokens)
+    keys, values = split(call.state["kv"], call.step.tokens, call.shape.head_dim)
     call.out = attend(call, keys, values, call.mask)

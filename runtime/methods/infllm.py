@@ -8,7 +8,7 @@ from torch import Tensor
 
 from policies import InfLLM, Policy, Step
 from runtime.call import Call, Method, Piece
-from runtime.dense import split
+from runtime.dense import join, split
 from runtime.kernels.attention import attention_mass, merge, partial_attention, partial_attention_at
 from runtime.kernels.select import top_ids
 from runtime.rotary import rotate, unrotate
@@ -99,7 +99,7 @@ class _Layer:
         for keys, values, mask in self._local(call):
             parts.append(partial_attention(call.q, keys, values, scale=call.scale, mask=mask, softcap=call.softcap))
         for rows, mask in self._outside(call, places) if places.leaves else ():
-            keys, values = split(rows, rows.shape[1])
+            keys, values = split(rows, rows.shape[1], call.shape.head_dim)
             query = self._far_query(call)
             parts.append(partial_attention(query, keys, values, scale=call.scale, mask=mask, softcap=call.softcap))
         call.scratch["outs"], call.scratch["lses"] = (torch.stack(x) for x in zip(*parts, strict=True))
@@ -111,7 +111,7 @@ class _Layer:
         parts = list(zip(call.scratch["outs"], call.scratch["lses"], strict=True))
         if "ids" in call.scratch:
             cached = call.state["cached"].flatten(1, 2)
-            keys, values = split(cached, cached.shape[1])
+            keys, values = split(cached, cached.shape[1], call.shape.head_dim)
             rows = self._cached_rows(call)[:, None].expand(-1, keys.shape[1], -1)
             query = self._far_query(call)
             parts.append(partial_attention_at(query, keys, values, rows, scale=call.scale, softcap=call.softcap))
@@ -137,7 +137,7 @@ class _Layer:
             self._store_tail(call, places)
         kept = torch.arange(max(past, tokens - self.window), tokens, device=call.q.device)
         rows, new = kept % self.window, kept - past
-        call.state["local"][:, rows] = torch.stack([call.new_k, call.new_v], dim=3)[:, :, new].permute(0, 2, 3, 1, 4)
+        call.state["local"][:, rows] = join(call.new_k[:, :, new], call.new_v[:, :, new])
         call.state["mass"][:, rows] = call.scratch["new_mass"][:, new]
 
     def represent(self, call: Call) -> None:
@@ -148,7 +148,8 @@ class _Layer:
         real = (token >= call.first()[:, None]).unflatten(1, (blocks, size))
         mass = call.scratch["closing_mass"].masked_fill(~real[..., None], -torch.inf).mT
         best = top_ids(mass, self.policy.representative_tokens)  # (batch, blocks, heads, representative_tokens)
-        keys = closing[:, :, :, 0].transpose(2, 3).repeat_interleave(group, dim=2).float()
+        keys, _ = split(closing.flatten(1, 2), blocks * size, call.shape.head_dim)
+        keys = keys.unflatten(2, (blocks, size)).transpose(1, 2).repeat_interleave(group, dim=2).float()
         chosen = keys.gather(3, best.clamp(min=0)[..., None].expand(-1, -1, -1, -1, keys.shape[-1]))
         there = (best >= 0)[..., None]
         means = (chosen * there).sum(dim=3) / there.sum(dim=3).clamp(min=1)
@@ -177,7 +178,8 @@ class _Layer:
         new = torch.arange(past, tokens, device=call.q.device)
         first = call.first()[:, None, None, None]
         found = []
-        for token, (keys, values) in ((before, split(call.state["local"], held)), (new, (call.new_k, call.new_v))):
+        old = split(call.state["local"], held, call.shape.head_dim)
+        for token, (keys, values) in ((before, old), (new, (call.new_k, call.new_v))):
             if len(token):
                 near = (token <= new[:, None]) & (token > new[:, None] - self.window)
                 found.append((keys, values, near & (token >= first)))
@@ -203,15 +205,16 @@ class _Layer:
         return found
 
     def _leaving(self, call: Call, places: _Places) -> Tensor:
-        """What leaves the window in this step, keys turned back: (batch, tokens, 2, kv_heads, head_dim)."""
+        """What leaves the window in this step, keys turned back: (batch, tokens, *row_shape)."""
         if "leaving" not in call.scratch:
             past = call.step.past_tokens
             old = torch.arange(places.left, min(past, places.leaves), device=call.q.device)
             new = slice(0, max(0, places.leaves - past))
-            fresh = torch.stack([call.new_k[:, :, new], call.new_v[:, :, new]], dim=3).permute(0, 2, 3, 1, 4)
+            fresh = join(call.new_k[:, :, new], call.new_v[:, :, new])
             rows = torch.cat([call.state["local"][:, old % self.window], fresh], dim=1)
             token = torch.arange(places.left, places.leaves, device=call.q.device)[None]
-            rows[:, :, 0] = unrotate(rows[:, :, 0], *_angles(call, token, heads_at=2), pairs=call.pairs)
+            keys, _ = split(rows, rows.shape[1], call.shape.head_dim)
+            keys.copy_(unrotate(keys, *_angles(call, token), pairs=call.pairs))
             call.scratch["leaving"] = rows
         return call.scratch["leaving"]
 
@@ -221,8 +224,8 @@ class _Layer:
             step, first = call.step, call.first()[:, None]
             own = torch.arange(step.past_tokens, step.tokens, device=call.q.device)[None]
             end = (first + self.window - 1).clamp(max=step.tokens - 1)  # a shorter sequence has nothing outside
-            plain = unrotate(call.q, *_angles(call, own, heads_at=1), pairs=call.pairs)
-            call.scratch["far_query"] = rotate(plain, *_angles(call, end, heads_at=1), pairs=call.pairs)
+            plain = unrotate(call.q, *_angles(call, own), pairs=call.pairs)
+            call.scratch["far_query"] = rotate(plain, *_angles(call, end), pairs=call.pairs)
         return call.scratch["far_query"]
 
     def _cached_rows(self, call: Call) -> Tensor:
@@ -277,9 +280,9 @@ def _padded(values: Tensor) -> Tensor:
     return torch.nn.functional.pad(values, (0, 1))
 
 
-def _angles(call: Call, tokens: Tensor, *, heads_at: int) -> tuple[Tensor, Tensor]:
-    """Angles of tokens (batch or 1, n), to be multiplied with what has its heads in dimension `heads_at`."""
+def _angles(call: Call, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles of tokens (batch or 1, n), for all heads: (batch, 1, n, rotated dimensions)."""
     if call.rotary is None:
         raise RuntimeError("infllm needs the model's rotary angles, and none were handed over")
     cos, sin = call.rotary.at(tokens)
-    return cos.unsqueeze(heads_at), sin.unsqueeze(heads_at)
+    return cos[:, None], sin[:, None]

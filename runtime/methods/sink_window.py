@@ -8,7 +8,7 @@ from torch import Tensor
 
 from policies import Policy, SinkWindow
 from runtime.call import Call, Method
-from runtime.dense import attend, split
+from runtime.dense import attend, join, split
 from runtime.kernels.attention import merge, partial_attention
 from runtime.rotary import rotate, unrotate
 
@@ -29,7 +29,7 @@ def method(policy: Policy) -> Method:
         call.scratch["new_k"] = keys
         if call.step.new_tokens > 1:
             call.scratch["before"] = call.state["kv"].clone()
-        window.write(call, torch.stack([keys, call.new_v], dim=2).permute(0, 3, 2, 1, 4))
+        window.write(call, join(keys, call.new_v))
 
     def attend_near(call: Call) -> None:
         if call.step.new_tokens == 1:
@@ -54,7 +54,7 @@ class _Window:
         return torch.where(row < self.sinks, row, last - (newest - row) % self.window)
 
     def write(self, call: Call, new: Tensor) -> None:
-        """Put new rows (batch, new_tokens, 2, kv_heads, head_dim) where they belong."""
+        """Put new rows (batch, new_tokens, *row_shape) where they belong."""
         kv, step, first = call.state["kv"], call.step, call.first()
         if step.new_tokens == 1:
             place = step.past_tokens - first
@@ -62,7 +62,7 @@ class _Window:
             kv[torch.arange(len(kv), device=kv.device), place] = new[:, 0]
             return
         token = self.positions(kv.shape[1], step.tokens - first) + first[:, None] - step.past_tokens
-        wide = (..., None, None, None)
+        wide = (..., *(None,) * (new.dim() - 2))
         fresh = (token >= 0) & (token < step.new_tokens)
         rows = token.clamp(0, step.new_tokens - 1)[wide].expand(-1, -1, *new.shape[2:])
         kv.copy_(torch.where(fresh[wide], new.gather(1, rows), kv))
@@ -71,7 +71,7 @@ class _Window:
 def _decode(call: Call, window: _Window, slots: bool) -> None:
     counts = call.step.tokens - call.first()
     held = min(call.step.tokens, window.size)
-    keys, values = split(call.state["kv"], held)
+    keys, values = split(call.state["kv"], held, call.shape.head_dim)
     position = window.positions(held, counts)
     if slots:  # as far from the query as their slots are: window keys at their positions, sinks moved along
         moved = (counts - window.size).clamp(min=0)[:, None]
@@ -85,7 +85,7 @@ def _decode(call: Call, window: _Window, slots: bool) -> None:
 def _prefill(call: Call, window: _Window, slots: bool) -> None:
     step, first = call.step, call.first()
     held = min(step.past_tokens, window.size)
-    keys, values = split(call.scratch["before"], held)
+    keys, values = split(call.scratch["before"], held, call.shape.head_dim)
     old = window.positions(held, (step.past_tokens - first).clamp(min=1))
     old = old.masked_fill(old >= (step.past_tokens - first)[:, None], -1)  # rows of padded sequences that hold nothing
     query = torch.arange(step.past_tokens, step.tokens, device=keys.device)[None] - first[:, None]
