@@ -18,7 +18,8 @@ from traces.units import seconds
 
 COLUMNS = ("arrival_time_ns", "input_toks", "output_toks")
 TOKENS = "input_tok_ids"
-UNREAD = ("output_tok_ids",)
+SESSION = "session_id"
+UNREAD = ("output_tok_ids", "hash_ids")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,8 +60,9 @@ def load(table: Table, options: Options, *, name: str, skip_bad_rows: bool = Fal
         arrival_s=(times_ns - start_ns) / 1e9,
         prompt=prompt,
         output=output,
+        session=rows.sessions(SESSION) if rows.has(SESSION) else None,
         stated=options.block_tokens,
-        notes=(*notes, *ignored_columns_note(table, (*COLUMNS, TOKENS, *UNREAD, "hash_ids"))),
+        notes=(*notes, *ignored_columns_note(table, (*COLUMNS, TOKENS, SESSION, *UNREAD))),
     )
 
 

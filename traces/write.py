@@ -43,11 +43,14 @@ def write(trace: Trace, path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def _write_text(trace: Trace, stream: Any, suffix: str) -> None:
-    with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+    text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    try:
         if suffix == ".csv":
             _write_csv(trace, text)
         else:
             _write_jsonl(trace, text)
+    finally:
+        text.detach()  # writes what is left, and leaves the stream to whoever opened it
 
 
 def _write_csv(trace: Trace, text: io.TextIOWrapper) -> None:
