@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from kvsim.engine.prefix_state import EVICTIONS, REUSES, SHARINGS, WRITES
+from kvsim.finite import first_nan
 from kvsim.guessing import Guesser
 from kvsim.hardware import Gpu, Host
 from kvsim.machine import Machine
@@ -76,6 +77,9 @@ class Setup:
     perfetto: tuple[float, float] | None = None  # seconds from and to which every operation is recorded
 
     def __post_init__(self) -> None:
+        nan = first_nan(self)
+        if nan is not None:
+            raise ValueError(f"{nan}=nan is no number, and neither would be what is computed from it; state one")
         for name in ("gpus", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
