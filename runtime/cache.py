@@ -322,6 +322,27 @@ class TieredCache(Cache):
         self._register(copy)
         return copy
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times, one after the other; they are new sequences.
+
+        Raises ValueError, with nothing changed, where a layer of Hugging Face's own cannot.
+        """
+        self._check_layers_can("batch_repeat_interleave")
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences, given by numbers or as bool; they are new sequences.
+
+        Raises ValueError, with nothing changed, where a layer of Hugging Face's own cannot.
+        """
+        self._check_layers_can("batch_select_indices")
+        super().batch_select_indices(indices)
+
+    def _check_layers_can(self, what: str) -> None:
+        for index, layer in enumerate(self.layers):
+            if not hasattr(layer, what):
+                raise ValueError(f"layer {index}, a {type(layer).__name__} of Transformers, knows no {what}")
+
     def _taken(self, arena: Arena, rows: torch.Tensor) -> Arena:
         self.executor.settle()
         needed = {tier: nbytes // max(1, arena.batch) * len(rows) for tier, nbytes in arena.allocated_bytes.items()}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from policies import Policy, Step, plan_layer
-from policies.plan import Tier
+from policies import Full, Policy, Step, plan_layer
+from policies.plan import Copy, Tier, flops
 from runtime.binding import bound, decoder_of
 from runtime.cache import LONG_PROMPT, Terms, TieredCache, own_layers
 from runtime.footprint import Footprint
@@ -170,7 +170,17 @@ def _bind(kv: Offload) -> dict[int, str]:
 
 
 def _say_if_idle(kv: Offload) -> None:
-    if not own_layers(kv.seen):
-        LOG.warning(
-            "%s applies to no layer of this model: %s has no layer of full attention", kv.policy.name, kv.shape.name
-        )
+    own = own_layers(kv.seen)
+    if own and (kv.policy == Full() or not all(_is_dense(kv, layer) for layer in own)):
+        return
+    why = f"all {len(own)} that hold all tokens stay dense" if own else "none has full attention"
+    LOG.warning("%s applies to no layer of this model: %s has %d, %s", kv.policy.name, kv.shape.name, len(kv.seen), why)
+
+
+def _is_dense(kv: Offload, layer: int) -> bool:
+    """Whether a policy does on a layer what the dense cache does: all tokens in HBM, all of them attended to."""
+    step = Step.decoding(LONG_PROMPT, 1)
+    plan, dense = (plan_layer(policy, kv.shape, step, layer) for policy in (kv.policy, Full()))
+    if plan.counts or any(isinstance(op, Copy) for op in plan.ops):
+        return False
+    return flops(plan.ops, {}) == flops(dense.ops, {})

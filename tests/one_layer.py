@@ -9,7 +9,7 @@ from runtime.call import Call
 from runtime.executor import Executor
 from runtime.methods import method_of
 from runtime.mover import Mover
-from runtime.rotary import Rotary
+from runtime.rotary import Rotary, Rotation
 
 
 def one_layer_model(heads, kv_heads, head_dim):
@@ -50,7 +50,7 @@ class OneLayer:
         self.mover = Mover()
         self.arena, self.executor = Arena(torch.device("cpu"), self.batch), Executor(torch.device("cpu"), self.mover)
         theta = angles(pads or [0] * self.batch, self.tokens, head_dim).repeat(1, 1, 2)
-        self.rotary = Rotary(self.tokens, half=False)
+        self.rotary = Rotary(self.tokens, Rotation())
         self.rotary.extend(theta.cos().float(), theta.sin().float())
         done = prompt - 1 if chunked else 0
         last = Step(prompt_tokens=prompt, past_tokens=done, new_tokens=prompt - done)

@@ -16,7 +16,7 @@ from runtime.call import Call  # noqa: E402
 from runtime.executor import Executor  # noqa: E402
 from runtime.methods import method_of  # noqa: E402
 from runtime.mover import Mover  # noqa: E402
-from runtime.rotary import Rotary  # noqa: E402
+from runtime.rotary import Rotary, Rotation  # noqa: E402
 
 DIM = 8
 
@@ -120,7 +120,7 @@ class Run:
         self.q, self.k = (turned(x, position[:, None]).float() for x in (q, k))
         angle = position.clamp(min=0)[..., None].double() * 10000.0 ** (-torch.arange(0, DIM, 2) / DIM)
         self.angles = torch.cat([angle, angle], dim=-1)
-        self.rotary = Rotary(total, half=False)
+        self.rotary = Rotary(total, Rotation())
         self.arena, self.mover = Arena(torch.device("cpu"), batch), Mover()
         self.executor, self.method = Executor(torch.device("cpu"), self.mover), method_of(policy)
         self.arena.allocate(0, plan_layer(policy, shape, Step.decoding(prompt, total - prompt), 0).buffers)

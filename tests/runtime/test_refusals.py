@@ -276,8 +276,23 @@ def test_what_would_be_silent_is_said(model, caplog):
         with offload(tiny("Mistral", sliding_window=8), parse_policy("quest")):
             pass
         assert [r.getMessage() for r in caplog.records] == [
-            "quest applies to no layer of this model: mistral has no layer of full attention"
+            "quest applies to no layer of this model: mistral has 2, none has full attention"
         ]
+        caplog.clear()
+        for policy in ("quest", "full@layers=0-1+offload-all"):  # Quest leaves the first two layers dense
+            with offload(model, parse_policy(policy)):
+                pass
+        assert [r.getMessage().partition(": ")[2] for r in caplog.records] == [
+            "llama has 2, all 2 that hold all tokens stay dense"
+        ] * 2
+        caplog.clear()
+        for policy in (*EXACT, *LOSSY):
+            if not policy.startswith("quest"):
+                with offload(model, parse_policy(policy)):
+                    pass
+        with offload(model, parse_policy("quest:dense_layers=1")):
+            pass
+        assert not caplog.records
 
 
 @pytest.mark.parametrize("policy", ["full", "sink-window", "shadowkv:budget_tokens=4096"])
