@@ -38,13 +38,19 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(str(error), 1)
     except TyperException as error:
         # pydantic, which typer calls to run a parser, puts its own words before those of the error.
-        return _fail(error.format_message().replace("Value error, ", ""), error.exit_code)
+        return _fail(error.format_message().replace("Value error, ", "") + _help(error), error.exit_code)
     except TargetUnmet as error:
         return _fail(str(error), 3)
     except (ValueError, OSError, MemoryError) as error:
         if sys.flags.dev_mode:
             raise
         return _fail(_explain(error), 2)
+
+
+def _help(error: TyperException) -> str:
+    """Where to look for what arguments a command takes, where typer itself names nothing nearer."""
+    context = getattr(error, "ctx", None)
+    return f"; see {context.command_path} --help" if context and "unexpected extra" in error.format_message() else ""
 
 
 def _explain(error: ValueError | OSError | MemoryError) -> str:

@@ -67,6 +67,12 @@ class Segment(NamedTuple):
     until: int
 
 
+_BEYOND = 2**63
+_TOO_LARGE = (
+    "the plan of one layer takes more than 2**63 bytes or FLOPs; lower the context, or the policy's largest parameter"
+)
+
+
 class Piece:
     """Plans of one structure wherever `conditions` hold: polynomials in the inputs, and in floors of such, as a matrix.
 
@@ -85,8 +91,11 @@ class Piece:
         self._before = len(conditions)
         rows = [condition.polynomial for condition in conditions] + columns
         self.monomials: list[Monomial] = sorted({monomial for row in rows for monomial in row})
+        if any(abs(factor) >= _BEYOND for row in rows for factor in row.values()):
+            raise ValueError(_TOO_LARGE)
         self.matrix = np.array([[row.get(m, 0) for m in self.monomials] for row in rows], dtype=np.int64)
         self.matrix = self.matrix.reshape(len(rows), -1)
+        self._largest = np.abs(self.matrix).max(axis=0, initial=0).astype(np.float64)
         self._tests = [(condition.equal, condition.truth) for condition in conditions]
         last = inputs - 1
         growing = [monomial for monomial in self.monomials if last in monomial]
@@ -116,7 +125,7 @@ class Piece:
         return values
 
     def rows(self, variables: list[int]) -> Vector:
-        """The values of all rows, conditions first."""
+        """The values of all rows, conditions first; ValueError where one would not fit 64 bits."""
         basis = []
         for monomial in self.monomials:
             if len(monomial) == 1:
@@ -126,6 +135,8 @@ class Piece:
             for index in monomial:
                 value *= variables[index]
             basis.append(value)
+        if self._largest @ np.abs(np.array(basis, dtype=np.float64)) >= _BEYOND:
+            raise ValueError(_TOO_LARGE)
         return self.matrix @ np.array(basis, dtype=np.int64)
 
     def holds(self, rows: Vector) -> bool:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from kvsim.names import nearest_first
+from kvsim.printable import brief
 from kvsim.yaml_subset import MOST_CHARACTERS, Loader
 from policies.shown import shown
 
@@ -51,7 +52,7 @@ def parse_yaml(document: str, origin: str) -> dict[str, Any]:
         case dict():
             return data
         case _:
-            raise ValueError(f"{origin} holds no mapping of keys to values")
+            raise ValueError(f"{origin} holds no mapping of keys to values; write KEY: VALUE lines")
 
 
 def parse_json(document: str, origin: str) -> Any:
@@ -65,8 +66,13 @@ def parse_json(document: str, origin: str) -> Any:
             raise ValueError(f"the key {shown(twice)} stands twice in one object; keep one of them")
         return found
 
+    def whole(digits: str) -> int:
+        if len(digits) > 40:
+            raise ValueError(f"{shown(digits)} is a number of {len(digits):,} digits; no figure needs more than 40")
+        return int(digits)
+
     try:
-        return json.loads(document, object_pairs_hook=unique)
+        return json.loads(document, object_pairs_hook=unique, parse_int=whole)
     except json.JSONDecodeError as error:
         raise ValueError(f"{origin} is not JSON: {error}") from None
     except RecursionError:
@@ -87,8 +93,10 @@ def validated(schema: TypeAdapter[T], data: Mapping[str, Any], known: list[str],
 
 
 def _fault(location: tuple[int | str, ...], kind: str, message: str, value: object, known: list[str]) -> str:
+    if not location:  # of the whole, not of a key
+        return message.removeprefix("Value error, ")
     key = str(location[-1])
-    where = ".".join(str(part) for part in location)
+    where = ".".join(brief(str(part), 80) for part in location)
     if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
         return f"unknown key {shown(where)}; did you mean {shown(nearest_first(key, known)[0])}?"
     if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):

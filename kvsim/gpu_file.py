@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from kvsim.documents import validated
+from kvsim.printable import brief
 
 PARAMETER_SETS = ("datasheet", "achievable", "measured")
 """From the most ideal to the most real; a figure that one leaves out is that of the set before it."""
@@ -146,7 +147,9 @@ def _number(figure: Figure, field: str, peak: Figure | None) -> float:
     if not isinstance(figure, Share):
         return figure
     if peak is None or isinstance(peak, Share):
-        raise ValueError(f"{field} is a percentage, but the datasheet gives no absolute figure for it")
+        raise ValueError(
+            f"{field} is a percentage, but the datasheet gives no absolute figure for it; write the figure itself"
+        )
     if peak == 0:
         raise ValueError(f"{field} is a percentage of the datasheet's 0; write the figure itself")
     return figure.of_datasheet * peak
@@ -163,5 +166,7 @@ def read_gpu_file(data: Mapping[str, Any], origin: str) -> GpuFile:
     known |= {f"{name}.{field}" for name in PARAMETER_SETS for field in Figures.model_fields}
     for key in file.sources:
         if key not in known:
-            raise ValueError(f"{origin}: sources.{key} names no figure; write 'achievable.hbm_Bps' or 'datasheet'")
+            raise ValueError(
+                f"{origin}: sources.{brief(key, 80)} names no figure; write 'achievable.hbm_Bps' or 'datasheet'"
+            )
     return file

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -14,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 from kvsim.documents import parse_yaml, read_document, validated
 from kvsim.gpu_file import PARAMETER_SETS, read_gpu_file
 from kvsim.names import unknown_name
+from kvsim.printable import brief
 from kvsim.switches import switch_figures
 from policies.shown import shown
 
@@ -96,7 +98,10 @@ class Gpu:
 
 def _pairs(value: object) -> object:
     """A mapping, as YAML writes curves and sources, in the order of its keys."""
-    return tuple(sorted(value.items())) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    alike = len(set(map(type, value))) == 1  # others have no order, and are refused
+    return tuple(sorted(value.items(), key=itemgetter(0)) if alike else value.items())
 
 
 _Count = Annotated[int, Field(gt=0)]
@@ -136,7 +141,7 @@ class Host:
         names = {field.name for field in fields(self)} - {"name", "sources"}
         for name, _ in self.sources:
             if name not in names:
-                raise ValueError(f"sources.{name} names no figure of a host")
+                raise ValueError(f"sources.{brief(name, 80)} names no figure of a host; write one, such as ddr_Bps")
 
     def random_Bps(self, row_bytes: int) -> float:
         """Rate at which all cores together read scattered rows of `row_bytes`."""

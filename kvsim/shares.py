@@ -18,7 +18,9 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
     for item in text.split(","):
         name, equals, value = item.partition("=")
         if not equals:
-            raise ValueError(f"--counts {shown(item)} is neither NAME=SHARE nor the one file of a recorded run")
+            raise ValueError(
+                f"--counts {shown(item)} is neither NAME=SHARE nor the one file of a recorded run, such as miss=0.4"
+            )
         try:
             share = float(value)
         except ValueError:
@@ -28,7 +30,7 @@ def parse_shares(texts: Sequence[str]) -> dict[str, float]:
         if not 0 <= share <= 1:
             raise ValueError(f"--counts {shown(item)}: the share must be from 0 to 1")
         if name in shares:
-            raise ValueError(f"--counts gives {shown(name)} twice")
+            raise ValueError(f"--counts gives {shown(name)} twice; say it once")
         shares[name] = share
     return shares
 

@@ -73,14 +73,14 @@ def parse_named(flag: str, texts: Iterable[str]) -> dict[str, dict[str, str]]:
         if not colon:
             raise ValueError(f"{flag} {shown(text)} must be written NAME:key=value,key=value")
         if name in named:
-            raise ValueError(f"{flag} gives {shown(name)} twice")
+            raise ValueError(f"{flag} gives {shown(name)} twice; say it once")
         named[name] = {}
         for item in rest.split(","):
             key, equals, value = item.partition("=")
             if not equals:
                 raise ValueError(f"{flag} {shown(text)}: {shown(item)} must be written key=value")
             if key in named[name]:
-                raise ValueError(f"{flag} {shown(text)} gives {shown(key)} twice")
+                raise ValueError(f"{flag} {shown(text)} gives {shown(key)} twice; say it once")
             named[name][key] = value
     return named
 
@@ -153,7 +153,7 @@ def _whole(name: str, value: object) -> int:
         return value
     if isinstance(value, str) and value.removeprefix("-").isdecimal():
         return int(value)
-    raise ValueError(f"{name}={shown(value)} is not a whole number")
+    raise ValueError(f"{name}={shown(value)} is not a whole number such as 1")
 
 
 def _class(value: object) -> str:

@@ -104,7 +104,7 @@ def _one(text: str, known: Mapping[str, type[Policy]]) -> Policy:
         if key not in allowed:
             raise ValueError(_unknown(f"parameter of {name}", key, allowed))
         if key in given:
-            raise ValueError(f"policy {shown(text)}: {key} is given twice")
+            raise ValueError(f"policy {shown(text)}: {key} is given twice; say it once")
         given[key] = _value(f"{name}: {key}", value, kinds[key])
     required = [f.name for f in allowed.values() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [field for field in required if field not in given]:
@@ -140,9 +140,9 @@ def _value(what: str, text: str, kind: Any) -> Any:
         try:
             value = float(text)
         except ValueError:
-            raise ValueError(f"{what}={shown(text)} is not a number") from None
+            raise ValueError(f"{what}={shown(text)} is not a number such as 0.5") from None
         if not abs(value) < float("inf"):
-            raise ValueError(f"{what}={shown(text)} is not finite")
+            raise ValueError(f"{what}={shown(text)} is not finite; give a number such as 0.5")
         return value
     return text
 

@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 
 from traces.archive import members
 from traces.npz import read_npz
-from traces.schema import MAX_TOKENS, Trace, TraceError, expand_runs
+from traces.schema import MAX_BLOCKS, MAX_TOKENS, Trace, TraceError, expand_runs
 
 _INT32_MAX = 2**31 - 1
-MAX_BLOCKS = 1 << 28  # of all prompts, which runs write in no room: the published sessions have a third of them
 STARTS = ("poisson", "together")
 _OF_REQUESTS = ("session", "model", "time_s", "think_s", "prompt_tokens", "output_tokens", "runs")
 
@@ -196,9 +195,19 @@ def read_archive(path: Path) -> Sessions:
             session = json.loads(text)
             session_name, size = session["id"], int(session["block_size"])
             requests = list(_requests(session["requests"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise TraceError(f"{source}: not an agentic session ({type(error).__name__}: {error})") from error
+        except (TypeError, OverflowError, RecursionError):
+            raise TraceError(
+                f"{source}: not an agentic session; must be an object with id, block_size and requests"
+            ) from None
+        except (ValueError, KeyError) as error:
+            raise TraceError(
+                f"{source}: not an agentic session ({type(error).__name__}: {error}); pack it as published"
+            ) from error
+        if not 0 < size <= MAX_TOKENS or not isinstance(session_name, str):
+            raise TraceError(f"{source}: block_size={size} must be from 1 to {MAX_TOKENS:,} tokens, and id text")
         for number, (start_s, request) in enumerate(requests, 1):
+            if not isinstance(request, dict):
+                raise TraceError.at(source, number, "request", request, "must be an object with in, out, t and model")
             _append(columns, request, start_s, source, number, size)
         block_tokens.add(size)
         columns.session_names.append(session_name)
@@ -227,6 +236,8 @@ def _requests(elements: Iterable[Any]) -> Iterator[tuple[float, Any]]:
     """(seconds to add to the request's own time, request), sub-agents' requests in the place of their marker."""
     for element in elements:
         if element["type"] == "subagent":
+            if not isinstance(element["t"], int | float) or not 0 <= element["t"] < math.inf:
+                raise TypeError("a sub-agent's t")
             yield from ((element["t"], request) for request in element["requests"])
         else:
             yield 0.0, element

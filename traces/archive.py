@@ -23,7 +23,8 @@ def whole_file(path: Path) -> Iterator[None]:
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, tarfile.TarError, OverflowError) as error:
         raise TraceError(f"{path}: truncated or damaged archive ({error}); fetch the file again") from error
     except UnicodeDecodeError as error:
-        raise TraceError(f"{path}: not UTF-8 text ({error}); convert it, or name it .gz if it is gzipped") from error
+        where = f"byte {error.start}: {error.reason}"
+        raise TraceError(f"{path}: not UTF-8 text ({where}); convert it, or name it .gz if it is gzipped") from error
 
 
 def members(path: Path) -> Iterator[tuple[str, str]]:

@@ -5,14 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 
-from traces.schema import Floats, Trace, TraceError
+from traces.schema import MAX_REQUESTS, Floats, Trace, TraceError
 
 FAMILIES = ("gamma", "weibull")
+SHAPES = (1e-4, 1e6)
+"""Least and most: of gamma gaps, CVs of 100 and 0.001. Below, all of any span's requests arrive in one instant."""
 
 
 def shape_for_cv(family: str, cv: float) -> float:
     """The family's shape parameter whose gaps have this coefficient of variation (standard deviation / mean)."""
     if family == "gamma":
+        least, most = (1 / math.sqrt(shape) for shape in reversed(SHAPES))
+        if not least <= cv <= most:
+            raise TraceError(f"cv={cv:g}: must be from {least:g} to {most:g} for gamma gaps")
         return 1 / cv**2
     # The Weibull CV falls with the shape; bisect its logarithm.
     low, high = 0.05, 100.0
@@ -30,6 +35,12 @@ def renewal_s(rng: np.random.Generator, *, rate_rps: float, family: str, shape: 
     The first gap is drawn from the equilibrium distribution (a uniform part of a length-biased gap: Cox, Renewal
     Theory, 1962, section 5.2). Starting at an arrival instead would add about (CV^2 - 1) / 2 requests to every span.
     """
+    if not SHAPES[0] <= shape <= SHAPES[1]:
+        raise TraceError(f"shape={shape:g}: must be from {SHAPES[0]:g} to {SHAPES[1]:g}")
+    if not rate_rps * span_s <= MAX_REQUESTS:
+        raise TraceError(
+            f"rate={rate_rps:g}/s over {span_s:g} s: at most {MAX_REQUESTS:,} requests are drawn; lower one of them"
+        )
     if family == "gamma":
         mean, biased = shape, rng.gamma(shape + 1)
     elif family == "weibull":
@@ -42,6 +53,10 @@ def renewal_s(rng: np.random.Generator, *, rate_rps: float, family: str, shape: 
     while pieces[-1][-1] < span_s:
         gaps = rng.gamma(shape, size=batch) if family == "gamma" else rng.weibull(shape, size=batch)
         pieces.append(pieces[-1][-1] + np.cumsum(gaps) * scale_s)
+        if sum(map(len, pieces)) > 2 * MAX_REQUESTS:
+            raise TraceError(
+                f"shape={shape:g}: gaps so uneven give more than {MAX_REQUESTS:,} requests; raise the shape"
+            )
     times = np.concatenate(pieces)
     return times[: np.searchsorted(times, span_s)]
 

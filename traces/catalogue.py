@@ -112,7 +112,9 @@ def load(
         return agentic.to_trace(sessions, read_options(agentic.Options, options), name=name, seed=seed, limit=limit)
     if path.name.endswith(ARCHIVES):
         if skip_bad_rows:
-            raise TraceError(f"{path}: skip_bad_rows is for tables of requests; archives are read whole or not at all")
+            raise TraceError(
+                f"{path}: skip_bad_rows is for tables of requests; archives are read whole or not at all; leave it out"
+            )
         return _load_archive(path, name, options, seed=seed, limit=limit)
     read = _load_log if is_log(path) else _load_table
     trace = read(path, name, options, seed=seed, skip_bad_rows=skip_bad_rows)
@@ -139,7 +141,7 @@ def _load_archive(path: Path, name: str, options: str, *, seed: int, limit: int 
         chosen = read_options(servegen.Options, options)
         return servegen.to_trace(servegen.read_clients(path), chosen, name=name, seed=seed, limit=limit)
     if not first.endswith(".json"):
-        raise TraceError(f"{path}/{first}: unknown archive; holds neither ServeGen chunks nor agentic sessions (.json)")
+        raise TraceError(f"{path}/{first}: unknown archive; must hold ServeGen chunks or agentic sessions (.json)")
     given = read_options(agentic.Options, options)
     return agentic.to_trace(agentic.read_archive(path), given, name=name, seed=seed, limit=limit)
 

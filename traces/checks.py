@@ -144,7 +144,7 @@ class Rows:
             raise TraceError.at(self.table.source, self.table.lines[row], name, cell, rule)
         if not self._good.any():
             left = " or none of its requests" if self._left_out.any() else ""
-            rows = f"all {len(self._good)} rows are bad{left} and were skipped"
+            rows = f"all {len(self._good)} rows are bad{left} and were skipped; read without skipping to see why"
             raise TraceError(f"{self.table.source}: empty trace: {rows}")
         return self._good
 

@@ -20,6 +20,7 @@ Whole = NDArray[np.int64]
 COLUMNS = ("sequence", "layer", "first_prompt_tokens", "prompt_tokens", "past_tokens", "new_tokens")
 LEAST = (0, 0, 1, 1, 0, 1)  # that each column can hold
 FIELDS = ("row", "value", "maximum")
+AGAIN = "record one with `kvsim generate --counts-out FILE`"
 
 
 class Drawn(NamedTuple):
@@ -69,34 +70,38 @@ class Recording:
         try:
             found = read_npz(path)
         except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; record one with `kvsim generate --counts-out FILE`") from None
+            raise ValueError(f"{path}: no such file; {AGAIN}") from None
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a recording of counts ({error})") from None
+            raise ValueError(f"{path}: not a recording of counts ({error}); {AGAIN}") from None
         return cls._checked(path, found)
 
     @classmethod
     def _checked(cls, path: Path, found: dict[str, NDArray[Any]]) -> "Recording":
         steps = found.pop("steps", None)
         if steps is None or steps.dtype != np.int64 or steps.ndim != 2 or steps.shape[1] != len(COLUMNS):
-            raise ValueError(f"{path}: 'steps' must be int64 rows of {', '.join(COLUMNS)}")
+            raise ValueError(f"{path}: 'steps' must be int64 rows of {', '.join(COLUMNS)}; {AGAIN}")
         if (steps < LEAST).any():
             raise ValueError(
-                f"{path}: 'steps' has a number below {', '.join(map(str, LEAST))}, the least of its columns"
+                f"{path}: 'steps' has a number below {', '.join(map(str, LEAST))}, the least of its columns; {AGAIN}"
             )
         counts = {}
         for name in sorted({key.rpartition(".")[0] for key in found}):
             parts = [found.pop(f"{name}.{part}", None) for part in FIELDS]
             if any(part is None or part.dtype != np.int64 for part in parts):
-                raise ValueError(f"{path}: count {name!r} needs int64 arrays {', '.join(FIELDS)}")
+                raise ValueError(f"{path}: count {name!r} needs int64 arrays {', '.join(FIELDS)}; {AGAIN}")
             counts[name] = drawn = Drawn(*parts)  # type: ignore[arg-type]  # checked above
             if not (drawn.row.ndim == 1 and drawn.value.ndim == 2 and len(drawn.row) == len(drawn.value)):
-                raise ValueError(f"{path}: count {name!r} needs a row of values for each of its rows of 'steps'")
+                raise ValueError(
+                    f"{path}: count {name!r} needs a row of values for each of its rows of 'steps'; {AGAIN}"
+                )
             if drawn.maximum.shape != drawn.value.shape:
-                raise ValueError(f"{path}: count {name!r} needs a maximum for each value")
+                raise ValueError(f"{path}: count {name!r} needs a maximum for each value; {AGAIN}")
             if len(np.unique(drawn.row)) != len(drawn.row) or not np.isin(drawn.row, np.arange(len(steps))).all():
-                raise ValueError(f"{path}: count {name!r} names a row that 'steps' does not have, or one twice")
+                raise ValueError(
+                    f"{path}: count {name!r} names a row that 'steps' does not have, or one twice; {AGAIN}"
+                )
             if (drawn.value < 0).any() or (drawn.value > drawn.maximum).any():
-                raise ValueError(f"{path}: count {name!r} has values outside 0 and its maximum")
+                raise ValueError(f"{path}: count {name!r} has values outside 0 and its maximum; {AGAIN}")
         if found:
-            raise ValueError(f"{path}: {', '.join(map(repr, found))} belong to no count")
+            raise ValueError(f"{path}: {', '.join(map(repr, found))} belong to no count; {AGAIN}")
         return cls(steps, counts)

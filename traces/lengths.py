@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from traces.options import unknown
-from traces.schema import Ints, TraceError
+from traces.schema import MAX_TOKENS, Ints, TraceError
 
 _Z90 = NormalDist().inv_cdf(0.9)
 
@@ -122,5 +122,5 @@ def parse_lengths(text: str, column: str) -> Lengths:
 
 def _require_positive(**tokens: int) -> None:
     for name, value in tokens.items():
-        if value < 1:
-            raise TraceError(f"{name}={value}: must be at least 1 token")
+        if not 1 <= value <= MAX_TOKENS:
+            raise TraceError(f"{name}={value}: must be at least 1 token, and at most {MAX_TOKENS:,}")

@@ -6,6 +6,8 @@ from typing import Any
 
 from traces.schema import TraceError
 
+_WRITTEN = {"int": "write a whole number such as 3", "float": "write a number such as 0.5"}
+
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> TraceError:
     """The error for an unknown name, listing the known ones, nearest first."""
@@ -33,7 +35,7 @@ def parse_pairs(text: str, readers: Mapping[str, Callable[[str], Any]], kind: st
         except TraceError:
             raise
         except ValueError as error:
-            raise TraceError(
-                f"{kind} {key}={value[:80]}: not a valid {readers[key].__name__}: {str(error)[:120]}"
-            ) from error
+            name = readers[key].__name__
+            rule = _WRITTEN.get(name, str(error)[:120])
+            raise TraceError(f"{kind} {key}={value[:80]}: not a valid {name}: {rule}") from error
     return values

@@ -19,6 +19,14 @@ MAX_TOKENS = 10_000_000
 """The longest prompt or output that is taken for real: the longest context that a model is offered with (Llama 4)."""
 
 
+MAX_REQUESTS = 10_000_000
+"""The most requests that are drawn: a million take 2 GB to simulate."""
+
+
+MAX_BLOCKS = 1 << 28
+"""The most block ids that prompts are given or expanded to: the longest published trace has a third of them."""
+
+
 class TraceError(ValueError):
     """A trace, or a text that names one, breaks a rule; the message says where, which value, which rule and the fix."""
 

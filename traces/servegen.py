@@ -17,9 +17,10 @@ import numpy as np
 
 from traces.archive import members
 from traces.arrivals import FAMILIES, renewal_s
-from traces.schema import Floats, Trace, TraceError
+from traces.schema import MAX_TOKENS, Floats, Trace, TraceError
 
 WINDOW_S = 600
+MAX_START_S = 366 * 86400
 LENGTHS = ("input_tokens", "output_tokens")
 MEMBER = re.compile(r"chunk-(\d+)-(trace\.csv|dataset\.json)$")
 
@@ -81,7 +82,9 @@ def read_clients(path: Path) -> dict[int, Client]:
     for member, text in members(path):
         found = MEMBER.search(member)
         if found is None:
-            raise TraceError(f"{path}/{member}: not a ServeGen file (chunk-C-trace.csv or chunk-C-dataset.json)")
+            raise TraceError(
+                f"{path}/{member}: not a ServeGen file, which must be named chunk-C-trace.csv or chunk-C-dataset.json"
+            )
         client = clients.setdefault(int(found[1]), Client())
         if found[2] == "trace.csv":
             _read_windows(client, text, f"{path}/{member}")
@@ -89,8 +92,10 @@ def read_clients(path: Path) -> dict[int, Client]:
             try:
                 for start, tables in json.loads(text).items():
                     client.tables[int(start)] = {column: str(tables[column]) for column in LENGTHS if column in tables}
-            except (ValueError, AttributeError, TypeError) as error:
-                raise TraceError(f"{path}/{member}: not a map from window start to length tables ({error})") from error
+            except (ValueError, AttributeError, TypeError, RecursionError) as error:
+                raise TraceError(
+                    f"{path}/{member}: not a map from window start to length tables ({error}); pack it as published"
+                ) from error
     if not clients:
         raise TraceError(f"{path}: empty archive: no chunk-C-trace.csv in it")
     return dict(sorted(clients.items()))
@@ -171,6 +176,8 @@ def _read_windows(client: Client, text: str, source: str) -> None:
         except (ValueError, IndexError) as error:
             rule = "must be start, rate, CV, family, shape, scale"
             raise TraceError.at(source, line, "window", ",".join(row), rule) from error
+        if not 0 <= start_s <= MAX_START_S:
+            raise TraceError.at(source, line, "start", start_s, f"must be from 0 to {MAX_START_S:,} seconds")
         client.end_s = max(client.end_s, start_s + WINDOW_S)
         if rate_rps == 0:
             continue
@@ -193,6 +200,8 @@ def _parse_table(text: str, source: str) -> tuple[Floats, Floats]:
     edges = np.cumsum(weights)
     if not (len(edges) and math.isfinite(edges[-1]) and edges[-1] > 0 and weights.min() >= 0):
         raise TraceError(f"{source}={text[:60]}: probabilities must be finite, not negative, and some above 0")
+    if values.max() > MAX_TOKENS:
+        raise TraceError(f"{source}={text[:60]}: lengths must be at most {MAX_TOKENS:,} tokens")
     return np.rint(values), edges
 
 

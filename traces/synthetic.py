@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from traces.arrivals import renewal_s, shape_for_cv
 from traces.lengths import Lengths, LogNormal, parse_lengths
 from traces.options import parse_pairs
-from traces.schema import Floats, Ints, Trace, TraceError, expand_runs
+from traces.schema import MAX_BLOCKS, MAX_REQUESTS, MAX_TOKENS, Floats, Ints, Trace, TraceError, expand_runs
 
 ARRIVALS = ("poisson", "gamma", "weibull")
 _PROMPT = LogNormal(median_tokens=1000, p90_tokens=4000)
@@ -51,10 +51,9 @@ class Tenant:
             raise TraceError(f"tenant {self.name}: arrivals={self.arrivals}: must be one of {', '.join(ARRIVALS)}")
         if self.arrivals == "poisson" and self.cv != 1:
             raise TraceError(f"tenant {self.name}: cv={self.cv}: Poisson gaps have CV 1; use gamma or weibull")
-        if self.shared_prefix_tokens < 0:
-            raise TraceError(
-                f"tenant {self.name}: shared_prefix_tokens={self.shared_prefix_tokens}: must not be negative"
-            )
+        if not 0 <= self.shared_prefix_tokens <= MAX_TOKENS:
+            rule = f"must not be negative, and at most {MAX_TOKENS:,}"
+            raise TraceError(f"tenant {self.name}: shared_prefix_tokens={self.shared_prefix_tokens}: {rule}")
         if not (math.isfinite(self.turns) and self.turns >= 1):
             raise TraceError(f"tenant {self.name}: turns={self.turns}: must be a finite mean of at least 1")
         if not (math.isfinite(self.think_mean_s) and self.think_mean_s >= 0):
@@ -102,15 +101,15 @@ def synthesize(
     """
     if not tenants:
         raise TraceError("tenants=[]: needs at least one tenant")
-    if block_tokens < 1:
-        raise TraceError(f"block_tokens={block_tokens}: must be at least 1")
+    if not 1 <= block_tokens <= MAX_TOKENS:
+        raise TraceError(f"block_tokens={block_tokens}: must be at least 1 and at most {MAX_TOKENS:,}")
     if duration_s is not None and n_requests is None:
         if not (math.isfinite(duration_s) and duration_s > 0):
             raise TraceError(f"duration_s={duration_s}: must be finite and above 0")
         return _merge(tenants, _draw_all(tenants, duration_s, seed), block_tokens, name)
     if n_requests is not None and duration_s is None:
-        if n_requests < 1:
-            raise TraceError(f"n_requests={n_requests}: must be at least 1")
+        if not 1 <= n_requests <= MAX_REQUESTS:
+            raise TraceError(f"n_requests={n_requests}: must be at least 1 and at most {MAX_REQUESTS:,}")
         span_s, parts = 1.1 * (n_requests + 16) / sum(tenant.rate_rps for tenant in tenants), list[_Requests]()
         while sum(len(part.arrival_s) for part in parts) < n_requests:
             parts = _draw_all(tenants, span_s, seed)
@@ -145,6 +144,10 @@ def _draw(tenant: Tenant, duration_s: float, rng: np.random.Generator) -> _Reque
         span_s=duration_s,
     )
     turns = rng.geometric(1 / tenant.turns, len(start_s))
+    if turns.sum(dtype=np.float64) > MAX_REQUESTS:
+        raise TraceError(
+            f"tenant {tenant.name}: turns={tenant.turns:g} give over {MAX_REQUESTS:,} requests; lower them"
+        )
     session = np.repeat(np.arange(len(start_s)), turns)
     first = np.cumsum(turns) - turns  # each session's first request
     n = len(session)
@@ -187,6 +190,11 @@ def _merge(tenants: Sequence[Tenant], parts: Sequence[_Requests], block_tokens: 
         next_id += shared + int(longest.sum())
         sessions.append(part.session + next_session if tenant.turns > 1 else np.full(len(own), -1))
         next_session += len(longest) if tenant.turns > 1 else 0
+    blocks = sum(int(part.sum()) for part in lengths)
+    if blocks > MAX_BLOCKS:
+        raise TraceError(
+            f"block_tokens={block_tokens}: prompts of {blocks:,} blocks; raise it, {MAX_BLOCKS:,} are the most"
+        )
     arrival_s = np.concatenate([part.arrival_s for part in parts])
     order = np.argsort(arrival_s, kind="stable")
     run_lengths = np.concatenate(lengths)[order]

@@ -84,7 +84,7 @@ def _read_csv(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
                 raise TraceError.at(source, reader.line_num, "cells", len(row), rule)
         table.columns = {name: list(cells) for name, cells in zip(header, zip(*rows, strict=True), strict=False)}
     except csv.Error as error:
-        raise TraceError(f"{source}:{reader.line_num}: not CSV: {error}") from error
+        raise TraceError(f"{source}:{reader.line_num}: not CSV: {error}; complete or correct it") from error
     finally:
         csv.field_size_limit(former_limit)
     return table
@@ -205,7 +205,7 @@ def _decoded(path: Path) -> Table:
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, TraceError):
             raise
-        raise TraceError(f"{path}: not a whole Parquet file: {error}") from error
+        raise TraceError(f"{path}: not a whole Parquet file ({error}); write it again") from error
     table = Table(source=str(path), lines=list(range(1, stored.num_rows + 1)))
     for name, column in zip(stored.column_names, stored.columns, strict=True):
         if name in table.columns:
@@ -213,7 +213,8 @@ def _decoded(path: Path) -> Table:
         try:
             table.columns[name] = _cells(column)
         except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-            rule = f"cannot be read as {column.type} ({error}); store numbers, text or lists of whole numbers"
+            reason = error.reason if isinstance(error, UnicodeDecodeError) else error
+            rule = f"cannot be read as {column.type} ({reason}); store numbers, text or lists of whole numbers"
             raise TraceError(f"{path}: column {name!r} {rule}") from error
     return table
 

@@ -259,7 +259,7 @@ def _bounds(texts: Sequence[str]) -> dict[str, str]:
         if not equals:
             raise ValueError(f"--slo {shown(item)} must be written name=value")
         if name in bounds:
-            raise ValueError(f"--slo gives {shown(name)} twice")
+            raise ValueError(f"--slo gives {shown(name)} twice; say it once")
         bounds[name] = value
     return bounds
 

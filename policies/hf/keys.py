@@ -76,7 +76,7 @@ class Keys:
         """A whole number from `least` to the most of its kind; ValueError when it is missing and has no default."""
         value = self._values.get(key, self._values.get(_ALIASES.get(key, ""), default))
         if value is None:
-            raise ValueError(f"config of {shown(self._name)} has no key {shown(key)}")
+            raise ValueError(f"config of {shown(self._name)} has no key {shown(key)}; add it")
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.error(key, f"must be a whole number of at least {least}")
         most = _MOST_OF.get(key, MOST)

@@ -90,7 +90,8 @@ def test_yaml_that_is_refused(text: str, message: str) -> None:
         ('{"a": 1, "a": 2}', "FILE: the key 'a' stands twice in one object; keep one of them"),
         ('{"b": {"a": 1, "a": 1}}', "FILE: the key 'a' stands twice in one object; keep one of them"),
         ("[" * 100_000, "FILE nests too deep; write it flatter"),
-        ("9" * 5000, "FILE: Exceeds the limit"),
+        ("9" * 5000, "FILE: '9999"),
+        ('{"a": 1' + "0" * 60 + "}", "FILE: '1000"),
         ("{", "FILE is not JSON: "),
     ],
 )
