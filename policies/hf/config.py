@@ -97,7 +97,7 @@ def _assemble(
     outside = family.last_norms * norm_params(keys, family) + (family.outside(keys) if family.outside else 0)
     tied = keys.flag("tie_word_embeddings", False)
     counted = in_layers + outside + matrix * (1 if tied else 2) + bias
-    other, notes = count_towers(outer)
+    other, notes = count_towers(outer, hidden)
     dtype = keys.dtype()
     if dtype == "fp32":
         dtype, notes = "bf16", (*notes, SERVED_IN_HALF)

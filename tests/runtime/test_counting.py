@@ -9,6 +9,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from kvsim.__main__ import main
+from policies import hf
 from runtime.counting import count_weights
 
 TEXT = {
@@ -79,3 +80,41 @@ def test_what_transformers_cannot_count() -> None:
         count_weights({"model_type": "hyena"})
     with pytest.raises(ValueError, match="makes no model of this config"):
         count_weights({**TEXT, "hidden_size": "wide"})
+
+
+QWEN_TEXT = {**TEXT, "model_type": "qwen2"}
+TOWERS = {
+    "llava": ({}, VISION, TEXT),
+    "qwen2_vl": ({}, {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 4}, QWEN_TEXT),
+    "qwen2_5_vl": (
+        {}, {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64}, QWEN_TEXT),
+    "qwen3_vl": (
+        {}, {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+             "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}, {**TEXT, "model_type": "qwen3"}),
+    "gemma3": (
+        {}, {"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "image_size": 28, "patch_size": 14, "vision_use_head": False},
+        {**TEXT, "model_type": "gemma3_text", "head_dim": 16}),
+    "mistral3": (
+        {"spatial_merge_size": 2}, {"model_type": "pixtral", "hidden_size": 32, "intermediate_size": 48,
+                                    "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14},
+        {**TEXT, "model_type": "mistral", "head_dim": 16}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_towers_of_the_table_are_those_that_transformers_builds(model_type: str) -> None:
+    outer, vision, text = TOWERS[model_type]
+    full = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2} if "qwen" in model_type else {}
+    names = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text", "qwen3_vl": "qwen3_vl_text"}
+    text = {**text, "model_type": names.get(model_type, text["model_type"])}
+    untied = {"tie_word_embeddings": False}  # in both places, as some wrappers' classes tie by default
+    config = {"model_type": model_type, **untied, **outer, "vision_config": {**full, **vision}, "text_config": text}
+    counted, shape = count_weights(config), hf.read(config, "m")
+    assert (shape.params, shape.other_params, shape.notes) == (counted.params, counted.other_params, ())
+
+
+def test_a_tower_that_is_not_counted_is_told_of() -> None:
+    shape = hf.read({"model_type": "llava", "text_config": TEXT, "vision_config": {"hidden_size": 32}}, "m")
+    assert shape.other_params == 0
+    assert shape.notes[0].startswith("vision_config: its weights are not counted, and take memory besides")
