@@ -99,19 +99,24 @@ class Rows:
 
     def labels(self, field: str) -> tuple[Codes, tuple[str, ...]]:
         """Names as codes in order of first appearance; a blank cell is named "default"."""
-        self.reject(field, np.array([not _is_name(cell) for cell in self.table.columns[field]]), _NAME)
-        names = ["default" if cell in (None, "") else str(cell) for cell in self.table.columns[field]]
+        cells = self._names(field)
+        names = [cell or "default" for cell in cells]
         known = {name: code for code, name in enumerate(dict.fromkeys(names))}
         return np.array([known[name] for name in names], np.int32), tuple(known)
 
     def sessions(self, field: str) -> Codes:
         """Session numbers: whole numbers are kept, other names are numbered by first appearance, blank is -1."""
-        self.reject(field, np.array([not _is_name(cell) for cell in self.table.columns[field]]), _NAME)
-        cells = ["" if cell is None else str(cell) for cell in self.table.columns[field]]
+        cells = self._names(field)
         if all(cell == "" or (cell.isdecimal() and len(cell) <= 10 and int(cell) <= _INT32_MAX) for cell in cells):
             return np.array([int(cell) if cell else -1 for cell in cells], np.int32)
         known = {name: code for code, name in enumerate(name for name in dict.fromkeys(cells) if name)}
         return np.array([known.get(cell, -1) for cell in cells], np.int32)
+
+    def _names(self, field: str) -> list[str]:
+        """The column as text, "" where it is blank: also for NaN, which some tools write where there is nothing."""
+        cells = self.table.columns[field]
+        self.reject(field, np.array([not _is_name(cell) for cell in cells]), _NAME)
+        return ["" if cell is None or cell != cell else str(cell) for cell in cells]  # noqa: PLR0124 - NaN alone differs
 
     def id_lists(self, field: str) -> list[Ints]:
         """Each row's block ids in prompt order, none for a row that cannot be read and is bad."""

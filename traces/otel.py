@@ -150,14 +150,22 @@ def _span(span: dict[str, Any], line: int) -> _Span:
     is_request = span.get("name") == SPAN or (
         _first(values, PROMPTS) is not None if operation in OPERATIONS else operation is None and PROMPTS[0] in values
     )
-    start = _key(span, START, "start_time") if is_request else None
-    if is_request and start is None:
-        raise KeyError(START)
+    start = _start(span) if is_request else None
     context: Any = span.get("context")
     named = {**context, **span} if isinstance(context, dict) else span
     whose, number = (str(_key(named, field, field) or "") for field in ("traceId", "spanId"))
     parent = str(_key(span, "parentSpanId", "parent_id") or "")
     return _Span(line, start, values, (whose, number), (whose, parent), is_request)
+
+
+def _start(span: dict[str, Any]) -> Any:
+    """When a span began; under a name without a unit a number counts only as nanoseconds since 1970 can."""
+    start = _key(span, START, "start_time")
+    if start is None:
+        raise KeyError(START)
+    if start is span.get("start_time") and str(start).isdecimal() and len(str(start)) < 18:
+        return f"{start} of no unit"
+    return start
 
 
 def _key(span: dict[str, Any], name: str, other: str) -> Any:

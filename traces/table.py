@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -96,7 +97,7 @@ def _read_jsonl(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
         if line.isspace():
             continue
         try:
-            row, fault = json.loads(line), "it is another JSON value"
+            row, fault = json.loads(line, object_pairs_hook=_once), "it is another JSON value"
         except (ValueError, RecursionError) as error:
             row, fault = None, str(error)
         if not isinstance(row, dict):
@@ -128,7 +129,8 @@ def _read_json(lines: TextIO, source: str, _skip_bad_rows: bool) -> Table:
 
 def _json_values(text: str, source: str) -> Iterator[tuple[int, Any, bool]]:
     """(line, value, False) of each value of a text; (line, element, True) of each element where a value is a list."""
-    decoder, at, number, counted, inside, due = json.JSONDecoder(), 0, 1, 0, False, False
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    at, number, counted, inside, due = 0, 1, 0, False, False
     while True:
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing as well
         number, counted = number + text.count("\n", counted, at), at
@@ -150,6 +152,15 @@ def _json_values(text: str, source: str) -> Iterator[tuple[int, Any, bool]]:
                 raise TraceError.at(source, number, "file", "malformed", f"must be JSON objects; {error}") from error
             yield number, value, inside
             due = True
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these keys and values; ValueError where a key stands twice, of which JSON would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice[:80]!r} is given twice; keep one")
+    return found
 
 
 def condensed(row: dict[str, Any]) -> dict[str, Any]:

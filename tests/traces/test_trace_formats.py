@@ -537,6 +537,17 @@ REFUSED = {
         (f'"{S}500000000"', '"yesterday"', r":1: startTimeUnixNano=yesterday: must be the nanoseconds"),
         (f'"{S}500000000"', '"' + "9" * 5000 + '"', r":1: startTimeUnixNano=9{80}: must be the nanoseconds"),
     ],
+    "console.json": [
+        ("2025-07-15T17:20:01.500000Z", "1752600000", r":1: startTimeUnixNano=1752600000 of no unit: must be the nano"),
+        (
+            "2025-07-15T17:20:01.500000Z",
+            "2025-07-15 17:20",
+            r":1: startTimeUnixNano=2025-07-15 17:20: must be the nano",
+        ),
+    ],
+    "epoch.jsonl": [
+        ('"output_length"', '"input_length"', r":1: row=.*the key 'input_length' is given twice; keep one")
+    ],
     "azure.csv": [("2024-05-10 02:00:01.5+02:00", "2024-05-10 02:00:01.5+2", r":2: TIMESTAMP=.*: must be a time")],
 }
 

@@ -112,6 +112,17 @@ def test_plain_csv_with_tenants_and_sessions(tmp_path):
     )
 
 
+def test_nan_names_no_session_and_no_tenant(tmp_path):
+    """Some tools write NaN where there is nothing: such rows have nothing in common."""
+    rows = [{"arrived_at": i, "num_prefill_tokens": 5, "num_decode_tokens": 1} for i in range(3)]
+    for row, name in zip(rows, (float("nan"), 3, float("nan")), strict=True):
+        row |= {"session": name, "tenant": name}
+    (tmp_path / "nan.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trace = traces.load(str(tmp_path / "nan.jsonl"))
+    assert trace.session.tolist() == [-1, 3, -1]
+    assert [trace.tenants[code] for code in trace.tenant] == ["default", "3", "default"]
+
+
 def test_hash_ids_beyond_32_bits_are_renumbered_alike(tmp_path):
     path = tmp_path / "big.jsonl"
     rows = [{"timestamp": i, "input_length": 1024, "output_length": 1, "hash_ids": [2**62, 2**40 + i]} for i in (0, 1)]
