@@ -38,6 +38,8 @@ def check_kinds(config: Mapping[str, Any], name: str) -> None:
         value = config.get(key)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"config of {shown(name)}: {key} must be {what}, not {shown(value)}")
+        if isinstance(value, Mapping) and not isinstance(value.get("model_type", ""), str | None):
+            raise ValueError(f"config of {shown(name)}: model_type in {key} must be a name")
 
 
 class Keys:
