@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from policies.hf.local_cache import cached_folder, is_hub_name
+from policies.shown import shown
 from runtime.arena import DTYPES
 from runtime.needle import expand
 from runtime.needle.kept import kept
@@ -50,9 +51,9 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
     where = _device(device)
     floating = [name for name, known in DTYPES.items() if known.is_floating_point]
     if dtype is not None and dtype not in floating:
-        raise ValueError(f"dtype {dtype!r} is unknown; the runtime computes in {', '.join(floating)}")
+        raise ValueError(f"dtype {shown(dtype)} is unknown; the runtime computes in {', '.join(floating)}")
     kind = DTYPES[dtype] if dtype is not None else torch.float32 if where.type == "cpu" else "auto"
-    shown = logging.is_progress_bar_enabled()
+    visible = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -64,7 +65,7 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
     except OSError as error:
         raise ValueError(f"{folder}: no model to load ({' '.join(str(error).split())})") from error
     finally:
-        if shown:
+        if visible:
             logging.enable_progress_bar()
 
 
@@ -82,9 +83,9 @@ def _device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} must be cpu, cuda or cuda:N") from None
+        raise ValueError(f"device {shown(name)} must be cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} must be cpu, cuda or cuda:N")
+        raise ValueError(f"device {shown(name)} must be cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; use cpu")
+        raise ValueError(f"device {shown(name)} is not there: PyTorch sees {torch.cuda.device_count()} GPUs; use cpu")
     return device
