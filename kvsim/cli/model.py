@@ -93,6 +93,18 @@ def show_model(
     print_table(dict.fromkeys((name.replace("_", " ") for name in used), "right"), rows)
 
 
+@app.command("families")
+def list_families(json: JsonFlag = False) -> None:
+    """List the architectures (`model_type`) whose config.json is read."""
+    from policies.hf.families import table
+
+    rows = table()
+    if json:
+        print_json({"families": rows})
+        return
+    print_table(dict.fromkeys(rows[0], "left"), (list(row.values()) for row in rows))
+
+
 @app.command("needle")
 def unpack_needle(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; made when it does not exist.")],
