@@ -81,7 +81,7 @@ def _milliseconds(trace: Trace) -> Floats | None:
     """Arrivals in milliseconds, when they are whole and the reader of Mooncake's columns is certain of their unit."""
     per_s = UNITS_PER_S[mooncake.COLUMNS.unit]
     milliseconds = np.round(trace.arrival_s * per_s)
-    if not (milliseconds / per_s == trace.arrival_s).all() or milliseconds[0] >= EPOCH_S * per_s:
+    if not (milliseconds / per_s == trace.arrival_s).all() or milliseconds[-1] >= EPOCH_S * per_s:
         return None
     try:
         milliseconds_or_ask(milliseconds, trace.name, mooncake.COLUMNS.arrival)

@@ -64,6 +64,14 @@ def test_written_traces_read_back_the_same(tmp_path_factory, suffix, trace):
     same_requests(traces.load(str(path)), trace)
 
 
+@pytest.mark.parametrize("late_s", [1e7, 1.7e9, 1e300])
+def test_late_requests_are_written_as_they_are(tmp_path, late_s):
+    """Beyond what whole milliseconds can hold as well."""
+    trace = Trace.from_columns(name="t", arrival_s=[0.0, late_s], prompt_tokens=[5, 6], output_tokens=[1, 1])
+    traces.write(trace, tmp_path / "late.jsonl")
+    same_requests(traces.load(str(tmp_path / "late.jsonl")), trace)
+
+
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
     trace, path = traces.load("azure-2023-code", limit=3), tmp_path / "t.csv"
     traces.write(trace, path)
