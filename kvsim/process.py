@@ -41,6 +41,26 @@ def in_order() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def finishing() -> Iterator[list[int]]:
+    """Let the first Ctrl-C wait for the end of the context, into whose value it goes; a second one comes at once."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard  # signals are the main thread's
+        return
+
+    def handle(number: int, _frame: object) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+
+    former = signal.signal(signal.SIGINT, handle)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
 def discard_output() -> None:
     """Let standard output lead nowhere, so that Python does not complain once more when it flushes at exit."""
     with suppress(OSError, ValueError):

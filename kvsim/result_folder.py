@@ -48,6 +48,7 @@ class Held:
         """
         aside = None
         try:
+            self._make_sure()
             aside = self._aside()
             new = aside / folder_swap.SET
             new.mkdir()
@@ -63,6 +64,12 @@ class Held:
             if aside is not None and not (aside / folder_swap.MOVING).exists():
                 with suppress(OSError):
                     folder_swap.finish(aside, self.path)
+
+    def _make_sure(self) -> None:
+        """Make the folder again where somebody has removed it, or put another in its place, since it was held."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not any(os.path.samestat(os.fstat(lock), self.path.stat()) for lock in self.locks):
+            self.locks.append(_locked(self.path))
 
     def _earlier(self) -> list[str]:
         """What of the earlier set stands here itself, and not where a link of the user's leads."""

@@ -178,6 +178,7 @@ def replay(
     """Replay a trace of requests on a simulated cluster."""
     from kvsim.cli.simulate_output import print_comparison, print_run, progress_bars
     from kvsim.parallel import Job, simulate_all
+    from kvsim.process import finishing
     from kvsim.result_files import write_set
     from policies import describe
 
@@ -207,9 +208,11 @@ def replay(
             print_line("interrupted before a request had finished: there are no results", err=True)
             raise typer.Exit(INTERRUPTED)
         _warn_of_nothing_seen(asked, results[0])
+        late: list[int] = []
         try:
             if folder is not None:
-                write_set(results, folder, missing=missing, slo=asked.slo_s, warmup_s=asked.warmup)
+                with finishing() as late:
+                    write_set(results, folder, missing=missing, slo=asked.slo_s, warmup_s=asked.warmup)
         finally:  # what took so long to find is shown, whether or not it could be written
             if several:
                 print_comparison(results, asked.slo_s, asked.warmup, missing, json=json)
@@ -218,6 +221,9 @@ def replay(
     if interrupted:
         without = f", without {', '.join(missing)}" if missing else ""
         print_line(f"interrupted: these are the results so far{without}", err=True)
+    elif late:
+        print_line("interrupted while the results were written: they are whole", err=True)
+    if interrupted or late:
         raise typer.Exit(INTERRUPTED)
 
 

@@ -14,6 +14,7 @@ import pytest
 from pyarrow import parquet
 
 import traces
+from kvsim import result_files
 from kvsim.__main__ import main
 from kvsim.results import summarize
 from kvsim.scenario import scenario
@@ -402,6 +403,30 @@ def test_an_interruption_leaves_whole_results(
         assert 0 < summary["requests"]["finished"] < summary["requests"]["submitted"] == 4000
     status = parquet.read_table(next(tmp_path.rglob("requests.parquet")))["status"].to_pylist()
     assert {"finished", "unfinished"} == set(status)
+
+
+def test_an_interruption_while_results_are_written_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = result_files.report_html
+    pressed: list[int] = []
+
+    def press(*args: Any, **options: Any) -> str:
+        for number in pressed:
+            signal.raise_signal(number)
+        return real(*args, **options)
+
+    monkeypatch.setattr(result_files, "report_html", press)
+    small = ["simulate", *BASE, "--limit", "3", "--out", str(tmp_path / "out"), "--json"]
+    pressed.append(signal.SIGINT)
+    assert main(small) == 130
+    out, err = capsys.readouterr()
+    assert err == "interrupted while the results were written: they are whole\n"
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(out)
+    pressed.append(signal.SIGINT)  # once more, and the earlier results stay
+    assert main([*small, "--policy", "quest"]) == 130
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 class Terminal(StringIO):

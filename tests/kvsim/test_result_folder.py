@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,12 @@ def test_what_is_changed_while_folders_are_exchanged_is_kept(out: Path, monkeypa
     write_new(out)
     assert content(out) == {**NEW, **MINE, "notes.txt": "edited", "late.txt": "late"}
     assert left_over(out) == []
+
+
+def test_a_folder_that_was_removed_meanwhile_comes_back(out: Path) -> None:
+    with hold(out, earlier) as held:
+        shutil.rmtree(out)
+        held.replace(lambda folder: fill(folder, NEW))
+        with pytest.raises(ValueError, match="another kvsim is at work"):
+            write_new(out)
+    assert content(out) == NEW
