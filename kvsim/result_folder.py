@@ -85,7 +85,12 @@ class Held:
         """A new folder with our mark, on the same file system: beside the results, or else among them."""
         beside = not os.path.ismount(self.path) and os.access(self.path.parent, os.W_OK | os.X_OK)
         aside = Path(tempfile.mkdtemp(prefix=_prefix(self.path), dir=self.path.parent if beside else self.path))
-        (aside / MARK).write_text(json.dumps({"kvsim": __version__, "results_of": self.path.name}), encoding="utf-8")
+        try:
+            mark = {"kvsim": __version__, "results_of": self.path.name}
+            (aside / MARK).write_text(json.dumps(mark), encoding="utf-8")
+        except BaseException:
+            folder_swap.remove(aside)
+            raise
         return aside
 
 
@@ -166,8 +171,10 @@ def _is_ours(aside: Path, path: Path) -> bool:
     try:
         mark: Any = json.loads((aside / MARK).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        with suppress(OSError):
-            aside.rmdir()  # killed before it left its mark: empty, or not ours
+        with suppress(OSError):  # killed before it left its mark: empty, or not ours
+            if (aside / MARK).exists() and not (aside / MARK).stat().st_size:
+                (aside / MARK).unlink()
+            aside.rmdir()
         return False
     return isinstance(mark, dict) and mark.get("results_of") == path.name
 

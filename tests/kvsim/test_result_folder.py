@@ -106,6 +106,29 @@ def test_a_full_disk_leaves_the_earlier_results(out: Path) -> None:
     assert left_over(out) == []
 
 
+def test_a_disk_that_is_full_from_the_start(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match=r"out: the results cannot be written: No space left on device"):
+            write_new(out)
+    assert content(out) == {**OLD, **MINE}
+    assert left_over(out) == []
+
+
+def test_what_was_killed_before_it_left_its_mark_is_removed(out: Path) -> None:
+    for number in range(2):
+        aside = out.parent / f".kvsim-762069bc07a6-{number}"
+        aside.mkdir()
+        if number:
+            (aside / "kvsim.json").touch()
+    write_new(out)
+    assert left_over(out) == []
+
+
 def test_two_at_once(out: Path) -> None:
     with hold(out, earlier) as held:
         with pytest.raises(ValueError, match="another kvsim is at work on the results of this folder"):
