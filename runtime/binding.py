@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationM
 
 from runtime.attention import NAME, attention, mask
 from runtime.cache import TieredCache
+from runtime.heard import Heard, hear, takes_ids
 from runtime.rotary import angles_of
 
 LOG = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def bound(model: Any, rotating: Mapping[int, str]) -> Iterator[None]:
     AttentionMaskInterface.register(NAME, mask)
     decoder = decoder_of(model)
     with ExitStack() as stack:
+        for module in filter(takes_ids, model.modules()):
+            stack.enter_context(_installed("ids", module, partial(hear, module, _heard_of)))
         stack.enter_context(_installed("attention", decoder.config, lambda: _replace(decoder)))
         stack.enter_context(_installed("forward", decoder, lambda: _watch(decoder)))
         for module in model.modules():
@@ -160,6 +163,8 @@ def _guard(model: Any) -> Callable[[], None]:
                     "length, or stop before it"
                 )
             prepared["past_key_values"] = cache  # there is nothing in it that could be rotated otherwise
+        if isinstance(cache, TieredCache) and cache.tokens:
+            cache.heard.compare(cache.tokens, input_ids, prepared.get("input_ids"), given)
         return prepared
 
     model.prepare_inputs_for_generation = guarded
@@ -190,6 +195,10 @@ def _listen(model: torch.nn.Module, rotating: Mapping[int, str]) -> Callable[[],
         for layer, name in rotating.items()
     ]
     return lambda: [hook.remove() for hook in hooks] and None
+
+
+def _heard_of(cache: Any) -> Heard | None:
+    return cache.heard if isinstance(cache, TieredCache) else None
 
 
 def _cache_among(args: tuple[Any, ...], given: dict[str, Any]) -> TieredCache | None:

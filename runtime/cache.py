@@ -19,6 +19,7 @@ from runtime.arena import DTYPES, Arena
 from runtime.call import Call, Handed, Method
 from runtime.executor import Executor
 from runtime.footprint import Footprint
+from runtime.heard import Heard
 from runtime.hybrid import TieredHybridLayer
 from runtime.layer import TieredLayer
 from runtime.masks import Seen, read_mask
@@ -78,9 +79,10 @@ class TieredCache(Cache):
         self._pending: int | None = None  # the layer whose attention must come next
         self._under_way = False  # a forward has begun and not come to its end
         self._switch_tokens = _switch_tokens(config)
-        self._beyond: bool | None = None  # whether cached tokens were rotated for contexts beyond those
+        self.beyond: bool | None = None  # whether cached tokens were rotated for contexts beyond those
         self._ended = ""  # why the cache cannot be used any more
         self._lock = threading.RLock()
+        self.heard = Heard()
         self._register(self)
 
     def _own(self, index: int, stock: Any) -> TieredLayer:
@@ -108,6 +110,22 @@ class TieredCache(Cache):
         """Tokens that the cache has taken; 0 for a model whose layers are all its own."""
         return self.layers[self.own[0]].tokens if self.own else 0
 
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """The token ids that the cache holds, (batch, tokens), or None where some came as embeddings."""
+        return self.heard.ids(self.tokens)
+
+    @property
+    def real(self) -> torch.Tensor:
+        """Which tokens are no padding: bool (batch, tokens)."""
+        if self._real is not None:
+            return self._real
+        return torch.ones(self.arena.batch, self.tokens, dtype=torch.bool, device=self.device)
+
+    @real.setter
+    def real(self, real: torch.Tensor) -> None:
+        self._real = None if real.all() else real
+
     def begin(self, decoder: torch.nn.Module, batch: int, new: int, positions: torch.Tensor | None) -> None:
         """A forward of the decoder begins, with `new` tokens for each of `batch` sequences, at given positions or next.
 
@@ -132,13 +150,13 @@ class TieredCache(Cache):
             return
         last = self.tokens + new if positions is None else int(positions.max()) + 1
         beyond = last > self._switch_tokens
-        if self.tokens and beyond != (self.tokens > self._switch_tokens if self._beyond is None else self._beyond):
+        if self.tokens and beyond != (self.tokens > self._switch_tokens if self.beyond is None else self.beyond):
             raise ValueError(
                 f"the cached tokens were rotated for contexts of {'more than' if not beyond else 'at most'} "
                 f"{self._switch_tokens} tokens and the new ones would be for others (LongRoPE has two sets of "
                 "factors); begin with a prompt beyond that length, or stop before it"
             )
-        self._beyond = beyond
+        self.beyond = beyond
 
     def finish(self) -> None:
         """The decoder has come to the end of a forward.
@@ -243,6 +261,11 @@ class TieredCache(Cache):
             layer.dtype, layer.device, layer.is_initialized = DTYPES[self.terms.shape.kv_dtype], self.device, True
             self._settle(layer, prompt, prompt)
 
+    def settled(self, prompt: int) -> dict[int, tuple[Method, list[Buffer]]]:
+        """What each layer under the policy keeps after a first prompt of so many tokens, and the torch code for it."""
+        leaves = {index: _leaf(self.terms, prompt, index) for index in self.own}
+        return {i: (method, self._buffers(leaf, i, prompt, prompt)[0]) for i, (leaf, method) in leaves.items()}
+
     def _admit(self, batch: int, prompt: int, first: int, device: torch.device) -> None:
         self._check_positions(prompt)
         check_fits(self._needed_bytes(batch, prompt, first), device)
@@ -312,6 +335,7 @@ class TieredCache(Cache):
                 executor=Executor(self.device, self.terms.mover),
                 arena=self._taken(self.arena, torch.arange(self.arena.batch)),
                 rotaries={index: tables[id(rotary)] for index, rotary in self.rotaries.items()},
+                heard=self.heard.copy(),
                 progress=None,
                 _extended=[],
                 _last_calls={},
@@ -351,6 +375,7 @@ class TieredCache(Cache):
 
     def _take_rest(self, rows: torch.Tensor) -> None:
         """What a cache knows of its sequences besides the arena."""
+        self.heard.take(rows)
         for rotary in {id(rotary): rotary for rotary in self.rotaries.values()}.values():
             rotary.take(rows)
         if self._real is not None:

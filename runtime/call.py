@@ -115,7 +115,7 @@ class Method:
     else its tokens are decoded one by one, so that what was built from the prompt stays. `execution_tokens`: a prompt
     is planned and executed that many tokens at a time (0: as it comes). `crops`: the newest tokens can be taken back.
     `unrotates`: kernels need `Call.rotary`. `any_padding`: padding may stand behind real tokens too. `any_mask`:
-    attention is as the mask says, whatever it says.
+    attention is as the mask says, whatever it says. `may_be_infinite`: buffers where an infinite number is no fault.
     """
 
     kernels: Mapping[str, Kernel]
@@ -128,6 +128,7 @@ class Method:
     unrotates: bool = False
     any_padding: bool = False
     any_mask: bool = False
+    may_be_infinite: frozenset[str] = frozenset()
 
     def missing(self, plan: LayerPlan) -> list[str]:
         """Operations of a plan that nothing executes."""

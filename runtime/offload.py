@@ -61,17 +61,40 @@ class Offload:
             raise ValueError(ENDED)
         return TieredCache(self.model.config.get_text_config(), self.terms, self.model.device, prompt_tokens)
 
-    def save(self, cache: TieredCache, path: str | Path) -> None:
-        """Write a cache whose prompt is complete into a file, from which `load` goes on; see `runtime.saved`."""
-        save_cache(cache, self.model, Path(path))
+    def save(self, cache: TieredCache, path: str | Path, *, unbound: bool = False) -> None:
+        """Write a cache whose prompt is complete into a file, from which `load` goes on; see `runtime.saved`.
 
-    def load(self, path: str | Path) -> TieredCache:
+        The file belongs to the model as it computes now and to the token ids; `unbound` leaves the ids out, as a prompt
+        given as embeddings or images needs. Raises ValueError for a cache that cannot be saved, of another context too.
+        """
+        if not (isinstance(cache, TieredCache) and cache.terms.mover is self.mover):
+            raise ValueError(
+                f"a {type(cache).__name__} of another context cannot be saved here; use that of kv.cache()"
+            )
+        save_cache(cache, self.model, Path(path), unbound=unbound)
+
+    def load(
+        self,
+        path: str | Path,
+        *,
+        ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        unbound: bool = False,
+    ) -> TieredCache:
         """The cache that `save` wrote, under the same model, policy and dtype: pass all ids again, as in a later turn.
 
-        Raises ValueError, naming both, where one of them differs, and for a file that is no saved cache.
+        `generate` compares them with the cached ones. For a forward of one's own `ids`, (batch, at least the cached
+        tokens), and `attention_mask` are compared here. `unbound`: compare nothing, and take files without ids. Raises
+        ValueError, naming both, where something differs, and for a file that is damaged or no saved cache.
         """
+        if unbound and ids is not None:
+            raise ValueError("unbound=True compares nothing with ids; leave one of them out")
+        if any(given is not None and given.ndim != 2 for given in (ids, attention_mask)):
+            raise ValueError("ids and attention_mask must be (batch, tokens); give tensors of two dimensions")
         cache = self.cache()
-        load_cache(cache, self.model, Path(path))
+        load_cache(cache, self.model, Path(path), unbound=unbound)
+        if ids is not None or attention_mask is not None:
+            cache.heard.check(cache.tokens, ids, attention_mask)
         return cache
 
     @property

@@ -1,16 +1,17 @@
 """A built cache in a file: a long prefix is prefilled once, and every later process goes on from it.
 
-The file is safetensors: the arena's buffers of each layer, what Hugging Face's own layers hold, the rotary angles; its
-metadata has one JSON text, which says what they belong to.
+The file is safetensors: the arena's buffers of each layer, what Hugging Face's own layers hold, the rotary angles, and
+the token ids; its metadata has one JSON text, which says what they belong to (`runtime.saved_header`). It is bound to
+the model as it computed, to the policy, to the ids, and to its own bytes, by SHA-256; it is not signed.
 """
 
-import json
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,124 +20,307 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from policies import describe
+from policies.shown import shown
+from runtime.arena import DTYPES
+from runtime.aside import written_aside
 from runtime.cache import TieredCache, TieredLayer
+from runtime.call import Method
+from runtime.digest import digest, digests
+from runtime.fingerprint import fingerprint
 from runtime.hybrid import TieredHybridLayer
-from runtime.rotary import Rotary
+from runtime.rotary import UNROTATED, Rotary
+from runtime.saved_header import Header, read_header
 
-FORMAT = "kvsim-cache-1"  # the key of the metadata
+MOST_HEADER_BYTES = 1 << 25  # what a header of 400 layers takes is a hundredth of it
+NAMES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
 
 
-def save_cache(cache: TieredCache, model: Any, path: Path) -> None:
-    """Write a cache whose prompt is complete; the file appears when it is whole.
+class Expected(NamedTuple):
+    """A tensor of the file: where `shape` has None, any size will do."""
 
-    Raises ValueError when the prompt is not complete, or a layer holds a state that is no keys and values.
+    shape: tuple[int | None, ...]
+    dtypes: tuple[torch.dtype, ...]
+    may_be_infinite: bool = False
+
+
+def save_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> None:
+    """Write a cache whose prompt is complete; the file appears when it is whole, and a failure leaves the old one.
+
+    `unbound`: without the token ids. Raises ValueError when the prompt is not complete, the cache was given back, a
+    layer holds a state that is no keys and values, a number is NaN or infinite, ids were never heard, or weights cannot
+    be read; OSError when the file cannot be written.
     """
-    cache.executor.join()
-    own: dict[str, Any] = {}
-    stock: dict[str, int] = {}
-    tensors: dict[str, Tensor] = {}
+    cache.check_usable()
+    cache.executor.settle()
+    tokens = _tokens(cache)
+    layers = {index: cache.layers[index] for index in cache.own}
+    first = layers[cache.own[0]]
+    rotaries = {
+        index: cache.rotaries[index] for index, layer in layers.items() if _keeps_angles(cache, index, layer.method)
+    }
+    tables = list({id(rotary): rotary for rotary in rotaries.values()}.values())
+    held = _held(cache, tables)
+    ids = None if unbound else cache.heard.ids(tokens)
+    if ids is not None:
+        held["ids"] = ids
+    elif not unbound:
+        raise ValueError(
+            "the cache holds tokens whose ids were never heard (embeddings, images, or more than a 2-D mask says), so "
+            "that a file of it could be taken up behind another prompt; kv.save(..., unbound=True) does write it"
+        )
+    header = Header(
+        written_by=", ".join(f"{name} {_version(name)}" for name in ("kvsim", "torch", "transformers")),
+        policy=describe(cache.terms.policy),
+        dtype=cache.terms.shape.kv_dtype,
+        fingerprint=fingerprint(model),
+        batch=cache.arena.batch,
+        tokens=tokens,
+        first_prompt_tokens=first.first_prompt_tokens,
+        max_new_tokens=cache.terms.max_new_tokens,
+        prompt_tokens={index: layer.prompt_tokens for index, layer in layers.items()},
+        rotary={index: tables.index(rotary) for index, rotary in rotaries.items()},
+        bound=ids is not None,
+        beyond=cache.beyond,
+        digests={},
+    )
+    expected = _expected(cache, header)
+    held = {name: tensor.cpu() for name, tensor in held.items()}
+    for name, tensor in held.items():
+        _check_kind(name, tuple(tensor.shape), tensor.dtype, expected[name])
+        _check_numbers(name, tensor, expected[name])
+    with written_aside(path) as new:
+        try:
+            save_file(held, new, metadata=replace(header, digests=digests(held.items())).metadata())
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({error})") from None
+
+
+def load_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> None:
+    """Fill a new cache with what `save_cache` has written.
+
+    Raises ValueError for a file that is none, not whole, damaged, or of another model, policy or dtype, and where the
+    cache is to have room for more tokens than the saved one, or is not `unbound` and the file has no ids;
+    FileNotFoundError when there is none, MemoryError when it does not fit.
+    """
+    with _opened(path) as file:
+        header = read_header(file.metadata() or {})
+        _check_terms(cache, header, unbound)
+        here = fingerprint(model)
+        if difference := header.fingerprint.difference(here):
+            there = shown(str(header.fingerprint))[1:-1]
+            raise ValueError(f"was saved with the model {there}, and here it is {here}: {difference}")
+        cache.terms = replace(cache.terms, max_new_tokens=header.max_new_tokens)
+        expected = _expected(cache, header)
+        _check_layout(file, header, expected, max(layer.head_dim for layer in cache.terms.shape.layers))
+        with cache.at_work():
+            cache.reopen(header.batch, header.first_prompt_tokens)
+            try:
+                _fill(cache, header, lambda name: _taken(file, header, name, expected[name]))
+            except BaseException:
+                cache.release()
+                raise
+    if unbound:
+        cache.heard.forget()
+
+
+def _tokens(cache: TieredCache) -> int:
+    """How many tokens every layer holds; ValueError where they differ, or are none, or the state is of another kind."""
+    if not cache.own:
+        raise ValueError("no layer of this model keeps its cache under a policy, so that there is nothing to save")
+    counts = set()
     for index, layer in enumerate(cache.layers):
-        if isinstance(layer, TieredHybridLayer):
-            raise ValueError(f"layer {index} keeps a state beside its keys and values, which cannot be saved")
+        _check_saves(index, layer)
         if isinstance(layer, TieredLayer):
             if not layer.is_initialized or layer.tokens < layer.first_prompt_tokens:
                 raise ValueError(f"layer {index} has not finished its prompt; process all of it before saving")
-            own[str(index)] = {"tokens": layer.tokens, "prompt_tokens": layer.prompt_tokens}
-            tensors |= {f"{index}.{name}": tensor for name, tensor in cache.arena.kept(index).items()}
-        elif type(layer) is DynamicSlidingWindowLayer and layer.is_initialized:
-            stock[str(index)] = layer.cumulative_length
-            tensors |= {f"{index}.keys": layer.keys.contiguous(), f"{index}.values": layer.values.contiguous()}
+            counts.add(layer.tokens)
         else:
-            raise ValueError(f"layer {index} is a {type(layer).__name__}, whose state cannot be saved")
-    tables = list({id(rotary): rotary for rotary in cache.rotaries.values()}.values())
-    for number, rotary in enumerate(tables):
-        tensors[f"rotary.{number}.cos"], tensors[f"rotary.{number}.sin"] = rotary.so_far()
-    first = cache.layers[cache.own[0]]
-    says = {
-        **_belongs_to(cache, model),
-        "kvsim": _version(),
-        "batch": cache.arena.batch,
-        "first_prompt_tokens": first.first_prompt_tokens,
-        "max_new_tokens": cache.terms.max_new_tokens,
-        "own": own,
-        "stock": stock,
-        "rotary": {str(index): tables.index(rotary) for index, rotary in cache.rotaries.items()},
-        "tensors": sorted(tensors),
-    }
-    unfinished = path.with_name(path.name + ".part")
-    save_file(tensors, unfinished, metadata={FORMAT: json.dumps(says)})
-    unfinished.replace(path)
-
-
-def load_cache(cache: TieredCache, model: Any, path: Path) -> None:
-    """Fill a new cache with what `save_cache` has written.
-
-    Raises ValueError for a file that is none or not whole, or of another model, policy or dtype, and where the cache is
-    to have room for more tokens than the saved one; MemoryError when it does not fit.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(FORMAT)
-            if text is None:
-                raise ValueError(f"{path}: no saved cache; write one with kv.save(cache, path)")
-            says = json.loads(text)
-            _check(path, says, _belongs_to(cache, model), cache.terms.max_new_tokens)
-            tensors = {name: file.get_tensor(name) for name in says["tensors"]}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: no saved cache, or not all of it ({error})") from None
-    cache.terms = replace(cache.terms, max_new_tokens=says["max_new_tokens"])
-    cache.reopen(says["batch"], says["first_prompt_tokens"])
-    for index, counted in says["own"].items():
-        layer = cache.layers[int(index)]
-        layer.tokens, layer.prompt_tokens = counted["tokens"], counted["prompt_tokens"]
-        for name, held in cache.arena.kept(int(index)).items():
-            held.copy_(tensors[f"{index}.{name}"])
-    for index, length in says["stock"].items():
-        layer = cache.layers[int(index)]
-        keys, values = (tensors[f"{index}.{part}"].to(cache.device) for part in ("keys", "values"))
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values, layer.cumulative_length = keys, values, length
-    tables: dict[int, Rotary] = {}
-    for index, number in says["rotary"].items():
-        if number not in tables:
-            angles = (tensors[f"rotary.{number}.{part}"].to(cache.device) for part in ("cos", "sin"))
-            tables[number] = cache.new_rotary(int(index), cache.max_tokens)
-            tables[number].restore(*angles)
-        cache.rotaries[int(index)] = tables[number]
-
-
-def _belongs_to(cache: TieredCache, model: Any) -> dict[str, str]:
-    shape = cache.terms.shape
-    return {
-        "dtype": shape.kv_dtype,
-        "model": f"{shape.name} ({sha256(repr(shape).encode()).hexdigest()[:12]}, weights {_sampled(model)})",
-        "policy": describe(cache.terms.policy),
-    }
-
-
-def _check(path: Path, says: Mapping[str, Any], belongs_to: Mapping[str, str], max_new_tokens: int) -> None:
-    for what, here in belongs_to.items():
-        if says[what] != here:
-            raise ValueError(f"{path} was saved with the {what} {says[what]}, and here it is {here}")
-    if says["max_new_tokens"] < max_new_tokens:
+            counts.add(layer.cumulative_length)
+    if cache.arena.batch == 0:
+        raise ValueError("the cache was given back when its context ended; call kv.save inside `with offload(...)`")
+    if len(counts) > 1:
         raise ValueError(
-            f"{path} has room for {says['max_new_tokens']} tokens after the prompt, and {max_new_tokens} are wanted; "
-            f"use offload(..., max_new_tokens={says['max_new_tokens']}) or save it with more"
+            f"the layers hold from {min(counts)} to {max(counts)} tokens: a forward broke off; build it anew"
+        )
+    return counts.pop()
+
+
+def _keeps_angles(cache: TieredCache, index: int, method: Method) -> bool:
+    return method.unrotates and cache.terms.seen[index].rotation not in (None, UNROTATED)
+
+
+def _check_saves(index: int, layer: Any) -> None:
+    if isinstance(layer, TieredHybridLayer):
+        raise ValueError(f"layer {index} keeps a state beside its keys and values, which cannot be saved")
+    if not isinstance(layer, TieredLayer) and type(layer) is not DynamicSlidingWindowLayer:
+        raise ValueError(f"layer {index} is a {type(layer).__name__}, whose state cannot be saved")
+
+
+def _held(cache: TieredCache, tables: list[Rotary]) -> dict[str, Tensor]:
+    held: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, TieredLayer):
+            held |= {f"{index}.{name}": tensor for name, tensor in cache.arena.kept(index).items()}
+        else:
+            held |= {f"{index}.keys": layer.keys.contiguous(), f"{index}.values": layer.values.contiguous()}
+    held["real"] = cache.real
+    for number, rotary in enumerate(tables):
+        held[f"rotary.{number}.cos"], held[f"rotary.{number}.sin"] = rotary.so_far()
+    return held
+
+
+def _check_terms(cache: TieredCache, header: Header, unbound: bool) -> None:
+    terms = cache.terms
+    for what, there, here in (
+        ("dtype", header.dtype, terms.shape.kv_dtype),
+        ("policy", header.policy, describe(terms.policy)),
+    ):
+        if there != here:
+            raise ValueError(f"was saved with the {what} {shown(there)[1:-1]}, and here it is {here}")
+    if header.max_new_tokens < terms.max_new_tokens:
+        raise ValueError(
+            f"has room for {header.max_new_tokens} tokens after the prompt, and {terms.max_new_tokens} are wanted; "
+            f"use offload(..., max_new_tokens={header.max_new_tokens}) or save it with more"
+        )
+    if not (header.bound or unbound):
+        raise ValueError(
+            "was saved without token ids, so that nothing tells its prompt; use kv.load(..., unbound=True)"
         )
 
 
-def _sampled(model: Any) -> str:
-    """A digest of some numbers of every weight, in fp32: enough to tell one checkpoint from another."""
-    digest = sha256()
-    for name, weight in model.named_parameters():
-        some = weight.detach().flatten()[:: max(1, weight.numel() // 16)]
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(some.to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:12]
+def _expected(cache: TieredCache, header: Header) -> dict[str, Expected]:
+    """Every tensor that a cache of this header has; ValueError where the header contradicts itself or the model."""
+    batch, tokens, shape = header.batch, header.tokens, cache.terms.shape
+    first, last = header.first_prompt_tokens, max(header.prompt_tokens.values(), default=0)
+    room = first + header.max_new_tokens
+    if not max(first, last) <= tokens <= min(room, shape.max_positions):
+        raise ValueError(f"says that it holds {tokens} tokens, {max(first, last)} of them prompt, in a room for {room}")
+    settled = cache.settled(first)
+    if {*header.prompt_tokens} != {*settled}:
+        raise ValueError(
+            f"has the layers {shown(sorted(header.prompt_tokens))}, and here {sorted(settled)} keep tokens"
+        )
+    if {*header.rotary} != {index for index, (method, _) in settled.items() if _keeps_angles(cache, index, method)}:
+        raise ValueError(f"has rotary angles for the layers {shown(sorted(header.rotary))}, which are not those here")
+    tables = {*header.rotary.values()}
+    if tables != {*range(len(tables))}:
+        raise ValueError(f"numbers its {len(tables)} tables of rotary angles {shown(sorted(tables))}")
+    expected = {
+        f"{index}.{buffer.name}": Expected(
+            (batch, buffer.rows, *buffer.row_shape), (DTYPES[buffer.dtype],), buffer.name in method.may_be_infinite
+        )
+        for index, (method, buffers) in settled.items()
+        for buffer in buffers
+        if not (buffer.view or buffer.ring)
+    }
+    for index, layer in enumerate(cache.layers):
+        _check_saves(index, layer)
+        if index not in settled:
+            heads = shape.layers[index]
+            window = min(tokens, layer.sliding_window - 1)
+            for part, width in (("keys", heads.head_dim), ("values", heads.v_head_dim)):
+                expected[f"{index}.{part}"] = Expected(
+                    (batch, heads.kv_heads, window, width), (DTYPES[shape.kv_dtype],)
+                )
+    for number in tables:
+        angles = Expected((None, tokens, None), (torch.float32, DTYPES[shape.kv_dtype]))
+        expected |= {f"rotary.{number}.cos": angles, f"rotary.{number}.sin": angles}
+    expected["real"] = Expected((batch, tokens), (torch.bool,))
+    if header.bound:
+        expected["ids"] = Expected((batch, tokens), (torch.int64,))
+    return expected
 
 
-def _version() -> str:
+def _check_layout(file: Any, header: Header, expected: Mapping[str, Expected], widest: int) -> None:
+    """Compare names, shapes and dtypes, before anything is allocated."""
+    there = {*file.keys()}
+    if odd := sorted({*expected} ^ there) or sorted({*expected} ^ {*header.digests}):
+        raise ValueError(f"{'has the unknown' if odd[0] not in expected else 'lacks the'} tensor {shown(odd[0])}")
+    for name, each in expected.items():
+        part = file.get_slice(name)
+        _check_kind(name, tuple(part.get_shape()), NAMES.get(part.get_dtype()), each)
+    for number in {*header.rotary.values()}:
+        shapes = {tuple(file.get_slice(f"rotary.{number}.{part}").get_shape()) for part in ("cos", "sin")}
+        batch, _, width = shapes.pop()
+        if shapes or batch not in (1, header.batch) or width not in range(2, widest + 1, 2):
+            raise ValueError(f"has rotary angles for {batch} sequences and {width} dimensions of a head")
+
+
+def _check_kind(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, expected: Expected) -> None:
+    same = len(shape) == len(expected.shape) and all(a in (b, None) for a, b in zip(expected.shape, shape, strict=True))
+    if not same or dtype not in expected.dtypes:
+        raise ValueError(
+            f"has the tensor {name} of shape {shown(shape)} and {dtype}, where {expected.shape} is kept of it"
+        )
+
+
+def _taken(file: Any, header: Header, name: str, expected: Expected) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if digest(tensor) != header.digests[name]:
+        raise ValueError(f"is damaged: {name} is not what was saved; save the cache again")
+    _check_numbers(name, tensor, expected)
+    return tensor
+
+
+def _check_numbers(name: str, tensor: Tensor, expected: Expected) -> None:
+    for piece in tensor.reshape(-1).split(1 << 24) if tensor.is_floating_point() else ():
+        if piece.isnan().any() or not (expected.may_be_infinite or piece.isfinite().all()):
+            raise ValueError(f"{name} of the cache has numbers that are NaN or infinite; nothing can go on from it")
+
+
+def _fill(cache: TieredCache, header: Header, taken: Callable[[str], Tensor]) -> None:
+    for index, layer in enumerate(cache.layers):
+        if index in header.prompt_tokens:
+            layer.tokens, layer.prompt_tokens = header.tokens, header.prompt_tokens[index]
+            for name, held in cache.arena.kept(index).items():
+                held.copy_(taken(f"{index}.{name}"))
+        else:
+            keys, values = (taken(f"{index}.{part}").to(cache.device, copy=True) for part in ("keys", "values"))
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values, layer.cumulative_length = keys, values, header.tokens
+    tables: dict[int, Rotary] = {}
+    for index, number in header.rotary.items():
+        if number not in tables:
+            angles = (taken(f"rotary.{number}.{part}").to(cache.device) for part in ("cos", "sin"))
+            tables[number] = cache.new_rotary(index, min(cache.max_tokens, cache.terms.shape.max_positions))
+            tables[number].restore(*angles)
+        cache.rotaries[index] = tables[number]
+    cache.real = taken("real").to(cache.device)
+    cache.beyond = header.beyond
+    if header.bound:
+        cache.heard.restore(taken("ids").to(cache.device), cache.real)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, mapped into memory; whatever is wrong with it, or found to be inside, is a ValueError with its path."""
     try:
-        return version("kvsim")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("no saved cache, and no file either; name what kv.save(cache, path) wrote")
+        with path.open("rb") as start:
+            header_bytes = int.from_bytes(start.read(8), "little")
+        if status.st_size < 8 or header_bytes > min(status.st_size - 8, MOST_HEADER_BYTES):
+            raise ValueError(f"no saved cache, or not all of it ({status.st_size:,} bytes)")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: no saved cache, or not all of it ({shown(str(error))[1:-1]})") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
     except PackageNotFoundError:  # run from its sources
         return "unknown"

@@ -60,6 +60,7 @@ def method(policy: Policy) -> Method:
         unrotates=any(m.unrotates for m in methods),
         any_padding=all(m.any_padding for m in methods),
         any_mask=all(m.any_mask for m in methods),
+        may_be_infinite=frozenset(f"h{i}.{name}" for i, m in named for name in m.may_be_infinite),
     )
 
 

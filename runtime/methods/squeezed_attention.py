@@ -26,6 +26,7 @@ def method(policy: Policy) -> Method:
         kernels={**building.kernels, **looking_up.kernels},
         routes={**building.routes, **looking_up.routes},
         ends=building.ends,
+        may_be_infinite=frozenset(("thresholds",)),  # -inf where all may pass
     )
 
 
