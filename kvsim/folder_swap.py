@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,15 +44,23 @@ def sync(folder: Path) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No signal but a kill ends this process here; what came meanwhile is delivered at the end."""
-    if sys.platform == "win32":
-        yield
+    """No signal but a kill ends this process here; what came meanwhile is heard at the end.
+
+    Masking signals would not do: other threads, as those of Arrow, take them for the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    heard: list[int] = []
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    former = {number: signal.signal(number, lambda number, _frame: heard.append(number)) for number in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        for number in heard:
+            signal.raise_signal(number)
 
 
 def may_exchange(path: Path) -> bool:

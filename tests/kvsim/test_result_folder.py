@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from killed_writer import MINE, NEW, OLD, content, earlier, fill, write_new
 
 from kvsim import folder_swap
+from kvsim.process import in_order
 from kvsim.result_folder import hold
 
 ROOT = Path(__file__).parents[2]
@@ -173,3 +175,27 @@ def test_a_folder_that_was_removed_meanwhile_comes_back(out: Path) -> None:
         with pytest.raises(ValueError, match="another kvsim is at work"):
             write_new(out)
     assert content(out) == NEW
+
+
+@pytest.mark.parametrize("case", ["exchange", "current"])
+def test_a_signal_while_sets_are_swapped_comes_after_that(
+    case: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "current":
+        monkeypatch.chdir(out)
+    real = folder_swap.finish
+    signalled = []
+
+    def signal_first(aside: Path, path: Path) -> None:
+        if not signalled:
+            signalled.append(case)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.raise_signal(number)
+        real(aside, path)
+
+    monkeypatch.setattr(folder_swap, "finish", signal_first)
+    with pytest.raises((SystemExit, KeyboardInterrupt)), in_order():
+        write_new(out)
+    assert signalled == [case]
+    assert content(out) == {**NEW, **MINE}
+    assert left_over(out) == []
