@@ -89,6 +89,8 @@ def falcon(config: Config) -> Config:
     """Falcon: `multi_query` means one KV head, unless the newer design says how many."""
     heads = config.get("num_attention_heads", config.get("n_head"))
     kv_heads = heads if config.get("multi_query") is False else 1
+    if "n_head_kv" in config:  # as its first files, of RefinedWeb, say it
+        config = {"new_decoder_architecture": True, **config}
     if config.get("new_decoder_architecture"):
         kv_heads = config.get("num_kv_heads", config.get("n_head_kv", heads))
     return {**config, "num_key_value_heads": kv_heads}

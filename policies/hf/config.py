@@ -22,6 +22,7 @@ from policies.shown import shown
 SERVED_IN_HALF = "the checkpoint is in fp32, and is taken to be served in bf16; --weight-dtype fp32 leaves it as it is"
 
 # What a config.json has to say itself; only one inside a wrapper leaves out what its class has as default.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -68,10 +69,14 @@ def make_keys(config: Mapping[str, Any], name: str, model_type: str, family: Fam
     if family.adapt:
         try:
             config = family.adapt(config)
-        except (ArithmeticError, AttributeError, KeyError, LookupError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"config of {shown(name)}: its keys are not as {model_type} has them: {error}") from None
     common = {family.aliases.get(key, key): value for key, value in config.items() if key in family.aliases}
     common |= {key: value for key, value in config.items() if key not in family.aliases and value is not None}
+    count = family.experts.count if family.experts else ""
+    if count and count not in common:  # Transformers 5 writes other names than the published files
+        given = next((name for name in _EXPERT_COUNTS if name in common), count)
+        common |= {count: common[given]} if given in common else {}
     renamed = {family.aliases.get(key, key): value for key, value in defaults_of(model_type).items()}
     defaults = {
         key: value

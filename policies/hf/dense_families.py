@@ -129,7 +129,8 @@ DENSE: Mapping[str, Family] = MappingProxyType(
                       mlp_bias="enable_bias", gated_mlp=False, outside=_opt_outside, embedding="word_embed_proj_dim",
                       aliases={"ffn_dim": "intermediate_size"}),
         "bloom": replace(_GPT2, outside=lambda keys: 2 * keys.number("hidden_size"), aliases={
-            **_OLD_NAMES, "seq_length": "max_position_embeddings"}, defaults={"max_position_embeddings": 2048}),
+            **_OLD_NAMES, "n_embed": "hidden_size", "seq_length": "max_position_embeddings"},
+            defaults={"max_position_embeddings": 2048}),
         "mpt": Family(gated_mlp=False, adapt=adapt.mpt, aliases={
             "d_model": "hidden_size", "n_heads": "num_attention_heads", "n_layers": "num_hidden_layers",
             "max_seq_len": "max_position_embeddings"}),

@@ -18,8 +18,6 @@ _SAME: Mapping[str, str] = MappingProxyType(
         "gemma3": "gemma3_text",
         "gemma3n": "gemma3n_text",
         "gemma4": "gemma4_text",
-        "gemma4_unified": "gemma4_text",
-        "gemma4_unified_text": "gemma4_text",
         "llama4": "llama4_text",
         "kimi_k2": "deepseek_v3",
         "kimi_k25": "deepseek_v3",
@@ -67,6 +65,9 @@ _SAME: Mapping[str, str] = MappingProxyType(
         "exaone4_5": "exaone4",
         "lfm2_vl": "lfm2",
         "yi": "llama",
+        "RefinedWeb": "falcon",
+        "RefinedWebModel": "falcon",
+        "stablelm_epoch": "stablelm",
         "aquila": "llama",
         "granitemoe_shared": "granitemoeshared",
     }

@@ -159,6 +159,12 @@ def test_stated_weights_take_keys_and_values_from_the_config() -> None:
     assert in_layers == 1_000_000 - 2 * 100 * 64
 
 
+def test_experts_by_whatever_name_transformers_gives_their_count() -> None:
+    moe = config("qwen3_moe", 64, 128, 2, 4, 2, 100, num_experts_per_tok=2, moe_intermediate_size=32)
+    counts = {key: read({**moe, key: 6}).layers[0].experts for key in ("num_experts", "num_local_experts")}
+    assert counts == {"num_experts": 6, "num_local_experts": 6}
+
+
 @pytest.mark.parametrize(
     ("changes", "params", "message"),
     [

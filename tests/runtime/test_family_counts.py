@@ -1,6 +1,7 @@
 """Every family of the table that Transformers has: our count of weights against its own model, to the last one."""
 
 import json
+import re
 import warnings
 from typing import Any
 
@@ -18,7 +19,7 @@ auto = pytest.importorskip("transformers.models.auto.configuration_auto")
 # What a class leaves open, or has in a way of which it makes no model.
 NEEDED: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 32},
-    "deepseek_v4": {"compress_ratios": [0, 4, 128, 4], "num_hash_layers": 1},
+    "deepseek_v4": {"compress_ratios": [0, 4, 128, 4], "num_hash_layers": 1, "n_shared_experts": 1},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "head_dim": 128,
               "first_k_dense_replace": 1},
     "gemma4_text": {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704,
@@ -52,6 +53,11 @@ SWITCHES = (
     "add_bias_linear", "mamba_rms_norm", "use_parallel_residual", "parallel_attn", "multi_query",
     "do_layer_norm_before", "use_post_norm",
 )  # fmt: skip
+# Numbers that may be doubled each for itself, without another that would have to follow.
+SIZES = re.compile(
+    "vocab_size$|experts$|intermediate_size|^ffn_dim$|^n_inner$|lora_rank$|^qk_nope_head_dim$|^index_|d_state$|d_conv$|"
+    "^state_size$|conv_kernel|^conv_L_cache$|laurel_rank|hidden_size_per_layer_input|max_position_embeddings|n_positions"
+)
 # Turned over, these make a config of which Transformers itself makes no model, or one without the part.
 LEFT = {
     "kimi_linear": ("tie_word_embeddings",),  # it never ties
@@ -103,6 +109,19 @@ def test_switches_change_the_count_as_they_change_the_model(model_type: str) -> 
         pytest.skip("no switches")
     config = made(model_type, **over)
     assert read(config).params == weights(config), over
+
+
+@pytest.mark.parametrize("model_type", KNOWN)
+def test_sizes_are_read_and_not_the_defaults_taken(model_type: str) -> None:
+    fields = auto.CONFIG_MAPPING[model_type].__dataclass_fields__
+    needed = NEEDED.get(model_type, {})
+    doubled = {
+        name: 2 * field.default
+        for name, field in fields.items()
+        if type(field.default) is int and field.default > 0 and name not in needed and SIZES.search(name)
+    }
+    config = made(model_type, **doubled)
+    assert read(config).params == weights(config), doubled
 
 
 def test_defaults_are_those_of_the_configuration_classes() -> None:
