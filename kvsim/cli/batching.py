@@ -13,9 +13,13 @@ from policies.shown import shown
 
 def batching(
     trace: TraceArgument,
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")] = (
-        "llama-3.1-8b"
-    ),
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="A name of the catalogue, a config.json's path, or ORG/NAME of the local Hugging Face cache.",
+        ),
+    ] = ("llama-3.1-8b"),
     gpu: Annotated[str, typer.Option(metavar="GPU", help="A GPU of the catalogue or a YAML file.")] = "a100-80g-sxm",
     host: Annotated[str | None, typer.Option(metavar="HOST", help="Default: by the GPU.")] = None,
     tp: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share every layer.")] = 1,

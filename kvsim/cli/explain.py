@@ -43,9 +43,13 @@ SPECULATION_COLUMNS = ("tokens_per_step",)
 
 def explain(
     ctx: typer.Context,
-    model: Annotated[str, typer.Option(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")] = (
-        "llama-3.1-8b"
-    ),
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="A name of the catalogue, a config.json's path, or ORG/NAME of the local Hugging Face cache.",
+        ),
+    ] = ("llama-3.1-8b"),
     context: Annotated[str, typer.Option(metavar="N,N,...", help="Tokens held: 4k,50k,128Ki.")] = "32k",
     gpu: Annotated[str, typer.Option(metavar="GPU", help="A GPU of the catalogue or a YAML file.")] = "a100-80g-sxm",
     policy: Annotated[

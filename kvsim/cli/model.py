@@ -47,7 +47,13 @@ def list_models(json: JsonFlag = False) -> None:
 
 @app.command("show")
 def show_model(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name of the catalogue, a config.json's path, or ORG/NAME of the local Hugging Face cache.",
+        ),
+    ],
     params: ParamsOption = None,
     exact: Annotated[
         bool,

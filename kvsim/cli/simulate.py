@@ -32,7 +32,11 @@ def replay(
         str | None, typer.Option(metavar="TRACE", help="A bundled trace, or a file, also a server's log.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A name of the catalogue, or a config.json's path.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A name of the catalogue, a config.json's path, or ORG/NAME of the local Hugging Face cache.",
+        ),
     ] = None,
     gpu: Annotated[str | None, typer.Option(metavar="GPU", help="A GPU of the catalogue or a YAML file.")] = None,
     policy: Annotated[
