@@ -1,19 +1,62 @@
 """The attention function and the mask that Hugging Face calls while a model is bound."""
 
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from runtime.kernels.attention import merge, partial_attention
-from runtime.layer import HANDLE
+from runtime.layer import HANDLE, TieredLayer
 from runtime.masks import allowed
 
 NAME = "kvsim_tiers"  # of the attention function; without the words that Transformers treats specially
 
 
+_FORWARD = threading.local()  # `stock`: the implementation that this thread's forward is left to
+
+
+def leave_to(stock: str | None) -> None:
+    """This thread's forward has no cache of ours, and is left to the implementation `stock`; None: it has one."""
+    _FORWARD.stock = stock
+
+
 def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **given: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hugging Face's attention function; the output is (batch, new_tokens, heads, head_dim).
+
+    Raises ValueError where a layer is asked for what no policy executes.
+    """
+    handle = getattr(key, HANDLE, None)
+    layer = handle() if handle is not None else None
+    stock = _stock_function(module) if layer is None else None
+    if stock is not None:
+        out: tuple[torch.Tensor, torch.Tensor | None] = stock(module, query, key, value, attention_mask, **given)
+        return out
+    return _own(layer, module, query, key, value, attention_mask, **given)
+
+
+def _stock_function(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """The attention function that this thread's forward is left to; None where it is ours."""
+    stock = getattr(_FORWARD, "stock", None)
+    if stock is None:
+        return None
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get_interface(stock, eager)
+    return found
+
+
+def _own(
+    layer: TieredLayer | None,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -27,20 +70,15 @@ def attention(
     position_bias: torch.Tensor | None = None,
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Hugging Face's attention function; the output is (batch, new_tokens, heads, head_dim).
-
-    Raises ValueError for dropout, for a bias of positions, and where what is cached attends in both directions.
-    """
+    """The policy's attention; for layers that it leaves alone, attention to what came in."""
     if dropout:
         raise ValueError(f"attention dropout of {dropout} is not executed under offload(); call model.eval()")
     if position_bias is not None:
         raise ValueError("a bias of positions is added to attention, which the runtime does not execute")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    handle = getattr(key, HANDLE, None)
-    layer = handle() if handle is not None else None
     if layer is None:  # a layer of Hugging Face's own cache, or none
-        return _stock(query, key, value, allowed(attention_mask), scale, softcap, s_aux, causal=causal)
+        return _dense(query, key, value, allowed(attention_mask), scale, softcap, s_aux, causal=causal)
     if not causal:
         raise ValueError(
             f"layer {layer.index} attends to tokens after its own, so that what it caches would change with each of "
@@ -50,7 +88,7 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _stock(
+def _dense(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -68,35 +106,20 @@ def _stock(
     return out.transpose(1, 2).contiguous(), None
 
 
-def mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None,
-    **kwargs: Any,
-) -> torch.Tensor | None:
+def mask(**given: Any) -> torch.Tensor | None:
     """Which tokens are real, (batch, 1, 1, tokens), or None where all are: attention itself is causal.
 
-    What is not merely causal (windows, chunks, packed sequences) keeps the mask of scaled dot product attention. Raises
-    ValueError for a mask of fewer tokens than there are.
+    What is not merely causal (windows, chunks, packed sequences) keeps the mask of scaled dot product attention, and a
+    forward that is left to another implementation has that one's. `given` is what Transformers gives mask functions.
     """
-    if local_size is None and mask_function is causal_mask_function and not kv_offset:
-        if attention_mask is None or (q_length > 1 and bool(attention_mask.all())):
-            return None
-        return attention_mask[:, None, None, :kv_length].bool()
-    made: torch.Tensor | None = sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        **kwargs,
-    )
-    return made
+    stock = getattr(_FORWARD, "stock", None)
+    if stock is not None:
+        make = ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
+        return None if make is None else make(**given)
+    windowed = given.get("local_size") is not None or given.get("kv_offset")
+    if windowed or given.get("mask_function", causal_mask_function) is not causal_mask_function:
+        return sdpa_mask(**given)
+    real: torch.Tensor | None = given.get("attention_mask")
+    if real is None or (given["q_length"] > 1 and bool(real.all())):
+        return None
+    return real[:, None, None, : given["kv_length"]].bool()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin
 
-from runtime.attention import NAME, attention, mask
+from runtime.attention import NAME, attention, leave_to, mask
 from runtime.cache import TieredCache
 from runtime.heard import Heard, hear, takes_ids
 from runtime.rotary import angles_of
@@ -60,8 +60,9 @@ def bound(model: Any, rotating: Mapping[int, str]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in filter(takes_ids, model.modules()):
             stack.enter_context(_installed("ids", module, partial(hear, module, _heard_of)))
-        stack.enter_context(_installed("attention", decoder.config, lambda: _replace(decoder)))
-        stack.enter_context(_installed("forward", decoder, lambda: _watch(decoder)))
+        undo = stack.enter_context(_installed("attention", decoder.config, lambda: _replace(decoder)))
+        before = undo.args[0]
+        stack.enter_context(_installed("forward", decoder, lambda: _watch(decoder, before)))
         for module in model.modules():
             if isinstance(module, GenerationMixin):
                 stack.enter_context(_installed("generate", module, partial(_guard, module)))
@@ -71,15 +72,16 @@ def bound(model: Any, rotating: Mapping[int, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _installed(what: str, where: Any, install: Callable[[], Callable[[], None]]) -> Iterator[None]:
-    """Install something, unless another context has; the last one undoes it."""
+def _installed(what: str, where: Any, install: Callable[[], Any]) -> Iterator[Any]:
+    """Install something, unless another context has, and say what undoes it; the last context does that."""
     key = (what, id(where))
     with _LOCK:
         if key not in _OPEN:
             _OPEN[key] = _Open(where, install())
         _OPEN[key].contexts += 1
+        undo = _OPEN[key].undo
     try:
-        yield
+        yield undo
     finally:
         with _LOCK:
             _OPEN[key].contexts -= 1
@@ -87,7 +89,7 @@ def _installed(what: str, where: Any, install: Callable[[], Callable[[], None]])
                 _OPEN.pop(key).undo()
 
 
-def _replace(decoder: Any) -> Callable[[], None]:
+def _replace(decoder: Any) -> "partial[None]":
     """Give the decoder our attention function."""
     before = _implementation(decoder)
     decoder.set_attn_implementation(NAME)
@@ -96,20 +98,26 @@ def _replace(decoder: Any) -> Callable[[], None]:
             f"{type(decoder).__name__} computes attention in a way of its own, which Transformers cannot replace; the "
             "runtime does not execute it"
         )
-    return lambda: decoder.set_attn_implementation(before)
+    return partial(decoder.set_attn_implementation, before)
 
 
-def _watch(decoder: torch.nn.Module) -> Callable[[], None]:
-    """Let caches know when a forward of the decoder begins and ends, and users when it has none."""
+def _watch(decoder: torch.nn.Module, before: str) -> Callable[[], None]:
+    """Let caches know when a forward of the decoder begins and ends, and users when it has none.
+
+    Attention without a cache of ours stays that of the implementation `before`.
+    """
     warned = False
 
     def begin(decoder: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         nonlocal warned
         cache = _cache_among(args, given)
+        leave_to(None if cache is not None else before)
         if cache is not None:
             _check_forward(decoder, given)
-            ids = next(x for x in (given.get("input_ids"), given.get("inputs_embeds"), *args[:1]) if x is not None)
-            cache.begin(decoder, *ids.shape[:2], given.get("position_ids"))
+            inputs = (given.get("input_ids"), given.get("inputs_embeds"), *args[:1])
+            ids = next((x for x in inputs if x is not None), None)
+            if ids is not None:  # else the decoder itself refuses
+                cache.begin(decoder, *ids.shape[:2], given.get("position_ids"))
         elif given.get("use_cache") is not False and not warned and _implementation(decoder) == NAME:
             warned = True
             LOG.warning(
@@ -118,6 +126,7 @@ def _watch(decoder: torch.nn.Module) -> Callable[[], None]:
             )
 
     def finish(_decoder: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any], _out: Any) -> None:
+        leave_to(None)
         cache = _cache_among(args, given)
         if cache is not None:
             cache.finish()

@@ -225,3 +225,27 @@ def test_what_is_copied_or_shared_of_a_model_is_as_before(model):
     assert is_as_before(model)
     assert is_as_before(twin)
     assert torch.equal(generate(inside, ids), expected)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_a_forward_without_a_cache_of_ours_is_that_of_stock(kind):
+    """To the bit, also in a thread that has begun it before the context and ends it after."""
+    used = tiny()
+    used.set_attn_implementation(kind)
+    ids = torch.randint(3, 101, (2, 30), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        expected = used(ids, attention_mask=mask).logits
+        with offload(used, parse_policy("offload-all")):
+            assert torch.equal(used(ids, attention_mask=mask).logits, expected)
+    context = offload(used, parse_policy("offload-all"))
+    for act in (context.__enter__, lambda: context.__exit__(None, None, None)):
+
+        def meanwhile(*_, act=act):
+            act()
+
+        with used.model.layers[1].register_forward_pre_hook(meanwhile), torch.no_grad():
+            got = used(ids, attention_mask=mask).logits
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=2e-5, rtol=0)
+    assert used.config._attn_implementation == kind

@@ -106,6 +106,22 @@ def test_a_batch_is_repeated_and_selected(gemma, policy):
         assert torch.equal(go_on(gemma, cache, both[rows]), expected[rows])
 
 
+@pytest.mark.parametrize("policy", EXECUTED)
+def test_a_prompt_is_forked_in_the_middle(llama, policy):
+    """With what only a prompt needs, and the work on the whole model that follows its last chunk."""
+    ids = some_ids(2, PREFIX + 1, 2)
+    with offload(llama, parse_policy(policy), max_new_tokens=4) as kv, torch.no_grad():
+        first = kv.cache(prompt_tokens=PREFIX)
+        llama(ids[:, :100], past_key_values=first)
+        second = copy.deepcopy(first)
+        steps = []
+        for cache in (first, second):
+            chunk = llama(ids[:, 100:PREFIX], past_key_values=cache).logits
+            steps.append(torch.cat([chunk, llama(ids[:, PREFIX:], past_key_values=cache).logits], dim=1))
+        assert torch.equal(*steps)
+        assert first.arena.allocated_bytes == second.arena.allocated_bytes
+
+
 def test_copies_have_memory_of_their_own_and_are_counted(llama):
     with offload(llama, parse_policy("offload-all"), max_new_tokens=16) as kv:
         cache = prefilled(llama, kv, some_ids(2, 20, 1))
