@@ -118,6 +118,7 @@ def stage_shape(model: ModelShape, own: range) -> ModelShape:
         params=params,
         embedding_params=model.embedding_params if first else 0,
         head_params=model.head_params if last else 0,
+        head_stored=model.head_stored if last else None,
     )
 
 

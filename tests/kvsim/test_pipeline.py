@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.resources import files
 from itertools import combinations, pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from kvsim.explain import Explainer
 from kvsim.models import load_model
 from kvsim.pipeline import Pipelined, pipeline_s
 from kvsim.stages import stage_layers, stage_shape
-from policies import Full
+from policies import Full, hf
 
 
 @given(m=st.integers(1, 20), p=st.integers(1, 8), seconds=st.floats(0.01, 10), send_s=st.floats(0, 1))
@@ -115,3 +116,16 @@ def test_the_command_and_its_errors(capsys):
     ):
         assert main(["explain", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_stages_of_a_quantised_model_hold_it_once() -> None:
+    """Embedding in 16 bits on the first, a converted head on the last, half of the layers on each."""
+    config = json.loads((files("kvsim") / "catalogue" / "models" / "llama-3.1-8b.json").read_text())
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    scheme = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    model = hf.read({**config, "quantization_config": scheme}, "m")
+    assert model.head_stored is not None
+    stages = [stage_shape(model, own) for own in (range(16), range(16, 32))]
+    assert sum(stage.weight_bytes for stage in stages) == model.weight_bytes
+    layers = sum(model.layer_bytes_touched(layer, 1) for layer in model.layers[:16])
+    assert stages[0].weight_bytes == layers + 2 * 128256 * 4096
