@@ -10,11 +10,11 @@ def beside_attention(model: ModelShape, step: Step, layer: int) -> tuple[tuple[B
     shape, buffers, ops = model.layers[layer], [], []
     if shape.index_dim:
         buffers.append(
-            Buffer("index_keys", Tier.HBM, shape.index_rows(step.tokens), (shape.index_dim,), model.kv_dtype)
+            Buffer("indexer_keys", Tier.HBM, shape.index_rows(step.tokens), (shape.index_dim,), model.kv_dtype)
         )
         ops.append(_index(shape, step))
     if shape.state_elements and shape.kind != "linear":
-        buffers.append(Buffer("state", Tier.HBM, 1, (shape.state_elements,), model.dtype))
+        buffers.append(Buffer("mixer_state", Tier.HBM, 1, (shape.state_elements,), model.dtype))
         ops.append(_mix(shape, step.new_tokens))
     return tuple(buffers), tuple(ops)
 
@@ -27,12 +27,12 @@ def _index(layer: LayerShape, step: Step) -> Compute:
     else:
         pairs = causal_pairs(step.past_tokens, step.new_tokens)
     return Compute(
-        name="index",
+        name="indexer",
         work=Work.ATTENTION,
         rows=Rows(pairs),
         flops_per_row=2 * layer.index_heads * layer.index_dim,
-        reads=(Access("index_keys", Rows(rows)),),
-        writes=(Access("index_keys", Rows(rows - layer.index_rows(step.past_tokens))),),
+        reads=(Access("indexer_keys", Rows(rows)),),
+        writes=(Access("indexer_keys", Rows(rows - layer.index_rows(step.past_tokens))),),
         after=("qkv",),
     )
 
@@ -40,11 +40,11 @@ def _index(layer: LayerShape, step: Step) -> Compute:
 def _mix(layer: LayerShape, new_tokens: int) -> Compute:
     """Two FLOPs a state element to decay and add, two to read it out, for each token."""
     return Compute(
-        name="mix",
+        name="mixer",
         work=Work.ATTENTION,
         rows=Rows(new_tokens),
         flops_per_row=4 * layer.state_elements,
-        reads=(Access("q", Rows(new_tokens)), Access("state", Rows(1))),
-        writes=(Access("state", Rows(1)),),
+        reads=(Access("q", Rows(new_tokens)), Access("mixer_state", Rows(1))),
+        writes=(Access("mixer_state", Rows(1)),),
         after=("qkv",),
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from policies import ModelShape, Step, hf, parse_policy, plan_layer
+from policies import POLICIES, ModelShape, Step, hf, parse_policy, plan_layer
 from policies.plan import Tier, flops, stored_bytes
 
 MODELS = {
@@ -154,3 +154,21 @@ def test_a_sparse_text_config_has_the_defaults_of_its_class() -> None:
         hf.read(text, "m")
     with pytest.raises(ValueError, match="a_config and b_config may both hold the language model"):
         hf.read({"model_type": "x", "a_config": text, "b_config": text}, "m")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_beside_attention_keeps_out_of_every_policy_s_way(policy: str) -> None:
+    """Operations and buffers of an indexer and a mixer have names of their own, and attention waits for them."""
+    beside = {
+        "indexer": shape_of("nvidia/MiniMax-M3-NVFP4"),
+        "mixer": small("falcon_h1", num_hidden_layers=3, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+                       mamba_d_state=16, max_position_embeddings=65536, num_attention_heads=2, head_dim=128),
+    }  # fmt: skip
+    for name, shape in beside.items():
+        for step in (Step(prompt_tokens=20_000, past_tokens=0, new_tokens=20_000), Step.decoding(20_000, 1)):
+            plan = plan_layer(parse_policy(policy), shape, step, shape.n_layers - 1)
+            names, buffers = [op.name for op in plan.ops], [buffer.name for buffer in plan.buffers]
+            assert names.count(name) == 1
+            assert len(set(names)) == len(names)
+            assert len(set(buffers)) == len(buffers)
+            assert all(name in op.after for op in plan.ops if op.name == "attend")
