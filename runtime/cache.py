@@ -462,7 +462,14 @@ class TieredCache(Cache):
         """The mask as the layer's method takes it; layers that share a mask read it once."""
         if self._read is None or self._read[0] is not handed.mask:
             batch, _, new, _ = handed.q.shape
-            seen = read_mask(handed.mask, past=layer.tokens, new=new, batch=batch, before=self._real)
+            seen = read_mask(
+                handed.mask,
+                past=layer.tokens,
+                new=new,
+                batch=batch,
+                before=self._real,
+                prompt=layer.first_prompt_tokens,
+            )
             self._read = (handed.mask, seen)
         return self._read[1].to(layer.method, layer.leaf.name)
 

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from runtime.call import Method
 from runtime.kernels.attention import causal_mask
@@ -51,11 +50,12 @@ class Seen(NamedTuple):
         return None if self.real is None else self.real[:, None, None]
 
 
-def read_mask(given: Tensor | None, *, past: int, new: int, batch: int, before: Tensor | None) -> Seen:
+def read_mask(given: Tensor | None, *, past: int, new: int, batch: int, before: Tensor | None, prompt: int) -> Seen:
     """What a mask (batch, 1, 1 or new, tokens), (batch, heads, new, tokens) or None says of past and new tokens.
 
-    `before`: what was real of the past ones, bool (batch, past), None for all. Waits for the device where there is a
-    mask. Raises ValueError for a mask of another number of tokens or sequences, and for one that adds a bias.
+    `before`: what was real of the past ones, bool (batch, past), None for all. What came behind the first `prompt` may
+    turn out to be padding, as what follows the end of a text does. Waits for the device where there is a mask. Raises
+    ValueError for a mask of another number of tokens or sequences, and for one that adds a bias.
     """
     tokens = past + new
     if given is None:
@@ -80,7 +80,8 @@ def read_mask(given: Tensor | None, *, past: int, new: int, batch: int, before: 
         wanted = real[:, None, None] & causal_mask(new, tokens, real.device)
         plain = ((mask == wanted) | ~asks).all()
     left = ~(real[:, :-1] & ~real[:, 1:]).any()
-    same = real[:, :past].all() if before is None else (real[:, :past] == before).all()
+    held = torch.ones_like(real[:, :past]) if before is None else before
+    same = (real[:, : min(past, prompt)] == held[:, :prompt]).all() & (real[:, :past] <= held).all()
     answers: list[bool] = torch.stack([everything, plain, left, same]).tolist()
     hidden = real if not answers[0] else None
     return Seen(hidden, mask if hidden is not None or not answers[1] else None, *answers[1:])
@@ -102,8 +103,3 @@ def allowed(mask: Tensor | None) -> Tensor | None:
             "tokens (bool, or 0 and minus infinity), not biases"
         )
     return shown
-
-
-def with_all_real(real: Tensor | None, new: int) -> Tensor | None:
-    """Which tokens were real, when `new` real ones have come."""
-    return None if real is None else pad(real, (0, new), value=True)

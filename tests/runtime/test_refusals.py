@@ -142,6 +142,26 @@ def test_padding_is_honoured_or_refused(model, policy, where):
 
 
 @pytest.mark.parametrize("policy", EXACT)
+def test_what_follows_the_end_of_a_text_turns_out_to_be_padding(model, policy):
+    """One text of a batch ends early; in the next turn what was generated behind its end is masked."""
+    ids = some_ids(batch=2)
+    with offload(model, parse_policy(policy), max_new_tokens=40) as kv:
+        cache = kv.cache()
+        out = generate(model, ids, past_key_values=cache)
+        longer = torch.cat([out, some_ids(4, 2, seed=4)], dim=1)
+        mask = torch.ones_like(longer)
+        mask[1, 41:45] = 0
+        if policy.partition(":")[0].partition("@")[0] in ANYWHERE:
+            got = generate(model, longer, mask, past_key_values=cache)
+            reference = transformers.DynamicCache()
+            generate(model, ids, past_key_values=reference)
+            assert torch.equal(got, generate(model, longer, mask, past_key_values=reference))
+        else:
+            with pytest.raises(ValueError, match="has padding behind real tokens"):
+                generate(model, longer, mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("policy", EXACT)
 @pytest.mark.parametrize("kind", [torch.bool, torch.float32])
 def test_a_mask_of_four_dimensions_is_honoured_or_refused(model, policy, kind):
     ids = some_ids(batch=2)
