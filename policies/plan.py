@@ -165,6 +165,11 @@ def part_of(rows: int, share: float) -> int:
     return (2 * rows * exact.numerator + exact.denominator) // (2 * exact.denominator)
 
 
+def pieces_of(tokens: int, piece_tokens: int) -> int:
+    """Pages, chunks or blocks of `piece_tokens` that so many tokens in a row can lie on, wherever the first stands."""
+    return (tokens + piece_tokens - 2) // piece_tokens + 1 if tokens else 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
     """A count that data decide: per sequence and, `heads` times, per KV head.

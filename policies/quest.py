@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from policies.dense import activations, append, attend, causal_pairs
 from policies.model import LayerShape, ModelShape
-from policies.plan import Access, Buffer, Compute, Count, Plan, Rows, Step, Tier, Work
+from policies.plan import Access, Buffer, Compute, Count, Plan, Rows, Step, Tier, Work, pieces_of
 from policies.policy import Policy, Reuse, at_least, multiple_of, one_of
 
 
@@ -13,8 +13,9 @@ from policies.policy import Policy, Reuse, at_least, multiple_of, one_of
 class Quest(Policy):
     """Everything stays in HBM; each step reads the `budget_tokens` of pages whose score bound is highest.
 
-    The budget includes the last page, which is always read (the authors' kernel). `per="kv_head"` takes the largest
-    bound over the query heads of a group; `"query_head"` lets each choose, so a group reads all that any of them chose.
+    The budget includes the last page, which is always read (the authors' kernel), and the pages of the first
+    `sink_tokens`, which are always chosen (0: the paper's own form). `per="kv_head"` takes the largest bound over the
+    query heads of a group; `"query_head"` lets each choose, so a group reads all that any of them chose.
     """
 
     name: ClassVar[str] = "quest"
@@ -24,11 +25,18 @@ class Quest(Policy):
     budget_tokens: int = 2048
     page_tokens: int = 16
     dense_layers: int = 2
+    sink_tokens: int = 4
     per: str = "kv_head"
 
     def __post_init__(self) -> None:
-        at_least(self, page_tokens=1, budget_tokens=1, dense_layers=0)
+        at_least(self, page_tokens=1, budget_tokens=1, dense_layers=0, sink_tokens=0)
         multiple_of(self, "budget_tokens", "page_tokens")
+        sinks = pieces_of(self.sink_tokens, self.page_tokens)
+        if sinks and self.chosen_pages < sinks:
+            raise ValueError(
+                f"quest: budget_tokens={self.budget_tokens} must hold the last page and the {sinks} that "
+                f"sink_tokens={self.sink_tokens} can lie on; use {(sinks + 1) * self.page_tokens} or more, or sink_tokens=0"
+            )
         one_of(self, "per", "kv_head", "query_head")
 
     @property

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 from policies.dense import activations, append, attend, raw_buffers, raw_prefill
 from policies.model import ModelShape
-from policies.plan import Access, Buffer, Compute, Copy, Count, Engine, Plan, Rows, Step, Tier, Work
+from policies.plan import Access, Buffer, Compute, Copy, Count, Engine, Plan, Rows, Step, Tier, Work, pieces_of
 from policies.policy import Policy, Reuse, at_least, multiple_of
 
 LOCAL_CHUNKS = 4  # the prompt's tail that stays exact, at the least
 CHUNK_ALIGNMENT = 8  # the authors round the number of chunks down to a multiple of this
+OUTLIERS_PER_KI_TOKENS = 24  # the authors' outlier chunks for each 1,024 tokens of budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,9 @@ class ShadowKV(Policy):
 
     Each KV head attends to `budget_tokens` of chunks chosen by landmark (a chunk's mean key), to `outlier_chunks`
     whose keys their landmark describes worst, to the prompt's tail and to all generated tokens. Chunks chosen at the
-    step before are still in HBM. `outlier_chunks` is 24 for each 1,024 tokens of budget when not given.
+    step before are still in HBM. `outlier_chunks`, when not given, is in proportion to the budget as the authors' 24
+    for 1,024 tokens, rounded up (their code rounds down, to none below 1,024). The chunks of the first `sink_tokens`
+    are exact as well (0: the paper's own form).
     """
 
     name: ClassVar[str] = "shadowkv"
@@ -29,17 +32,21 @@ class ShadowKV(Policy):
     chunk_tokens: int = 8
     rank: int = 160
     outlier_chunks: int | None = None
+    sink_tokens: int = 4
 
     def __post_init__(self) -> None:
-        at_least(self, budget_tokens=1, chunk_tokens=1, rank=1)
+        at_least(self, budget_tokens=1, chunk_tokens=1, rank=1, sink_tokens=0)
         multiple_of(self, "budget_tokens", "chunk_tokens")
         if self.outlier_chunks is not None:
             at_least(self, outlier_chunks=0)
 
     @property
-    def outliers(self) -> int:
-        """Chunks per KV head that stay exact in HBM."""
-        return self.budget_tokens // 1024 * 24 if self.outlier_chunks is None else self.outlier_chunks
+    def exact_chunks(self) -> int:
+        """Chunks per KV head that stay exact in HBM: those that the sinks can lie on, and outliers."""
+        outliers = self.outlier_chunks
+        if outliers is None:
+            outliers = -(-self.budget_tokens * OUTLIERS_PER_KI_TOKENS // 1024)
+        return pieces_of(self.sink_tokens, self.chunk_tokens) + outliers
 
     @property
     def budget_chunks(self) -> int:
@@ -51,8 +58,8 @@ class ShadowKV(Policy):
         return max(0, prompt_tokens // self.chunk_tokens - LOCAL_CHUNKS) // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:
-        """There must be more chunks than are selected or outliers anyway, and as many tokens as the rank."""
-        least = self.budget_chunks + self.outliers + 1
+        """There must be more chunks than are selected or exact anyway, and as many tokens as the rank."""
+        least = self.budget_chunks + self.exact_chunks + 1
         aligned = -(-least // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
         return max((aligned + LOCAL_CHUNKS) * self.chunk_tokens, self.rank_of(model, layer))
 
@@ -63,8 +70,8 @@ class ShadowKV(Policy):
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
         """Raw keys and values until the prompt is complete; then low-rank keys, landmarks, exact rows, slots, values.
 
-        `*_exact` hold outliers, local and generated tokens, one row per token and head; `*_slots` and `values_host`
-        one row per chunk and head; `chunk_ids` the outliers first, then the chunk of each landmark.
+        `*_exact` hold exact chunks, local and generated tokens, one row per token and head; `*_slots` and `values_host`
+        one row per chunk and head; `chunk_ids` the exact chunks first, then the chunk of each landmark.
         """
         shape, heads = model.layers[layer], model.layers[layer].kv_heads
         views = activations(model, step, layer)
@@ -77,7 +84,7 @@ class ShadowKV(Policy):
         state = (
             Buffer("u", Tier.HBM, prompt, (rank,), model.dtype),
             Buffer("sv", Tier.HBM, heads, (rank, shape.head_dim), model.dtype),
-            Buffer("landmarks", Tier.HBM, heads * (chunks - self.outliers), (shape.head_dim,), model.dtype),
+            Buffer("landmarks", Tier.HBM, heads * (chunks - self.exact_chunks), (shape.head_dim,), model.dtype),
             Buffer("chunk_ids", Tier.HBM, heads, (chunks,), "int64"),
             Buffer("k_exact", Tier.HBM, exact, (shape.head_dim,), model.kv_dtype),
             Buffer("v_exact", Tier.HBM, exact, (shape.v_head_dim,), model.kv_dtype),
@@ -85,8 +92,8 @@ class ShadowKV(Policy):
             Buffer("v_slots", Tier.HBM, slots, v_row, model.kv_dtype),
             Buffer("slot_ids", Tier.HBM, heads, (self.budget_chunks,), "int64"),
             Buffer("values_host", Tier.DDR, heads * chunks, v_row, model.kv_dtype),
-            Buffer("scores", Tier.HBM, shape.heads, (chunks - self.outliers,), "fp32", ring=1),
-            Buffer("head_scores", Tier.HBM, heads, (chunks - self.outliers,), "fp32", ring=1),
+            Buffer("scores", Tier.HBM, shape.heads, (chunks - self.exact_chunks,), "fp32", ring=1),
+            Buffer("head_scores", Tier.HBM, heads, (chunks - self.exact_chunks,), "fp32", ring=1),
         )
         if not step.last_chunk:
             return (*views, *state)
@@ -102,7 +109,7 @@ class ShadowKV(Policy):
             return ops
         shape, heads, prompt = model.layers[layer], model.layers[layer].kv_heads, step.prompt_tokens
         chunks = self.chunks(prompt)
-        landmarks, exact = Rows(heads * (chunks - self.outliers)), Rows(heads * self._exact_tokens(step))
+        landmarks, exact = Rows(heads * (chunks - self.exact_chunks)), Rows(heads * self._exact_tokens(step))
         raw = Rows(heads * prompt)
         slots, slot_tokens = Rows(heads * self.budget_chunks), Rows(heads * self.budget_tokens)
         return (
@@ -161,7 +168,7 @@ class ShadowKV(Policy):
     def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
         """Score landmarks, pick chunks per KV head, fetch missed values while missed keys are rebuilt, attend."""
         shape, heads = model.layers[layer], model.layers[layer].kv_heads
-        rank, indexed = self.rank_of(model, layer), self.chunks(step.prompt_tokens) - self.outliers
+        rank, indexed = self.rank_of(model, layer), self.chunks(step.prompt_tokens) - self.exact_chunks
         exact, slots = Rows(heads * self._exact_tokens(step)), Rows(heads * self.budget_chunks)
         missed, missed_tokens = Rows(0, (("miss", 1),)), Rows(0, (("miss", self.chunk_tokens),))
         return (
@@ -238,4 +245,4 @@ class ShadowKV(Policy):
 
     def _exact_tokens(self, step: Step) -> int:
         local = step.prompt_tokens - self.chunks(step.prompt_tokens) * self.chunk_tokens
-        return self.outliers * self.chunk_tokens + local + step.generated_tokens
+        return self.exact_chunks * self.chunk_tokens + local + step.generated_tokens

@@ -13,9 +13,11 @@ from policies.squeezed_index import Centroids
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SqueezedAttention(Policy):
     """The prompt is the fixed prefix: its keys are clustered, and a key is read when its cluster's score is above a
-    threshold calibrated so that the share `keep` of all keys of all layers passes. Generated tokens are always read.
+    threshold calibrated so that the share `keep` of all keys of all layers passes. Generated tokens are always read,
+    and so are the first `sink_tokens`, which belong to no cluster (0: the paper's own form).
 
-    The score is the largest of a group's query heads (the authors' code has no groups). `levels=2` scores
+    `group_score` makes one score of those of a group's query heads, their mean or the largest (the authors' code has
+    no groups). `levels=2` scores
     `coarse_share` centroids first and of the fine ones only those below a coarse survivor. `tier="ddr"` keeps keys and
     values in host memory and gathers the chosen rows. `budget_tokens` replaces the threshold of the fine centroids by a
     fixed number of keys per KV head, those of the highest scores.
@@ -34,10 +36,13 @@ class SqueezedAttention(Policy):
     kmeans_iterations: int = 10
     tier: str = "hbm"
     budget_tokens: int | None = None
+    sink_tokens: int = 4
+    group_score: str = "max"
 
     def __post_init__(self) -> None:
         share_of(self, "keep", "centroid_share", "coarse_share", "coarse_keep")
-        at_least(self, observation_tokens=1, kmeans_iterations=1, levels=1)
+        at_least(self, observation_tokens=1, kmeans_iterations=1, levels=1, sink_tokens=0)
+        one_of(self, "group_score", "mean", "max")
         one_of(self, "tier", "hbm", "ddr")
         if self.levels > 2:
             raise ValueError(f"squeezed-attention: levels={self.levels} must be 1 or 2")
@@ -50,13 +55,13 @@ class SqueezedAttention(Policy):
             at_least(self, budget_tokens=1)
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:
-        """The prefix must yield a centroid on each level beside the observation window."""
+        """The prefix must yield a centroid on each level beside the sinks and the observation window."""
         least = self.coarse_share if self.levels == 2 else self.centroid_share
-        return self.observation_tokens + int(1 / least) + 1
+        return self.sink_tokens + self.observation_tokens + int(1 / least) + 1
 
     def index(self, model: ModelShape, prompt_tokens: int, layer: int) -> Centroids:
-        """The sizes of one layer's index; the observation window at the prompt's end belongs to no cluster."""
-        keys = prompt_tokens - self.observation_tokens
+        """The sizes of one layer's index; sinks and the observation window at the prompt's end belong to no cluster."""
+        keys = prompt_tokens - self.sink_tokens - self.observation_tokens
         coarse = part_of(keys, self.coarse_share) if self.levels == 2 else 0
         return Centroids(model.layers[layer], keys, part_of(keys, self.centroid_share), coarse)
 
@@ -68,7 +73,7 @@ class SqueezedAttention(Policy):
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
         """`kv`: one row per token and KV head, of a prompt or, in HBM, of everything; the index in HBM.
 
-        From host memory: `prefix` is there; `exact`, the observation window and what was generated, stays.
+        From host memory: `prefix` is there; `exact`, the sinks, the observation window and what was generated, stays.
         """
         shape, heads = model.layers[layer], model.layers[layer].kv_heads
         row = (2, shape.head_dim) if shape.head_dim == shape.v_head_dim else (shape.head_dim + shape.v_head_dim,)
@@ -222,4 +227,4 @@ class SqueezedAttention(Policy):
         return part_of(keys, self.keep) if self.budget_tokens is None else min(keys, self.budget_tokens)
 
     def _exact_tokens(self, step: Step) -> int:
-        return self.observation_tokens + step.generated_tokens
+        return self.sink_tokens + self.observation_tokens + step.generated_tokens

@@ -81,6 +81,11 @@ class Call:
             return torch.zeros(self.q.shape[0], dtype=torch.int64, device=self.q.device)
         return torch.where(seen.any(dim=-1), seen.int().argmax(dim=-1), seen.shape[-1])
 
+    def first_tokens(self, count: int) -> Tensor:
+        """The first `count` real tokens of each row's prompt: int64 (batch, count), -1 where it has fewer."""
+        tokens = self.first()[:, None] + torch.arange(count, device=self.q.device)
+        return torch.where(tokens < self.step.prompt_tokens, tokens, -1)
+
     def by_head(self, name: str) -> Tensor:
         """A buffer whose rows are grouped by KV head, as (batch, kv_heads, rows of a head, *row_shape)."""
         return self.state[name].unflatten(1, (self.shape.kv_heads, -1))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from runtime.kernels.select import top_ids
+from runtime.kernels.select import chosen_first, top_ids
 
 
 def chunk_means(keys: Tensor, chunk_tokens: int, seen: Tensor | None = None) -> Tensor:
@@ -32,20 +32,24 @@ def chunk_bounds(keys: Tensor, page_tokens: int) -> tuple[Tensor, Tensor]:
     return low, _chunked(full, page_tokens).amax(dim=-2)
 
 
-def outlier_chunks(keys: Tensor, means: Tensor, n: int, seen: Tensor | None = None) -> Tensor:
+def outlier_chunks(
+    keys: Tensor, means: Tensor, n: int, seen: Tensor | None = None, *, always: Tensor | None = None
+) -> Tensor:
     """Ids of the n chunks that their mean describes worst, ascending int64: `(batch, kv_heads, n)`.
 
     keys `(batch, kv_heads, chunks * chunk_tokens, head_dim)`, means `(batch, kv_heads, chunks, head_dim)`. A chunk is
     described as well as its least similar key: the minimum over its keys of the cosine to the mean (ShadowKV, Sun et
     al. 2024). `seen` as in `chunk_means`; a chunk without any token that counts is none of the n, and where there are
-    too few others the ids end in -1. Raises ValueError unless 0 <= n <= chunks.
+    too few others the ids end in -1. `always` (batch, m) names chunks that are among the n first of all, -1 = none.
+    Raises ValueError unless 0 <= n <= chunks.
     """
     chunk_tokens = keys.shape[-2] // means.shape[-2]
     chunks = _chunked(keys, chunk_tokens).float()
     cosine = torch.nn.functional.cosine_similarity(chunks, means[..., None, :].float(), dim=-1)
     if seen is not None:
         cosine = cosine.masked_fill(~_chunked(seen[..., None], chunk_tokens)[..., 0], torch.inf)
-    return top_ids(-cosine.amin(dim=-1), n)
+    scores = -cosine.amin(dim=-1)
+    return top_ids(scores if always is None else chosen_first(scores, always[:, None]), n)
 
 
 def _chunked(keys: Tensor, chunk_tokens: int) -> Tensor:

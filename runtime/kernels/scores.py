@@ -1,5 +1,6 @@
 """Scores of chunks and clusters against the queries: landmark attention mass, upper bounds, shares of centroids."""
 
+from math import log
 from typing import Literal
 
 import torch
@@ -51,20 +52,24 @@ def centroid_scores(
     scale: float,
     softcap: float | None = None,
     counted: Tensor | None = None,
+    group_score: Literal["mean", "max"] = "max",
 ) -> Tensor:
     """Log of the attention weight of one key of each cluster, were all keys their centroids.
 
     q `(batch, heads, new_tokens, head_dim)`, centroids `(batch, kv_heads, clusters, head_dim)`, sizes `(batch,
     kv_heads, clusters)` keys each; the result is fp32 `(batch, kv_heads, clusters)`, -inf for empty clusters. Per query
-    head exp(q . c) / sum_j sizes_j exp(q . c_j) (Squeezed Attention, Hooper et al. 2024, section 4.2), the largest of
-    a group's heads, then the mean over the new tokens, or over those that bool `counted` (batch, new_tokens) names.
+    head exp(q . c) / sum_j sizes_j exp(q . c_j) (Squeezed Attention, Hooper et al. 2024, section 4.2), the mean or the
+    largest of a group's heads, then the mean over the new tokens, or over those that bool `counted` (batch, new_tokens)
+    names.
     In logs nothing underflows, so scores that differ stay apart. Errors as in `landmark_scores`.
     """
     logits = _grouped_logits(q, centroids) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     total = torch.logsumexp(logits + sizes.log()[:, :, None, None], dim=-1, keepdim=True)
-    shares = (logits - total).amax(dim=2).masked_fill((sizes == 0)[:, :, None], -torch.inf)
+    each = logits - total
+    shares = each.amax(dim=2) if group_score == "max" else torch.logsumexp(each, dim=2) - log(each.shape[2])
+    shares = shares.masked_fill((sizes == 0)[:, :, None], -torch.inf)
     if counted is None:
         counted = torch.ones_like(shares[:, 0, :, 0], dtype=torch.bool)
     shares = shares.masked_fill(~counted[:, None, :, None], -torch.inf)

@@ -33,6 +33,16 @@ def top_ids(scores: Tensor, k: int) -> Tensor:
     return _compact(torch.arange(n, device=scores.device).expand(scores.shape), chosen, k)
 
 
+def chosen_first(scores: Tensor, ids: Tensor) -> Tensor:
+    """Scores `(..., n)` of which those of `ids`, broadcastable to `(..., m)`, are infinite: `top_ids` takes them first.
+
+    Ids that name no score (-1, or n and above) change nothing.
+    """
+    n = scores.shape[-1]
+    there = torch.where((ids < 0) | (ids >= n), n, ids).expand(*scores.shape[:-1], -1)
+    return torch.nn.functional.pad(scores, (0, 1)).scatter(-1, there, torch.inf)[..., :n]
+
+
 def true_ids(chosen: Tensor) -> Tensor:
     """Where each row is True, as int64 ids in ascending order, padded with -1: bool `(..., n)` -> `(..., n)`."""
     n = chosen.shape[-1]

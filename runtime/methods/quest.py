@@ -7,11 +7,11 @@ from policies import Policy, Quest
 from runtime.call import Call, Method
 from runtime.dense import attend
 from runtime.kernels.scores import Reduce, bound_scores
-from runtime.kernels.select import top_ids
+from runtime.kernels.select import chosen_first, top_ids
 
 
 def method(policy: Policy) -> Method:
-    """Keep bounds per page, score them, read the best pages and always the last."""
+    """Keep bounds per page, score them, read the sinks' pages, the best others and always the last."""
     if not isinstance(policy, Quest):
         raise TypeError(f"not a quest policy: {policy!r}")
     reduce: Reduce = "none" if policy.per == "query_head" else "max"
@@ -42,6 +42,7 @@ def method(policy: Policy) -> Method:
             seen = torch.nn.functional.pad(call.mask[:, 0, -1], (0, -call.mask.shape[-1] % page))
             alive = seen.unflatten(1, (-1, page)).any(-1)[:, None, :last]
             scores = scores.masked_fill(~alive, -torch.inf)
+        scores = chosen_first(scores, call.first_tokens(policy.sink_tokens)[:, None] // page)
         chosen = top_ids(scores, most)
         if reduce == "none" and call.shape.group > 1:
             call.counts["added"] = _union(chosen, last, call.shape.group) - most

@@ -43,7 +43,7 @@ class _Kernels:
     """The kernels that depend on the policy's parameters; nothing is kept from call to call."""
 
     def __init__(self, policy: ShadowKV) -> None:
-        self.policy, self.chunk_tokens, self.outliers = policy, policy.chunk_tokens, policy.outliers
+        self.policy, self.chunk_tokens, self.exact_chunks = policy, policy.chunk_tokens, policy.exact_chunks
 
     def append(self, call: Call) -> None:
         if call.step.prefilling:
@@ -62,20 +62,21 @@ class _Kernels:
     def set_outliers_aside(self, call: Call) -> None:
         keys, seen = self._indexed_keys(call)
         means, ids = call.scratch["means"], call.state["chunk_ids"]
-        worst = outlier_chunks(keys, means, self.outliers, seen)
+        sinks = call.first_tokens(self.policy.sink_tokens) // self.chunk_tokens
+        worst = outlier_chunks(keys, means, self.exact_chunks, seen, always=sinks)
         chunks = means.shape[2]
         others = means.new_ones((*means.shape[:2], chunks + 1), dtype=torch.bool)
         others = others.scatter_(2, torch.where(worst < 0, chunks, worst), False)[..., :chunks]
         if seen is not None:
             others &= seen.unflatten(2, (chunks, self.chunk_tokens)).any(dim=3)
-        ids[..., : self.outliers] = worst
-        ids[..., self.outliers :] = top_ids(torch.where(others, 0.0, -torch.inf), chunks - self.outliers)
-        call.by_head("landmarks").copy_(_rows(means, ids[..., self.outliers :]))
+        ids[..., : self.exact_chunks] = worst
+        ids[..., self.exact_chunks :] = top_ids(torch.where(others, 0.0, -torch.inf), chunks - self.exact_chunks)
+        call.by_head("landmarks").copy_(_rows(means, ids[..., self.exact_chunks :]))
 
     def fill(self, call: Call) -> None:
         """Exact rows, and in the slots the exact chunks that the last query of the prompt picks."""
         tail = torch.arange(self._indexed_tokens(call), call.step.tokens, device=call.q.device)
-        outlier = token_ids(call.state["chunk_ids"][..., : self.outliers], self.chunk_tokens)
+        outlier = token_ids(call.state["chunk_ids"][..., : self.exact_chunks], self.chunk_tokens)
         exact = torch.cat([outlier, tail.expand(*outlier.shape[:2], -1)], dim=2)
         picked = self._picked(call, self._scores(call, call.q[:, :, -1:]))
         call.state["slot_ids"].copy_(picked)
@@ -131,8 +132,8 @@ class _Kernels:
         return self.policy.chunks(call.step.prompt_tokens) * self.chunk_tokens
 
     def _exact_rows(self, call: Call) -> int:
-        """Exact rows of a head once this step's token is among them: outliers, then what follows the chunks."""
-        return self.outliers * self.chunk_tokens + call.step.tokens - self._indexed_tokens(call)
+        """Exact rows of a head once this step's token is among them: exact chunks, then what follows all chunks."""
+        return self.exact_chunks * self.chunk_tokens + call.step.tokens - self._indexed_tokens(call)
 
     def _indexed_keys(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Rotated keys of all chunks, and which of their tokens are no padding: (batch, 1, tokens)."""
@@ -142,13 +143,13 @@ class _Kernels:
 
     def _scores(self, call: Call, q: Tensor) -> Tensor:
         """Softmax over the landmarks, then the largest of a group's heads; chunks of padding score -inf."""
-        valid = None if call.mask is None else call.state["chunk_ids"][..., self.outliers :] >= 0
+        valid = None if call.mask is None else call.state["chunk_ids"][..., self.exact_chunks :] >= 0
         return landmark_scores(q, call.by_head("landmarks"), scale=call.scale, valid=valid)
 
     def _picked(self, call: Call, scores: Tensor) -> Tensor:
         """Ids of the best chunks, ascending; -1 where there are too few."""
         best = top_ids(scores, self.policy.budget_chunks)
-        ids = call.state["chunk_ids"][..., self.outliers :].gather(2, best.clamp(min=0))
+        ids = call.state["chunk_ids"][..., self.exact_chunks :].gather(2, best.clamp(min=0))
         return torch.where(best < 0, NONE, ids)
 
     def _masks(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -156,7 +157,7 @@ class _Kernels:
         seen = call.seen
         if seen is None:
             return None, None
-        outlier = token_ids(call.state["chunk_ids"][..., : self.outliers], self.chunk_tokens)
+        outlier = token_ids(call.state["chunk_ids"][..., : self.exact_chunks], self.chunk_tokens)
         slots = token_ids(call.state["slot_ids"], self.chunk_tokens)
         tail = seen[:, None, self._indexed_tokens(call) :].expand(-1, outlier.shape[1], -1)
         exact = torch.cat([_real(seen, outlier), tail], dim=2)

@@ -18,7 +18,11 @@ PREFIX = {"fine": "", "coarse": "coarse_"}  # of a level's buffers
 
 
 def method(policy: Policy) -> Method:
-    """Cluster the prompt without its observation window, read the keys above the threshold and all exact rows."""
+    """Cluster the prompt without sinks and observation window, read the keys above the threshold and all exact rows.
+
+    Sinks are the first real tokens of a row. Key i of an index is the token `sink_tokens` + i; in a row that is padded
+    by n tokens, the first n are padding or among the sinks, and in no cluster.
+    """
     if not isinstance(policy, SqueezedAttention):
         raise TypeError(f"not a squeezed-attention policy: {policy!r}")
     building, looking_up = _building(policy), _looking_up(policy)
@@ -32,7 +36,7 @@ def method(policy: Policy) -> Method:
 
 def _building(policy: SqueezedAttention) -> Method:
     """What a prompt needs: the clusters of its keys, thresholds from its last queries."""
-    window, levels = policy.observation_tokens, policy.calibrated
+    window, sinks, levels = policy.observation_tokens, policy.sink_tokens, policy.calibrated
     rounds = policy.kmeans_iterations - 1  # kmeans assigns once more than it has rounds
     keeps = {"fine": policy.keep, "coarse": policy.coarse_keep}
 
@@ -42,7 +46,7 @@ def _building(policy: SqueezedAttention) -> Method:
         call.state["observed"][:, (tokens % window).to(queries.device)] = queries
 
     def cluster(call: Call) -> None:
-        keys = _split(call, call.by_head("kv")[:, :, : call.step.prompt_tokens - window])[0]
+        keys = _split(call, call.by_head("kv")[:, :, sinks : call.step.prompt_tokens - window])[0]
         ones = torch.ones(keys.shape[1:3], device=keys.device)
         for row, first in enumerate(_first_tokens(call)):
             _cluster(call, row, "fine", keys[row, :, first:].float(), ones[:, first:], rounds)
@@ -57,7 +61,7 @@ def _building(policy: SqueezedAttention) -> Method:
         if "observed" in call.state and not call.step.whole_prompt:
             queries = call.state["observed"][:, last % window].transpose(1, 2)
         counted = None if call.seen is None else call.seen[:, last]
-        scores = [_scores(call, level, queries=queries, counted=counted) for level in levels]
+        scores = [_scores(policy, call, level, queries=queries, counted=counted) for level in levels]
         call.state["calibrated"].copy_(torch.cat(scores, dim=-1))
 
     def threshold(calls: Sequence[Call]) -> None:
@@ -72,12 +76,15 @@ def _building(policy: SqueezedAttention) -> Method:
                 call.state["thresholds"][:, index, 0] = _quantile(pooled[0], pooled[1].long(), keeps[level])
 
     def set_aside(call: Call) -> None:
-        call.by_head("exact")[:, :, :window] = call.by_head("kv")[:, :, : call.step.prompt_tokens][:, :, -window:]
+        rows, exact = call.by_head("kv")[:, :, : call.step.prompt_tokens], call.by_head("exact")
+        at = call.first_tokens(sinks).clamp(min=0)[:, None].expand(-1, rows.shape[1], -1)
+        exact.flatten(3)[:, :, :sinks] = rows.flatten(3).gather(2, at[..., None].expand(-1, -1, -1, rows[0, 0, 0].numel()))
+        exact[:, :, sinks : sinks + window] = rows[:, :, -window:]
 
     def offload(call: Call) -> list[Piece]:
         raw, prefix = call.by_head("kv"), call.by_head("prefix")
-        rows = prefix.shape[2]
-        return [(prefix[b, h], raw[b, h, :rows]) for b in range(len(raw)) for h in range(raw.shape[1])]
+        rows = slice(sinks, sinks + prefix.shape[2])
+        return [(prefix[b, h], raw[b, h, rows]) for b in range(len(raw)) for h in range(raw.shape[1])]
 
     return Method(
         kernels={
@@ -95,24 +102,24 @@ def _building(policy: SqueezedAttention) -> Method:
 def _looking_up(policy: SqueezedAttention) -> Method:
     """What every step needs: the new rows stored, clusters scored, keys chosen, fetched and attended to."""
     window, levels, in_host = policy.observation_tokens, policy.calibrated, policy.tier == "ddr"
-    budget = policy.budget_tokens
+    sinks, budget = policy.sink_tokens, policy.budget_tokens
 
     def append(call: Call) -> None:
         step, decoding = call.step, not call.step.prefilling
         name = "exact" if in_host and decoding else "kv"
-        first = window + step.generated_tokens - 1 if name == "exact" else step.past_tokens
+        first = sinks + window + step.generated_tokens - 1 if name == "exact" else step.past_tokens
         keys, values = _split(call, call.by_head(name)[:, :, first : first + step.new_tokens])
         keys.copy_(call.new_k)
         values.copy_(call.new_v)
 
     def score_coarse(call: Call) -> None:
-        passed = _scores(call, "coarse") > call.state["thresholds"][:, levels.index("coarse"), :, None]
+        passed = _scores(policy, call, "coarse") > call.state["thresholds"][:, levels.index("coarse"), :, None]
         labels = call.state["coarse_labels"]
         survive = passed.gather(2, labels.clamp(min=0).long()) & (labels >= 0)
         call.scratch["survive"], call.counts["survive"] = survive, survive.sum(dim=-1)
 
     def score(call: Call) -> None:
-        call.state["scores"].copy_(_scores(call, "fine", among=call.scratch.get("survive")))
+        call.state["scores"].copy_(_scores(policy, call, "fine", among=call.scratch.get("survive")))
 
     def select(call: Call) -> None:
         labels = call.state["labels"]
@@ -139,19 +146,25 @@ def _looking_up(policy: SqueezedAttention) -> Method:
         call.scratch["far"], call.scratch["far_lse"] = (torch.stack(parts) for parts in zip(*waves, strict=True))
 
     def attend_all(call: Call) -> None:
-        step, prefix = call.step, call.step.prompt_tokens - window
+        step, end = call.step, call.step.prompt_tokens - window
         if step.prefilling:
             call.out = attend(call, *_split(call, call.by_head("kv")[:, :, : step.tokens]), call.mask)
             return
-        rows = call.by_head("exact" if in_host else "kv")
-        exact = rows[:, :, : step.tokens - prefix] if in_host else rows[:, :, prefix : step.tokens]
-        mask = None if call.mask is None else call.mask[..., prefix:]
-        near = partial_attention(call.q, *_split(call, exact), scale=call.scale, mask=mask, softcap=call.softcap)
+        first = call.first_tokens(sinks)
+        first = torch.where(first < end, first, -1)  # those of a short row are in the window
+        seen = None if call.seen is None else call.seen[:, end:]
         if in_host:
-            far = list(zip(call.scratch["far"], call.scratch["far_lse"], strict=True))
+            exact, far = call.by_head("exact")[:, :, : sinks + step.tokens - end], call.scratch["far"]
+            seen = None if seen is None else torch.cat([first >= 0, seen], dim=1)
+            parts = list(zip(far, call.scratch["far_lse"], strict=True))
         else:
-            far = [_attend_at(call, rows, call.by_head("chosen")[..., 0])]
-        call.out = merge([near, *far], sink_logits=call.sinks).to(call.q.dtype)
+            rows, chosen = call.by_head("kv"), call.by_head("chosen")[..., 0]
+            exact = rows[:, :, end : step.tokens]
+            far = torch.where(chosen < 0, -1, chosen + sinks)
+            parts = [_attend_at(call, rows, torch.cat([first[:, None].expand(-1, far.shape[1], -1), far], dim=2))]
+        mask = None if seen is None else seen[:, None, None]
+        near = partial_attention(call.q, *_split(call, exact), scale=call.scale, mask=mask, softcap=call.softcap)
+        call.out = merge([near, *parts], sink_logits=call.sinks).to(call.q.dtype)
 
     return Method(
         kernels={
@@ -203,7 +216,13 @@ def _cluster(call: Call, row: int, level: str, points: Tensor, weights: Tensor, 
 
 
 def _scores(
-    call: Call, level: str, *, queries: Tensor | None = None, counted: Tensor | None = None, among: Tensor | None = None
+    policy: SqueezedAttention,
+    call: Call,
+    level: str,
+    *,
+    queries: Tensor | None = None,
+    counted: Tensor | None = None,
+    among: Tensor | None = None,
 ) -> Tensor:
     """Log scores of a level's clusters, or of those `among` it, which then share all weight."""
     sizes = call.state[f"{PREFIX[level]}sizes"]
@@ -214,6 +233,7 @@ def _scores(
         scale=call.scale,
         softcap=call.softcap,
         counted=counted,
+        group_score="max" if policy.group_score == "max" else "mean",
     )
 
 

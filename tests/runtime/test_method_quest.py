@@ -24,8 +24,10 @@ def model(heads, kv_heads):
     )  # fmt: skip
 
 
-def oracle(q, keys, values, per):
-    """Pages by bound, the largest over a group or of each query head, the last always; exact attention over them.
+def oracle(q, keys, values, per, sinks):
+    """The sinks' pages, others by bound, the largest over a group or of each query head, the last always.
+
+    Attention over them is exact.
 
     Returns the output and for each KV head how many pages beside the last one its group reads.
     """
@@ -47,7 +49,7 @@ def oracle(q, keys, values, per):
             bound = dict.fromkeys(group, largest)
         union = set()
         for h in group:
-            order = sorted(range(pages - 1), key=lambda p, h=h: (-bound[h][p], p))[: BUDGET // PAGE - 1]
+            order = sorted(range(pages - 1), key=lambda p, h=h: (p * PAGE >= sinks, -bound[h][p], p))[: BUDGET // PAGE - 1]
             union |= set(order)
             kept = [t for p in [*sorted(order), pages - 1] for t in range(p * PAGE, min(tokens, (p + 1) * PAGE))]
             weights = torch.softmax(keys[kv, kept] @ q[h] / DIM**0.5, 0)
@@ -75,15 +77,16 @@ def steps(policy, shape, q, k, v, prompt):
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)])
 @pytest.mark.parametrize("prompt", [16, 17, 30, 45])
-def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt, per):
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+def test_decode_reads_what_the_oracle_reads(heads, kv_heads, prompt, per, sinks):
     generator = torch.Generator().manual_seed(prompt * heads)
-    policy, count = Quest(page_tokens=PAGE, budget_tokens=BUDGET, dense_layers=0, per=per), 9
+    policy, count = Quest(page_tokens=PAGE, budget_tokens=BUDGET, dense_layers=0, per=per, sink_tokens=sinks), 9
     draw = lambda h: torch.randn(1, h, prompt + count, DIM, generator=generator) * 3  # noqa: E731
     q, k, v = draw(heads), draw(kv_heads), draw(kv_heads)
     for past, plan, call in steps(policy, model(heads, kv_heads), q, k, v, prompt):
         if past:
             keys, values = (x[0, :, : past + 1].double() for x in (k, v))
-            expected, read = oracle(q[0, :, past].double(), keys, values, per)
+            expected, read = oracle(q[0, :, past].double(), keys, values, per, sinks)
             assert torch.allclose(call.out[0, :, 0].double(), expected, atol=1e-5)
             if plan.counts:  # pages that the group adds to those of one head
                 assert call.counts["added"].tolist() == [[n - (BUDGET // PAGE - 1) for n in read]]

@@ -11,8 +11,8 @@ from policies import ShadowKV, parse_policy  # noqa: E402
 from runtime import offload  # noqa: E402
 
 DIM, CHUNK = 8, 4
-# Eight chunks at 48 tokens: four are selected and two are outliers.
-POLICY = ShadowKV(chunk_tokens=CHUNK, budget_tokens=4 * CHUNK, rank=6, outlier_chunks=2)
+# Eight chunks at 48 tokens: three are selected, two can hold sinks and two are outliers.
+POLICY = ShadowKV(chunk_tokens=CHUNK, budget_tokens=3 * CHUNK, rank=6, outlier_chunks=2, sink_tokens=3)
 
 
 def layer(policy, heads, kv_heads, prompt, steps, *, pads=None, seed=0, rows=1, scale=2.0, **options):
@@ -54,7 +54,8 @@ class Oracle:
             mean = self.landmarks[h][c]
             return min(float(key @ mean / (key.norm() * mean.norm())) for key in self.k[h, self._real(c)])
 
-        return sorted(self._real_chunks(), key=lambda c: (least(c), c))[: self.policy.outliers]
+        sinks = {t // self.c for t in range(self.pad, min(self.one.prompt, self.pad + self.policy.sink_tokens))}
+        return sorted(self._real_chunks(), key=lambda c: (c not in sinks, least(c), c))[: self.policy.exact_chunks]
 
     def _low_rank(self, before):
         """The best product of the policy's rank, by a singular value decomposition, turned to the keys' positions."""
@@ -136,8 +137,7 @@ def test_softcap_and_sinks(softcap, sinks):
 
 def test_no_outliers_and_generation_beyond_any_buffer_of_the_authors():
     """Their cache ends after 128 generated tokens."""
-    policy = ShadowKV(chunk_tokens=CHUNK, budget_tokens=3 * CHUNK, rank=5)
-    assert policy.outliers == 0
+    policy = ShadowKV(chunk_tokens=CHUNK, budget_tokens=3 * CHUNK, rank=5, outlier_chunks=0, sink_tokens=0)
     one, before = layer(policy, 4, 1, 64, 150, seed=6)
     assert follow(one, before) > 100
 
@@ -166,7 +166,7 @@ def test_a_prompt_in_chunks_leaves_the_same_state():
 
 def covering(rank, seed):
     """A layer whose budget covers every real chunk, since each row has a chunk of padding, with its slots emptied."""
-    policy = ShadowKV(chunk_tokens=CHUNK, budget_tokens=7 * CHUNK, rank=rank, outlier_chunks=0)
+    policy = ShadowKV(chunk_tokens=CHUNK, budget_tokens=7 * CHUNK, rank=rank, outlier_chunks=0, sink_tokens=0)
     one, before = layer(policy, 8, 2, 48, 4, pads=(4, 11), seed=seed)
     one.prefill()
     one.arena.kept(0)["slot_ids"].fill_(-1)
@@ -243,7 +243,7 @@ def test_the_error_of_selection_alone():
 @pytest.mark.parametrize("outliers", [0, 2])
 def test_a_planted_needle_is_read(outliers):
     """One key along the query among others that are not: by its landmark or as an outlier, at every place tried."""
-    policy = ShadowKV(chunk_tokens=CHUNK, budget_tokens=4 * CHUNK, rank=16, outlier_chunks=outliers)
+    policy = ShadowKV(chunk_tokens=CHUNK, budget_tokens=4 * CHUNK, rank=16, outlier_chunks=outliers, sink_tokens=0)
     places = [0, 3, 17, 30, 63, 64, 101, 126, 127]
     for place in places:
         one, _ = layer(policy, 4, 2, 144, 1, seed=11 + place, scale=1.0)

@@ -17,7 +17,7 @@ from runtime.executor import Executor  # noqa: E402
 from runtime.methods import method_of  # noqa: E402
 from runtime.mover import Mover  # noqa: E402
 
-DIM, LAYERS, WINDOW = 8, 2, 6
+DIM, LAYERS, WINDOW, SINKS = 8, 2, 6, 3
 SCALE = DIM**-0.5
 
 
@@ -82,18 +82,18 @@ def draw(shape, prompt, steps, batch, seed, size=1.5):
     ]
 
 
-def log_scores(q, centroids, sizes, keep=None):
-    """float64 (kv_heads, clusters): the largest over a group of the log weight of a key; q (heads, head_dim)."""
+def log_scores(q, centroids, sizes, group_score, keep=None):
+    """float64 (kv_heads, clusters): of a group the largest or the mean weight of a key, in logs; q (heads, head_dim)."""
     group = len(q) // len(centroids)
     out = torch.full(sizes.shape, -torch.inf, dtype=torch.float64)
     for kv, (rows, counts) in enumerate(zip(centroids.double(), sizes.double(), strict=True)):
         counted = counts if keep is None else counts * keep[kv]
-        for head in range(kv * group, (kv + 1) * group):
-            logits = rows @ q[head].double() * SCALE
-            alive = counted > 0
-            if alive.any():
-                total = torch.logsumexp(logits[alive] + counted[alive].log(), 0)
-                out[kv] = torch.where(alive, torch.maximum(out[kv], logits - total), -torch.inf)
+        alive = counted > 0
+        weights = torch.zeros(group, len(rows), dtype=torch.float64)
+        for member, head in enumerate(range(kv * group, (kv + 1) * group)):
+            each = (rows @ q[head].double() * SCALE).exp()
+            weights[member, alive] = each[alive] / (each * counted).sum()
+        out[kv] = (weights.amax(0) if group_score == "max" else weights.mean(0)).log()
     return out
 
 
@@ -118,7 +118,9 @@ def expected_threshold(run, calls, row, level, share):
     for layer, call in enumerate(calls):
         centroids, sizes, labels = levels_of(call.state, row, call.shape.kv_heads)[level]
         tokens = [t for t in range(run.prompt - WINDOW, run.prompt) if t >= run.first[row]]
-        each = torch.stack([log_scores(run.q[layer, row, :, t], centroids, sizes).exp() for t in tokens])
+        each = torch.stack(
+            [log_scores(run.q[layer, row, :, t], centroids, sizes, run.policy.group_score).exp() for t in tokens]
+        )
         pooled.append(key_scores(each.mean(0).log(), labels)[labels >= 0])
     scores = torch.cat(pooled).sort(descending=True).values
     passing = part_of(len(scores), share)
@@ -131,8 +133,10 @@ def expected_output(run, layer, row, token, chosen):
     group = len(q) // len(k)
     out = torch.zeros(len(q), q.shape[-1], dtype=torch.float64)
     for head in range(len(q)):
-        exact = [t for t in range(run.prompt - WINDOW, token + 1) if t >= run.first[row]]
-        kept = torch.nonzero(chosen[head // group]).flatten().tolist() + exact
+        first, end, sinks = int(run.first[row]), run.prompt - WINDOW, run.policy.sink_tokens
+        exact = [*range(first, min(first + sinks, end)), *range(max(first, end), token + 1)]
+        kept = [sinks + i for i in torch.nonzero(chosen[head // group]).flatten().tolist()] + exact
+        assert len(set(kept)) == len(kept)
         weights = torch.softmax(k[head // group, kept] @ q[head, token] * q.shape[-1] ** -0.5, 0)
         out[head] = weights @ v[head // group, kept]
     return out
@@ -145,6 +149,8 @@ def expected_output(run, layer, row, token, chosen):
     [
         "keep=0.2",
         "keep=0.2,tier=ddr",
+        "keep=0.2,group_score=max",
+        "keep=0.2,group_score=mean,tier=ddr",
         "keep=0.05,tier=ddr",  # some heads choose more than is staged at once
         "keep=0.3,levels=2,coarse_share=0.06,coarse_keep=0.5",
         "keep=0.3,levels=2,coarse_share=0.06,coarse_keep=0.5,tier=ddr",
@@ -154,13 +160,13 @@ def expected_output(run, layer, row, token, chosen):
     ],
 )
 def test_every_step_is_that_of_the_oracle(text, chunks, heads, kv_heads):
-    policy = parse_policy(f"squeezed-attention:observation_tokens={WINDOW},centroid_share=0.25,{text}")
+    policy = parse_policy(f"squeezed-attention:observation_tokens={WINDOW},sink_tokens={SINKS},centroid_share=0.25,{text}")
     assert isinstance(policy, SqueezedAttention)
     shape, steps, first = model(heads, kv_heads), 5, torch.tensor([0, 17])
     run = Run(policy, shape, *draw(shape, sum(chunks), steps, 2, seed=heads), sum(chunks), first)
-    calls, prefix = run.prefill(chunks), sum(chunks) - WINDOW
+    calls, end = run.prefill(chunks), sum(chunks) - WINDOW
     for row in range(2):
-        for call, keys in zip(calls, run.k[:, row, :, :prefix], strict=True):
+        for call, keys in zip(calls, run.k[:, row, :, SINKS:end], strict=True):
             check_index(levels_of(call.state, row, kv_heads), keys, int(first[row]))
         for index, level in enumerate(policy.calibrated):
             share = policy.keep if level == "fine" else policy.coarse_keep
@@ -186,7 +192,7 @@ def test_every_step_is_that_of_the_oracle(text, chunks, heads, kv_heads):
     if policy.budget_tokens is None:
         assert len(counts) > 3  # selections are ragged
     if text.startswith("keep=0.05"):
-        assert max(counts) > 2 * part_of(prefix, 0.05)
+        assert max(counts) > 2 * part_of(end - SINKS, 0.05)
 
 
 def check_index(levels, keys, first):
@@ -210,11 +216,11 @@ def expected_choice(policy, call, row, q):
     if "coarse" in levels:
         coarse_centroids, coarse_sizes, _ = levels["coarse"]
         limit = float(call.state["thresholds"][row, policy.calibrated.index("coarse"), 0])
-        passed = log_scores(q, coarse_centroids, coarse_sizes) > limit
+        passed = log_scores(q, coarse_centroids, coarse_sizes, policy.group_score) > limit
         above = call.state["coarse_labels"][row].long()
         alive = passed.gather(1, above.clamp(min=0)) & (above >= 0)
         assert call.counts["survive"][row].tolist() == alive.sum(1).tolist()
-    scores = key_scores(log_scores(q, centroids, sizes, alive), labels)
+    scores = key_scores(log_scores(q, centroids, sizes, policy.group_score, alive), labels)
     if policy.budget_tokens is None:
         return scores > float(call.state["thresholds"][row, policy.calibrated.index("fine"), 0])
     chosen = torch.zeros(scores.shape, dtype=torch.bool)
@@ -228,7 +234,7 @@ def expected_choice(policy, call, row, q):
 @pytest.mark.parametrize("tier", ["hbm", "ddr"])
 def test_waves_and_exact_rows_merge_at_logits_of_200(tier):
     """One softmax in float64, whatever was staged apart."""
-    policy = parse_policy(f"squeezed-attention:observation_tokens={WINDOW},centroid_share=0.25,keep=0.1,tier={tier}")
+    policy = parse_policy(f"squeezed-attention:observation_tokens={WINDOW},sink_tokens={SINKS},centroid_share=0.25,keep=0.1,tier={tier}")
     shape, prompt, steps = model(8, 2), 90, 6
     q, k, v = draw(shape, prompt, steps, 1, seed=3, size=8.0)
     run = Run(policy, shape, q, k, v, prompt)
@@ -238,7 +244,7 @@ def test_waves_and_exact_rows_merge_at_logits_of_200(tier):
         call = run.step(1, token, 1)
         largest = max(largest, float((k[1, 0, 0, :prompt] @ q[1, 0, :4, token].mT * SCALE).abs().max()))
         listed = call.state["chosen"][0].unflatten(0, (2, -1))[..., 0]
-        chosen = torch.zeros(2, prompt - WINDOW, dtype=torch.bool)
+        chosen = torch.zeros(2, prompt - WINDOW - SINKS, dtype=torch.bool)
         for kv in range(2):
             chosen[kv, listed[kv][listed[kv] >= 0].long()] = True
         assert torch.allclose(call.out[0, :, 0].double(), expected_output(run, 1, 0, token, chosen), atol=1e-4)
@@ -256,7 +262,7 @@ def test_keys_of_one_direction_stay_together_at_any_length():
     prompt = directions * each + WINDOW
     q, k, v = draw(shape, prompt, 1, 1, seed=6)
     k[0, 0, :, : directions * each] = keys
-    policy = SqueezedAttention(observation_tokens=WINDOW, centroid_share=0.2, keep=0.1)
+    policy = SqueezedAttention(observation_tokens=WINDOW, centroid_share=0.2, keep=0.1, sink_tokens=0)
     run = Run(policy, shape, q, k, v, prompt)
     (call,) = run.prefill([prompt])
     for labels in call.state["labels"][0]:
@@ -269,7 +275,7 @@ def test_a_key_aligned_with_the_query_is_read(text):
     """One key among a thousand answers the query; its cluster passes wherever it stands, so it gets its weight."""
     dim, prompt = 32, 1000 + WINDOW
     shape = model(4, 2, dim, layers=1)
-    policy = parse_policy(f"squeezed-attention:observation_tokens={WINDOW},centroid_share=0.05,{text}")
+    policy = parse_policy(f"squeezed-attention:observation_tokens={WINDOW},centroid_share=0.05,sink_tokens=0,{text}")
     for seed in range(10):
         q, k, v = draw(shape, prompt, 1, 1, seed)
         place = int(torch.randint(0, 1000, (1,), generator=torch.Generator().manual_seed(seed)))
