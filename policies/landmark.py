@@ -15,7 +15,8 @@ class Landmark(Policy):
     it scores highest, and what is local: the open block in decode, the window of `window_tokens` in a prompt.
 
     Landmark keys stay in HBM, closed blocks move to DDR. The model's own work on landmark tokens, 1 in `block_tokens`,
-    is not counted. Within a block attention is a softmax of its own, so the result is not that of dense attention.
+    is not counted. The blocks of the first `sink_tokens` are among the `top_k` (0: the paper's own form). Within a
+    block attention is a softmax of its own, so the result is not that of dense attention.
     """
 
     name: ClassVar[str] = "landmark"
@@ -26,9 +27,11 @@ class Landmark(Policy):
     block_tokens: int = 50
     top_k: int = 5
     window_tokens: int = 250
+    sink_tokens: int = 4
 
     def __post_init__(self) -> None:
-        at_least(self, block_tokens=1, top_k=1, window_tokens=1)
+        at_least(self, block_tokens=1, window_tokens=1, sink_tokens=0)
+        at_least(self, top_k=max(1, -(-self.sink_tokens // self.block_tokens)))
         multiple_of(self, "window_tokens", "block_tokens")
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:

@@ -6,14 +6,15 @@ from typing import ClassVar
 from policies.dense import activations, append, attend, causal_pairs
 from policies.model import ModelShape
 from policies.plan import Access, Buffer, Compute, Count, Plan, Rows, Step, Tier, Work, part_of
-from policies.policy import Policy, share_of
+from policies.policy import Policy, at_least, share_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LazyLLM(Policy):
     """The four quarters of the layers compute all, `keep_2`, `keep_3` and `keep_4` of the prompt's tokens.
 
-    The last token's attention ranks them where a quarter ends. A token that drops out leaves its hidden state there
+    The last token's attention ranks them where a quarter ends, the first `sink_tokens` before all others (0: the
+    paper's own form). A token that drops out leaves its hidden state there
     and is computed at a deeper layer when a decode step wants it: `revive`. Every layer has room for all tokens.
 
     The defaults compute 64 % of the prompt's tokens, the share that is reported for multi-document questions; where
@@ -27,8 +28,10 @@ class LazyLLM(Policy):
     keep_2: float = 0.75
     keep_3: float = 0.5
     keep_4: float = 0.3
+    sink_tokens: int = 4
 
     def __post_init__(self) -> None:
+        at_least(self, sink_tokens=0)
         share_of(self, "keep_2", "keep_3", "keep_4")
         if not self.keep_2 >= self.keep_3 >= self.keep_4:
             raise ValueError(
@@ -37,8 +40,8 @@ class LazyLLM(Policy):
             )
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:
-        """As many tokens as leave one at the deepest layers."""
-        return int(1 / self.keep_4) + 1
+        """As many tokens as leave one beside the sinks at the deepest layers."""
+        return int((1 + self.sink_tokens) / self.keep_4) + 1
 
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
         """`keys`, `values`: a row per token and head; `hidden`: the states of tokens that this layer is first to lack.

@@ -13,8 +13,9 @@ from policies.policy import Policy, Reuse, at_least
 class LoCoCo(Policy):
     """A cache of `memory_tokens` slots; what was appended is merged into it once more than `buffer_tokens` exceed it.
 
-    Half of the slots keep the tokens that the last attention weighed most, a convolution over keys and values of
-    `kernel_tokens` weighs all others into the rest. A prompt is read in chunks of `chunk_tokens`, merged before each.
+    Half of the slots keep the first `sink_tokens` (0: the paper's own form) and the tokens that the last attention
+    weighed most, a convolution over keys and values of `kernel_tokens` weighs all others into the rest. A prompt is
+    read in chunks of `chunk_tokens`, merged before each.
     """
 
     name: ClassVar[str] = "lococo"
@@ -26,11 +27,18 @@ class LoCoCo(Policy):
     buffer_tokens: int = 16
     chunk_tokens: int = 512
     kernel_tokens: int = 21
+    sink_tokens: int = 4
 
     def __post_init__(self) -> None:
         at_least(self, memory_tokens=2, buffer_tokens=0, chunk_tokens=self.buffer_tokens + 1, kernel_tokens=1)
+        at_least(self, sink_tokens=0)
         if self.memory_tokens % 2:
             raise ValueError(f"lococo: memory_tokens={self.memory_tokens} must be even, for two halves of the slots")
+        if self.sink_tokens > self.memory_tokens // 2:
+            raise ValueError(
+                f"lococo: sink_tokens={self.sink_tokens} exceeds the half of memory_tokens={self.memory_tokens} that "
+                f"keeps tokens as they are; use {self.memory_tokens // 2} or fewer"
+            )
         if self.chunk_tokens > self.memory_tokens + self.buffer_tokens:
             raise ValueError(
                 f"lococo: chunk_tokens={self.chunk_tokens} exceeds memory_tokens + buffer_tokens, which are what a "

@@ -14,8 +14,9 @@ class Locret(Policy):
     """A prompt is read in chunks of `chunk_tokens`; after each, a KV head keeps the `budget_tokens` scored highest.
 
     A two-layer network of `hidden_dim` on a token's query, key and value gives its score, once. The prompt's last
-    `local_tokens` and all generated tokens stay, and so do a chunk's last `stabilizer_tokens` until the next chunk,
-    which changes what is kept and not how much. Keys are stored unrotated and rotated at their place in the cache.
+    `local_tokens` and all generated tokens stay. So do, within the budget, the first `sink_tokens` (0: the paper's
+    own form) and, until the next chunk, a chunk's last `stabilizer_tokens`: they change what is kept and not how
+    much. Keys are stored unrotated and rotated at their place in the cache.
     """
 
     name: ClassVar[str] = "locret"
@@ -29,13 +30,19 @@ class Locret(Policy):
     chunk_tokens: int = 3072
     stabilizer_tokens: int = 2500
     hidden_dim: int = 1024
+    sink_tokens: int = 4
 
     def __post_init__(self) -> None:
-        at_least(self, budget_tokens=1, local_tokens=0, chunk_tokens=1, stabilizer_tokens=0, hidden_dim=1)
-        if self.stabilizer_tokens > min(self.budget_tokens, self.chunk_tokens):
+        at_least(
+            self, budget_tokens=1, local_tokens=0, chunk_tokens=1, stabilizer_tokens=0, hidden_dim=1, sink_tokens=0
+        )
+        most = min(self.budget_tokens - self.sink_tokens, self.chunk_tokens)
+        if most < 0:
+            raise ValueError(f"locret: sink_tokens={self.sink_tokens} must fit budget_tokens={self.budget_tokens}")
+        if self.stabilizer_tokens > most:
             raise ValueError(
-                f"locret: stabilizer_tokens={self.stabilizer_tokens} must fit chunk_tokens={self.chunk_tokens} and "
-                f"budget_tokens={self.budget_tokens}; use {min(self.budget_tokens, self.chunk_tokens)} or fewer"
+                f"locret: stabilizer_tokens={self.stabilizer_tokens} must fit chunk_tokens={self.chunk_tokens} and, "
+                f"beside the sinks, budget_tokens={self.budget_tokens}; use {most} or fewer"
             )
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:

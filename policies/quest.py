@@ -35,7 +35,8 @@ class Quest(Policy):
         if sinks and self.chosen_pages < sinks:
             raise ValueError(
                 f"quest: budget_tokens={self.budget_tokens} must hold the last page and the {sinks} that "
-                f"sink_tokens={self.sink_tokens} can lie on; use {(sinks + 1) * self.page_tokens} or more, or sink_tokens=0"
+                f"sink_tokens={self.sink_tokens} can lie on; use "
+                f"{(sinks + 1) * self.page_tokens} or more, or sink_tokens=0"
             )
         one_of(self, "per", "kv_head", "query_head")
 

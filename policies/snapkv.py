@@ -11,7 +11,8 @@ from policies.policy import Policy, at_least, one_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapKV(Policy):
-    """Keeps `budget_tokens` of the prompt: the last `observation_tokens` and, pooled, what they attended to most.
+    """Keeps `budget_tokens` of the prompt: the last `observation_tokens`, the first `sink_tokens` (0: the paper's own
+    form) and, pooled, what the last ones attended to most.
 
     `per="kv_head"` averages the queries of a group and stores KV heads (kvpress); `"query_head"` selects for each
     query head and stores all of them, as the authors' code does, which costs the group size in memory. `pooling` is
@@ -28,9 +29,11 @@ class SnapKV(Policy):
     kernel_tokens: int = 5
     pooling: str = "average"
     per: str = "kv_head"
+    sink_tokens: int = 4
 
     def __post_init__(self) -> None:
-        at_least(self, observation_tokens=1, kernel_tokens=1, budget_tokens=self.observation_tokens + 1)
+        at_least(self, observation_tokens=1, kernel_tokens=1, sink_tokens=0)
+        at_least(self, budget_tokens=self.observation_tokens + max(1, self.sink_tokens))
         one_of(self, "pooling", "average", "max")
         one_of(self, "per", "kv_head", "query_head")
         if self.kernel_tokens % 2 == 0:

@@ -13,9 +13,9 @@ from policies.policy import Policy, Reuse, at_least, multiple_of, share_of
 class XAttention(Policy):
     """Each query head and block of queries computes the blocks of keys that hold `threshold` of its attention.
 
-    The mass of a block is estimated from every `stride_tokens`-th antidiagonal. The first block and the diagonal are
-    always computed. Storage and decode are those of a dense cache. `threshold=1` computes everything; below it, how
-    many blocks reach it is the data's: `kept`.
+    The mass of a block is estimated from every `stride_tokens`-th antidiagonal. The first block, with the sinks,
+    and the diagonal are always computed. Storage and decode are those of a dense cache. `threshold=1` computes
+    everything; below it, how many blocks reach it is the data's: `kept`.
     """
 
     name: ClassVar[str] = "xattention"

@@ -8,7 +8,7 @@ from policies import Policy, SnapKV
 from runtime.call import Call, Method
 from runtime.dense import append_raw, attend, attend_raw
 from runtime.kernels.attention import causal_mask
-from runtime.kernels.select import top_ids
+from runtime.kernels.select import chosen_first, top_ids
 
 
 def method(policy: Policy) -> Method:
@@ -89,7 +89,8 @@ class _Kernels:
         votes, seen = call.scratch["votes"], call.seen
         if seen is not None:
             votes = votes.masked_fill(~seen[:, None, : votes.shape[2]], -torch.inf)
-        call.scratch["tokens"] = top_ids(votes, self.chosen)
+        sinks = call.first_tokens(self.policy.sink_tokens)[:, None]
+        call.scratch["tokens"] = top_ids(chosen_first(votes, sinks), self.chosen)
 
     def compress(self, call: Call) -> None:
         chosen, tokens = call.scratch["tokens"], call.step.tokens

@@ -78,7 +78,9 @@ def _building(policy: SqueezedAttention) -> Method:
     def set_aside(call: Call) -> None:
         rows, exact = call.by_head("kv")[:, :, : call.step.prompt_tokens], call.by_head("exact")
         at = call.first_tokens(sinks).clamp(min=0)[:, None].expand(-1, rows.shape[1], -1)
-        exact.flatten(3)[:, :, :sinks] = rows.flatten(3).gather(2, at[..., None].expand(-1, -1, -1, rows[0, 0, 0].numel()))
+        exact.flatten(3)[:, :, :sinks] = rows.flatten(3).gather(
+            2, at[..., None].expand(-1, -1, -1, rows[0, 0, 0].numel())
+        )
         exact[:, :, sinks : sinks + window] = rows[:, :, -window:]
 
     def offload(call: Call) -> list[Piece]:
@@ -146,25 +148,10 @@ def _looking_up(policy: SqueezedAttention) -> Method:
         call.scratch["far"], call.scratch["far_lse"] = (torch.stack(parts) for parts in zip(*waves, strict=True))
 
     def attend_all(call: Call) -> None:
-        step, end = call.step, call.step.prompt_tokens - window
-        if step.prefilling:
-            call.out = attend(call, *_split(call, call.by_head("kv")[:, :, : step.tokens]), call.mask)
-            return
-        first = call.first_tokens(sinks)
-        first = torch.where(first < end, first, -1)  # those of a short row are in the window
-        seen = None if call.seen is None else call.seen[:, end:]
-        if in_host:
-            exact, far = call.by_head("exact")[:, :, : sinks + step.tokens - end], call.scratch["far"]
-            seen = None if seen is None else torch.cat([first >= 0, seen], dim=1)
-            parts = list(zip(far, call.scratch["far_lse"], strict=True))
+        if call.step.prefilling:
+            call.out = attend(call, *_split(call, call.by_head("kv")[:, :, : call.step.tokens]), call.mask)
         else:
-            rows, chosen = call.by_head("kv"), call.by_head("chosen")[..., 0]
-            exact = rows[:, :, end : step.tokens]
-            far = torch.where(chosen < 0, -1, chosen + sinks)
-            parts = [_attend_at(call, rows, torch.cat([first[:, None].expand(-1, far.shape[1], -1), far], dim=2))]
-        mask = None if seen is None else seen[:, None, None]
-        near = partial_attention(call.q, *_split(call, exact), scale=call.scale, mask=mask, softcap=call.softcap)
-        call.out = merge([near, *parts], sink_logits=call.sinks).to(call.q.dtype)
+            call.out = _attend_chosen(policy, call)
 
     return Method(
         kernels={
@@ -176,6 +163,27 @@ def _looking_up(policy: SqueezedAttention) -> Method:
         },
         routes={"fetch": fetch},
     )
+
+
+def _attend_chosen(policy: SqueezedAttention, call: Call) -> Tensor:
+    """Attention to the chosen keys, the sinks, the window and what was generated, each once."""
+    step, sinks = call.step, policy.sink_tokens
+    end = step.prompt_tokens - policy.observation_tokens
+    first = call.first_tokens(sinks)
+    first = torch.where(first < end, first, -1)  # those of a short row are in the window
+    seen = None if call.seen is None else call.seen[:, end:]
+    if policy.tier == "ddr":
+        exact = call.by_head("exact")[:, :, : sinks + step.tokens - end]
+        seen = None if seen is None else torch.cat([first >= 0, seen], dim=1)
+        parts = list(zip(call.scratch["far"], call.scratch["far_lse"], strict=True))
+    else:
+        rows, chosen = call.by_head("kv"), call.by_head("chosen")[..., 0]
+        exact = rows[:, :, end : step.tokens]
+        ids = [first[:, None].expand(-1, chosen.shape[1], -1), torch.where(chosen < 0, -1, chosen + sinks)]
+        parts = [_attend_at(call, rows, torch.cat(ids, dim=2))]
+    mask = None if seen is None else seen[:, None, None]
+    near = partial_attention(call.q, *_split(call, exact), scale=call.scale, mask=mask, softcap=call.softcap)
+    return merge([near, *parts], sink_logits=call.sinks).to(call.q.dtype)
 
 
 def _split(call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:

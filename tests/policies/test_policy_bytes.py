@@ -276,96 +276,97 @@ def test_infllm_prefill_sums_over_execution_blocks(past: int, new: int) -> None:
 
 
 def test_squeezed_centroids_are_a_fortieth_of_the_cache() -> None:
-    step = Step.decoding(128_100, 1)  # 128,000 clustered keys, 6,400 centroids
+    step = Step.decoding(128_104, 1)  # 128,000 clustered keys, 6,400 centroids
     plan = planned("squeezed-attention", step)
     assert held(plan, "centroids") == 6400 * 8 * 128 * 2 == 128_000 * KV // 40
-    assert held(plan, "kv") == (128_100 + 1) * KV
+    assert held(plan, "kv") == (128_104 + 1) * KV
     index = 6400 * 8 * 128 * 2 + 8 * 4 * (128_000 + 6400) + 4  # centroids; labels and sizes; the threshold
     rings = 8 * 4 * (6400 + 128_000)  # of one layer: scores, and indices of as many keys as may pass
-    assert stored("squeezed-attention", step) == {Tier.HBM: 32 * (128_101 * KV + index) + rings}
+    assert stored("squeezed-attention", step) == {Tier.HBM: 32 * (128_105 * KV + index) + rings}
 
 
 def test_squeezed_decode_looks_up_twice_and_reads_a_tenth() -> None:
-    plan = planned("squeezed-attention", Step.decoding(128_100, 1))
+    plan = planned("squeezed-attention", Step.decoding(128_104, 1))
     assert work(plan, "score") == 2 * 2 * 32 * 128 * 6400
     assert read(plan, "score")["centroids"] == 2 * 6400 * 8 * 128 * 2
-    assert work(plan, "attend") == PAIR * (12_800 + 101)
+    assert work(plan, "attend") == PAIR * (12_800 + 105)
     attend = next(op for op in plan.ops if op.name == "attend")
     assert isinstance(attend, Compute)  # exact rows lie together, chosen ones where they are
-    assert [access.rows.at(expected(plan)) * KV // 8 for access in attend.reads[1:]] == [101 * KV, 12_800 * KV]
+    assert [access.rows.at(expected(plan)) * KV // 8 for access in attend.reads[1:]] == [105 * KV, 12_800 * KV]
     assert moved(plan) == {}
 
 
 def test_squeezed_with_two_levels_scores_fine_centroids_below_survivors() -> None:
-    plan = planned("squeezed-attention:levels=2", Step.decoding(128_100, 1))  # 1,280 coarse ones, 30 % survive
+    plan = planned("squeezed-attention:levels=2", Step.decoding(128_104, 1))  # 1,280 coarse ones, 30 % survive
     assert work(plan, "score_coarse") == 2 * 2 * 32 * 128 * 1280
     assert work(plan, "score") == 2 * 2 * 32 * 128 * 1920
     assert held(plan, "coarse_centroids") == 1280 * 2048
 
 
 def test_squeezed_from_host_memory_gathers_the_chosen_rows() -> None:
-    step = Step.decoding(128_100, 1)
+    step = Step.decoding(128_104, 1)
     plan = planned("squeezed-attention:tier=ddr", step)
     assert stored("squeezed-attention:tier=ddr", step)[Tier.DDR] == 32 * 128_000 * KV
-    assert held(plan, "exact") == (100 + 1) * KV
+    assert held(plan, "exact") == (4 + 100 + 1) * KV
     assert held(plan, "staged") == 2 * 12_800 * KV  # what passes beyond twice the share comes in further waves
     assert held(planned("squeezed-attention:tier=ddr,budget_tokens=512", step), "staged") == 512 * KV
     assert moved(plan) == {UP: 12_800 * KV}
     assert moved(planned("squeezed-attention:tier=ddr,budget_tokens=512", step)) == {UP: 512 * KV}
-    assert moved(planned("squeezed-attention:tier=ddr", whole(128_100))) == {DOWN: 128_000 * KV}
+    assert moved(planned("squeezed-attention:tier=ddr", whole(128_104))) == {DOWN: 128_000 * KV}
 
 
 def test_squeezed_prefill_clusters_each_head_and_pools_all_layers() -> None:
-    plan = planned("squeezed-attention:kmeans_iterations=10", whole(128_100))
+    plan = planned("squeezed-attention:kmeans_iterations=10", whole(128_104))
     assert work(plan, "cluster") == 10 * 2 * 128_000 * 6400 * 128 * 8  # 2 n K d iterations per KV head
     assert work(plan, "calibrate") == 100 * 2 * 32 * 128 * 6400
-    (threshold,) = plan_end(parse_policy("squeezed-attention"), LLAMA, whole(128_100))
+    (threshold,) = plan_end(parse_policy("squeezed-attention"), LLAMA, whole(128_104))
     assert isinstance(threshold, Compute)
     assert threshold.rows.fixed == 32 * 8 * 6400  # the keys of a cluster share its score
-    assert plan_end(parse_policy("squeezed-attention:budget_tokens=64"), LLAMA, whole(128_100)) == ()
+    assert plan_end(parse_policy("squeezed-attention:budget_tokens=64"), LLAMA, whole(128_104)) == ()
 
 
 def test_squeezed_keeps_a_budget_without_a_threshold() -> None:
     for levels, queries in ((1, 0), (2, 100 * 1280)):  # on two levels the coarse one has its threshold still
         text = f"squeezed-attention:budget_tokens=64,levels={levels}"
-        plan = planned(text, whole(128_100))
+        plan = planned(text, whole(128_104))
         assert work(plan, "calibrate") == queries * 2 * 32 * 128
         assert held(plan, "thresholds") == 4 * (levels - 1)
         assert held(plan, "calibrated") == 8 * 1280 * 4 * (levels - 1)
-        rows = [op.rows.fixed for op in plan_end(parse_policy(text), LLAMA, whole(128_100)) if isinstance(op, Compute)]
+        rows = [op.rows.fixed for op in plan_end(parse_policy(text), LLAMA, whole(128_104)) if isinstance(op, Compute)]
         assert rows == [32 * 8 * 1280] * (levels - 1)
 
 
 def test_squeezed_holds_the_queries_that_calibrate_when_a_prompt_comes_in_chunks() -> None:
-    last = Step(prompt_tokens=128_100, past_tokens=128_040, new_tokens=60)
+    last = Step(prompt_tokens=128_104, past_tokens=128_040, new_tokens=60)
     plan = planned("squeezed-attention", last)
     assert held(plan, "observed") == 100 * 32 * 128 * 2  # 40 of the last 100 queries came with an earlier chunk
     assert work(plan, "calibrate") == 100 * 2 * 32 * 128 * 6400
     index = held(plan, "centroids", "labels", "sizes", "thresholds", "calibrated", "observed")
     rings = 8 * 4 * (6400 + 128_000)
-    assert stored("squeezed-attention", last) == {Tier.HBM: 32 * (128_100 * KV + index) + rings}
+    assert stored("squeezed-attention", last) == {Tier.HBM: 32 * (128_104 * KV + index) + rings}
     # From host memory: the raw prompt of all layers beside what it leaves in HBM.
-    exact, staged = 100 * KV, 2 * 12_800 * KV
+    exact, staged = 104 * KV, 2 * 12_800 * KV
     held_bytes = stored("squeezed-attention:tier=ddr", last)
-    assert held_bytes[Tier.HBM] == 32 * ((128_100 * KV) + exact + index) + rings + staged
-    one_by_one = stored("squeezed-attention:tier=ddr", whole(128_100))  # one layer's prompt at a time, no queries kept
-    assert one_by_one[Tier.HBM] == held_bytes[Tier.HBM] - 31 * 128_100 * KV - 32 * held(plan, "observed")
+    assert held_bytes[Tier.HBM] == 32 * ((128_104 * KV) + exact + index) + rings + staged
+    one_by_one = stored("squeezed-attention:tier=ddr", whole(128_104))  # one layer's prompt at a time, no queries kept
+    assert one_by_one[Tier.HBM] == held_bytes[Tier.HBM] - 31 * 128_104 * KV - 32 * held(plan, "observed")
 
 
 def test_shadowkv_at_122k_fits_six_times_as_often() -> None:
     step = Step.decoding(122 * 1024, 1)
     # 15,616 chunks, less 4 local ones, down to a multiple of 8: 15,608; the tail is 124,928 - 124,864 = 64 tokens.
+    # Exact are 24 outliers for each 1,024 tokens of budget, and the 2 chunks that four sinks can lie on.
     plan = planned("shadowkv", step)
     low_rank = 124_928 * 160 * 2 + 8 * 160 * 128 * 2
-    landmarks = (15_608 - 48) * 8 * 128 * 2
-    exact = (48 * 8 + 64 + 1) * KV
+    landmarks = (15_608 - 50) * 8 * 128 * 2
+    exact = (50 * 8 + 64 + 1) * KV
     slots = 2048 * KV
     ids = 8 * 8 * 15_608 + 8 * 8 * 256  # int64 for each chunk, outliers included, and for each slot
     assert held(plan, "u", "sv") == low_rank
     assert held(plan, "landmarks") == landmarks
     assert held(plan, "k_exact", "v_exact") == exact
     assert held(plan, "k_slots", "v_slots") == slots
-    scores = (32 + 8) * (15_608 - 48) * 4  # one layer's
+    scores = (32 + 8) * (15_608 - 50) * 4  # one layer's
     total = stored("shadowkv", step)
     assert total[Tier.HBM] == 32 * (low_rank + landmarks + exact + slots + ids) + scores
     assert total[Tier.DDR] == 32 * 15_608 * 8 * 2048
@@ -380,9 +381,9 @@ def test_shadowkv_decode_fetches_values_and_rebuilds_keys_of_missed_chunks() -> 
     # 60 % of 256 chunks are hits, so 102 miss in each of 8 heads; a chunk is 8 rows of 256 bytes.
     assert moved(plan) == {UP: 102 * 8 * 8 * 256} == {UP: 1_671_168}
     assert work(plan, "rebuild") == 102 * 8 * 8 * (2 * 160 * 128 + 3 * 128)
-    assert work(plan, "score") == 2 * 32 * 128 * 15_560
-    assert read(plan, "score")["landmarks"] == 15_560 * 2048
-    assert work(plan, "attend") == PAIR * (384 + 64 + 1 + 2048)
+    assert work(plan, "score") == 2 * 32 * 128 * 15_558
+    assert read(plan, "score")["landmarks"] == 15_558 * 2048
+    assert work(plan, "attend") == PAIR * (400 + 64 + 1 + 2048)
     assert plan.counts[0].maximum * 8 * 8 * 256 == 4 * 2**20  # no hit: 4 MiB a layer
 
 

@@ -49,7 +49,9 @@ def oracle(q, keys, values, per, sinks):
             bound = dict.fromkeys(group, largest)
         union = set()
         for h in group:
-            order = sorted(range(pages - 1), key=lambda p, h=h: (p * PAGE >= sinks, -bound[h][p], p))[: BUDGET // PAGE - 1]
+            order = sorted(range(pages - 1), key=lambda p, h=h: (p * PAGE >= sinks, -bound[h][p], p))[
+                : BUDGET // PAGE - 1
+            ]
             union |= set(order)
             kept = [t for p in [*sorted(order), pages - 1] for t in range(p * PAGE, min(tokens, (p + 1) * PAGE))]
             weights = torch.softmax(keys[kv, kept] @ q[h] / DIM**0.5, 0)

@@ -48,7 +48,7 @@ def kept_tokens(one, row):
     for m in range(len(votes)):
         voters = [m] if policy.per == "query_head" else range(m // group * group, (m // group + 1) * group)
         total = [sum(votes[v][t] for v in voters) for t in range(first)]
-        order = sorted(range(pad, first), key=lambda t: (-total[t], t))
+        order = sorted(range(pad, first), key=lambda t: (t - pad >= policy.sink_tokens, -total[t], t))
         chosen = sorted(order[: policy.budget_tokens - policy.observation_tokens])
         kept.append(chosen + list(range(max(pad, first), prompt)))
     return kept

@@ -83,7 +83,7 @@ def draw(shape, prompt, steps, batch, seed, size=1.5):
 
 
 def log_scores(q, centroids, sizes, group_score, keep=None):
-    """float64 (kv_heads, clusters): of a group the largest or the mean weight of a key, in logs; q (heads, head_dim)."""
+    """float64 (kv_heads, clusters): a group's largest or mean weight of a key, in logs; q (heads, head_dim)."""
     group = len(q) // len(centroids)
     out = torch.full(sizes.shape, -torch.inf, dtype=torch.float64)
     for kv, (rows, counts) in enumerate(zip(centroids.double(), sizes.double(), strict=True)):
@@ -160,7 +160,9 @@ def expected_output(run, layer, row, token, chosen):
     ],
 )
 def test_every_step_is_that_of_the_oracle(text, chunks, heads, kv_heads):
-    policy = parse_policy(f"squeezed-attention:observation_tokens={WINDOW},sink_tokens={SINKS},centroid_share=0.25,{text}")
+    policy = parse_policy(
+        f"squeezed-attention:observation_tokens={WINDOW},sink_tokens={SINKS},centroid_share=0.25,{text}"
+    )
     assert isinstance(policy, SqueezedAttention)
     shape, steps, first = model(heads, kv_heads), 5, torch.tensor([0, 17])
     run = Run(policy, shape, *draw(shape, sum(chunks), steps, 2, seed=heads), sum(chunks), first)
@@ -234,7 +236,9 @@ def expected_choice(policy, call, row, q):
 @pytest.mark.parametrize("tier", ["hbm", "ddr"])
 def test_waves_and_exact_rows_merge_at_logits_of_200(tier):
     """One softmax in float64, whatever was staged apart."""
-    policy = parse_policy(f"squeezed-attention:observation_tokens={WINDOW},sink_tokens={SINKS},centroid_share=0.25,keep=0.1,tier={tier}")
+    policy = parse_policy(
+        f"squeezed-attention:observation_tokens={WINDOW},sink_tokens={SINKS},centroid_share=0.25,keep=0.1,tier={tier}"
+    )
     shape, prompt, steps = model(8, 2), 90, 6
     q, k, v = draw(shape, prompt, steps, 1, seed=3, size=8.0)
     run = Run(policy, shape, q, k, v, prompt)
