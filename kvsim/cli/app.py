@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvsim.cli import batching, explain, generate, hardware, model, simulate, trace, validate
+from kvsim.cli import batching, explain, generate, hardware, model, quality, simulate, trace, validate
 from kvsim.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -14,6 +14,7 @@ app.command("compare", help="Replay a trace under several policies, and set thei
     simulate.replay
 )
 app.command("generate")(generate.generate)
+app.command("quality")(quality.quality)
 app.command("validate")(validate.validate)
 trace.app.command("batching")(batching.batching)
 app.add_typer(trace.app, name="trace", help="Request traces: bundled, generated and converted ones.")

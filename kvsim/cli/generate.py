@@ -1,12 +1,11 @@
 """`kvsim generate`: run a model under a policy, and see what its cache cost."""
 
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvsim.cli.destination import check_takes_a_file
 from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import JsonFlag, print_facts, print_json
 from kvsim.cli.progress import progress_bar
@@ -43,7 +42,7 @@ def generate(
     chunk_tokens = None if prefill_chunk is None else _positive("prefill-chunk", prefill_chunk)
     prompt = read_document(prompt_file)
     if counts_out is not None:
-        _check_takes_a_file(counts_out)
+        check_takes_a_file("--counts-out", counts_out)
     require_runtime()
     from policies import parse_policy
     from runtime import offload
@@ -89,21 +88,6 @@ def generate(
         else:
             typer.echo("\n")
             print_facts(f"{policy}: {model} in {report['dtype']} on {report['device']}", _facts(report))
-
-
-def _check_takes_a_file(path: Path) -> None:
-    """Raise ValueError before a long run where its recording could not be written after it."""
-    if path.is_dir():
-        raise ValueError(f"--counts-out {path} is a folder; name a file in it")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"--counts-out {path} cannot be written; choose another name")
-    if path.exists() and not path.is_file():
-        return  # a device or a pipe
-    try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):  # noqa: PTH120
-            pass
-    except OSError as error:
-        raise ValueError(f"--counts-out {path}: {error.strerror}; name a file in a folder that takes one") from None
 
 
 def _union_factor(policy: "Policy", recording: "Recording") -> float | None:

@@ -337,7 +337,7 @@ def test_squeezed_keeps_a_budget_without_a_threshold() -> None:
 
 
 def test_squeezed_holds_the_queries_that_calibrate_when_a_prompt_comes_in_chunks() -> None:
-    last = Step(prompt_tokens=128_104, past_tokens=128_040, new_tokens=60)
+    last = Step(prompt_tokens=128_104, past_tokens=128_044, new_tokens=60)
     plan = planned("squeezed-attention", last)
     assert held(plan, "observed") == 100 * 32 * 128 * 2  # 40 of the last 100 queries came with an earlier chunk
     assert work(plan, "calibrate") == 100 * 2 * 32 * 128 * 6400
