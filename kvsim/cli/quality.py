@@ -12,12 +12,9 @@ from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import SCHEMA_VERSION, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.progress import progress_bar
 from kvsim.documents import read_document
-from kvsim.intervals import t_interval
-from kvsim.quality_report import FIGURES, TABLE, caption, cells, quality_page
 from kvsim.units import parse_tokens
 from kvsim.version import __version__
 from policies.shown import shown
-from traces.replacing import replacing
 
 if TYPE_CHECKING:
     from runtime.quality import Passages, Quality
@@ -60,6 +57,7 @@ def quality(
         raise ValueError(f"--counts-out takes the counts of one policy, and {len(policy)} are given; run them apart")
     content = read_document(text)
     require_runtime()
+    from kvsim.quality_report import TABLE, caption, cells, quality_page
     from runtime.loading import load_model, load_tokenizer, model_folder
     from runtime.quality import passages
 
@@ -115,6 +113,8 @@ def _measured(model: Any, policies: list[str], asked: "list[Passages]") -> "tupl
 
 
 def _row(policy: str, context_tokens: int, found: "Quality") -> dict[str, Any]:
+    from kvsim.quality_report import FIGURES
+
     return {
         "policy": policy,
         "context_tokens": context_tokens,
@@ -127,12 +127,16 @@ def _row(policy: str, context_tokens: int, found: "Quality") -> dict[str, Any]:
 
 def _interval(values: list[float]) -> dict[str, Any]:
     """Mean and 95 % interval over the places; of a single one there is none."""
+    from kvsim.intervals import t_interval
+
     if len(values) == 1:
         return {"mean": values[0], "low": None, "high": None, "places": values}
     return {**t_interval(values)._asdict(), "places": values}
 
 
 def _put(path: Path, content: str) -> None:
+    from traces.replacing import replacing
+
     with replacing(path) as stream:
         stream.write(content.encode("utf-8", "backslashreplace"))
 
