@@ -30,6 +30,8 @@ def main(args: Sequence[str] | None = None) -> int:
             # typer returns the code of typer.Exit, 130 after Ctrl-C, and None when a command just ends.
             code: int | None = typer.main.get_command(app)(args=args, prog_name="kvsim", standalone_mode=False)
         return code or 0
+    except KeyboardInterrupt:  # typer makes a code of it, but not of one that comes after its command
+        return 130
     except BrokenPipeError:  # the reader (head, less) has gone
         discard_output()
         return 1

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from ctypes import c_bool
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.sharedctypes import RawArray, RawValue
+from multiprocessing.util import get_temp_dir
 from typing import Any, NamedTuple
 
 from kvsim.results import Result
@@ -91,7 +93,7 @@ def _simulate_beside(jobs: Sequence[Job], left: Any, began: Any, stop: Any, show
         kept = compile_loop(*jobs[0])
     if not kept:  # each process would compile for itself, which takes longer than most replays
         return _simulate_in_turn(jobs, left, began, stop, show)
-    context = _processes()
+    context, temporary = _processes(), get_temp_dir()
     waiting = list(enumerate(jobs))
     running: dict[Connection, tuple[int, Any]] = {}
     results: dict[int, Result] = {}
@@ -100,7 +102,8 @@ def _simulate_beside(jobs: Sequence[Job], left: Any, began: Any, stop: Any, show
             while waiting and len(running) < (os.cpu_count() or 1) and not stop.value:
                 index, job = waiting.pop(0)
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(sender, job, index, left, began, stop), daemon=True)
+                given = sender, job, index, left, began, stop, temporary
+                process = context.Process(target=_child, args=given, daemon=True)
                 running[receiver] = index, process
                 _start_deaf(process)
                 sender.close()
@@ -165,22 +168,23 @@ def _start_deaf(process: Any) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _child(sender: Connection, job: Job, index: int, left: Any, began: Any, stop: Any) -> None:
+def _child(sender: Connection, job: Job, index: int, left: Any, began: Any, stop: Any, temporary: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(temporary,), daemon=True).start()
     try:
         sender.send(_simulate(job, index, left, began, stop))
     except ValueError as error:
         sender.send(str(error))
 
 
-def _end_with_parent() -> None:
-    """End this process once the one that wants its result is gone, however that ended."""
+def _end_with_parent(temporary: str) -> None:
+    """End this process once the one that started it was killed, with the temporary folder that it had."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
+        shutil.rmtree(temporary, ignore_errors=True)
         os._exit(1)
 
 

@@ -6,11 +6,11 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pyarrow import parquet
@@ -22,15 +22,14 @@ KILLS = int(os.environ.get("KVSIM_KILLS", "5"))  # `make fuzz` asks for more
 BASE = ("--trace", "azure-2023-code", "--model", "llama-3.1-8b", "--gpu", "h100-sxm")
 LONG = ("--trace", "mooncake-conversation", *BASE[2:], "--gpus", "8", "--rate-scale", "3", "--fidelity", "op")
 TWO = ("--policy", "full", "--policy", "quest")
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Program:
     """The program in a process group of its own; every process that it starts bears a mark."""
 
-    def __init__(self, *args: str, **options: Any) -> None:
+    def __init__(self, *args: str, **variables: str) -> None:
         self.mark = uuid.uuid4().hex
-        environment = {**os.environ, "KVSIM_TEST_MARK": self.mark}
+        environment = {**os.environ, **variables, "KVSIM_TEST_MARK": self.mark}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kvsim", *args],
             cwd=ROOT,
@@ -39,7 +38,6 @@ class Program:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            **options,
         )
 
     def processes(self) -> list[int]:
@@ -79,8 +77,8 @@ def started() -> Iterator[Callable[..., Program]]:
     """Starts programs, and ends what is left of them."""
     programs: list[Program] = []
 
-    def start(*args: str, **options: Any) -> Program:
-        programs.append(Program(*args, **options))
+    def start(*args: str, **variables: str) -> Program:
+        programs.append(Program(*args, **variables))
         return programs[-1]
 
     yield start
@@ -109,11 +107,13 @@ def at_work(program: Program) -> Callable[[], bool]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_no_process_outlives_the_program(number: int, started: Callable[..., Program], tmp_path: Path) -> None:
-    program = started("compare", *LONG, *TWO, "--out", str(tmp_path / "new"))
-    program.wait_for(at_work(program))
-    program.process.send_signal(number)
-    code, out, err = program.end()
-    assert program.all_gone()
+    with tempfile.TemporaryDirectory(prefix="k") as temporary:  # a path as short as addresses of sockets must be
+        program = started("compare", *LONG, *TWO, "--out", str(tmp_path / "new"), TMPDIR=temporary)
+        program.wait_for(at_work(program))
+        program.process.send_signal(number)
+        code, out, err = program.end()
+        assert program.all_gone()
+        assert list(Path(temporary).iterdir()) == []
     assert (code, out, err) == (-9 if number == signal.SIGKILL else 128 + number, "", "")
     if number != signal.SIGKILL:
         assert list(tmp_path.iterdir()) == []
