@@ -15,7 +15,8 @@ from policies.dense import (
     pair_flops,
     windowed_pairs,
 )
-from policies.model import LAYER_KINDS, LayerShape, ModelShape
+from policies.layer import LAYER_KINDS, LayerShape
+from policies.model import ModelShape
 from policies.plan import Access, Buffer, Compute, Plan, Rows, Step, Tier, Work
 from policies.policy import Policy, Reuse
 
