@@ -41,14 +41,15 @@ def decoder_of(model: Any) -> Any:
             "the model is compiled (torch.compile), which the runtime does not execute; pass it uncompiled"
         )
     decoder = model.get_decoder()
+    decoder = decoder if hasattr(decoder, "set_attn_implementation") else model  # ModernBERT's is no model
     if model.training and any(getattr(module, "attention_dropout", None) for module in decoder.modules()):
         raise ValueError("the model is training, with dropout in its attention; call model.eval()")
     return decoder
 
 
 @contextmanager
-def bound(model: Any, rotating: Mapping[int, str]) -> Iterator[None]:
-    """Let the decoder of `model` attend through the runtime inside this context.
+def bound(model: Any, rotating: Mapping[int, str], *, attends: bool) -> Iterator[None]:
+    """Let the decoder of `model` attend through the runtime inside this context, or by itself (`attends` is False).
 
     Caches hear how attention modules rotate: `rotating` has their names in `model` by layer of the cache.
 
@@ -60,9 +61,12 @@ def bound(model: Any, rotating: Mapping[int, str]) -> Iterator[None]:
     with ExitStack() as stack:
         for module in filter(takes_ids, model.modules()):
             stack.enter_context(_installed("ids", module, partial(hear, module, _heard_of)))
-        undo = stack.enter_context(_installed("attention", decoder.config, lambda: _replace(decoder)))
-        before = undo.args[0]
-        stack.enter_context(_installed("forward", decoder, lambda: _watch(decoder, before)))
+        before = _implementation(decoder)
+        if attends:
+            undo = stack.enter_context(_installed("attention", decoder.config, lambda: _replace(decoder)))
+            before = undo.args[0]
+        now = _implementation(decoder)
+        stack.enter_context(_installed("forward", decoder, lambda: _watch(decoder, before, now)))
         for module in model.modules():
             if isinstance(module, GenerationMixin):
                 stack.enter_context(_installed("generate", module, partial(_guard, module)))
@@ -101,10 +105,10 @@ def _replace(decoder: Any) -> "partial[None]":
     return partial(decoder.set_attn_implementation, before)
 
 
-def _watch(decoder: torch.nn.Module, before: str) -> Callable[[], None]:
+def _watch(decoder: torch.nn.Module, before: str, now: str) -> Callable[[], None]:
     """Let caches know when a forward of the decoder begins and ends, and users when it has none.
 
-    Attention without a cache of ours stays that of the implementation `before`.
+    Attention without a cache of ours stays that of the implementation `before`; `now` is what is set here.
     """
     warned = False
 
@@ -118,7 +122,7 @@ def _watch(decoder: torch.nn.Module, before: str) -> Callable[[], None]:
             ids = next((x for x in inputs if x is not None), None)
             if ids is not None:  # else the decoder itself refuses
                 cache.begin(decoder, *ids.shape[:2], given.get("position_ids"))
-        elif given.get("use_cache") is not False and not warned and _implementation(decoder) == NAME:
+        elif given.get("use_cache") is not False and not warned and _implementation(decoder) == now:
             warned = True
             LOG.warning(
                 "a forward inside offload() has no cache of it, so that no policy is applied; pass "
@@ -141,6 +145,8 @@ def _watch(decoder: torch.nn.Module, before: str) -> Callable[[], None]:
 def _check_forward(decoder: Any, given: dict[str, Any]) -> None:
     if torch.compiler.is_compiling():
         raise ValueError("torch.compile has come upon a kvsim cache; call the model uncompiled inside offload()")
+    if ("attention", id(decoder.config)) not in _OPEN:
+        return  # the model attends by itself
     if _implementation(decoder) != NAME:
         raise ValueError(
             f"the attention implementation was set to {_implementation(decoder)!r} inside offload(); set it before"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from policies import Full, LayerPlan, ModelShape, Policy, Step, plan_ends, plan_
 from policies.plan import Buffer, Tier, stored_bytes
 from runtime.arena import DTYPES, Arena
 from runtime.call import Call, Handed, Method
+from runtime.dense import hand_back
 from runtime.executor import Executor
 from runtime.footprint import Footprint
 from runtime.heard import Heard
@@ -562,4 +563,7 @@ def _switch_tokens(config: Any) -> int | None:
 def _leaf(terms: Terms, prompt: int, layer: int) -> tuple[Policy, Method]:
     """The policy of a layer for a first prompt, and its torch code."""
     leaf = settle(terms.policy, terms.shape, prompt, layer)
-    return leaf, method_of(leaf)
+    method = method_of(leaf)
+    if terms.seen[layer].by_itself:
+        method = replace(method, kernels={**method.kernels, "attend": hand_back})
+    return leaf, method

@@ -121,6 +121,7 @@ class Method:
     is planned and executed that many tokens at a time (0: as it comes). `crops`: the newest tokens can be taken back.
     `unrotates`: kernels need `Call.rotary`. `any_padding`: padding may stand behind real tokens too. `any_mask`:
     attention is as the mask says, whatever it says. `may_be_infinite`: buffers where an infinite number is no fault.
+    `whole`: at `attend` the buffer `kv` has every token, so that a model can attend by itself.
     """
 
     kernels: Mapping[str, Kernel]
@@ -134,6 +135,7 @@ class Method:
     any_padding: bool = False
     any_mask: bool = False
     may_be_infinite: frozenset[str] = frozenset()
+    whole: bool = False
 
     def missing(self, plan: LayerPlan) -> list[str]:
         """Operations of a plan that nothing executes."""

@@ -31,6 +31,11 @@ def write(kv: torch.Tensor, call: Call, first: int) -> None:
         part.copy_(new)
 
 
+def hand_back(call: Call) -> None:
+    """In place of `attend`, for a model that attends by itself: copies of all keys and values, joined in a row."""
+    call.out = torch.cat(split(call.state["kv"], call.step.tokens, call.shape.head_dim), dim=3)
+
+
 def append_raw(call: Call) -> None:
     """Put the call's new tokens into the plan's `raw_keys` and `raw_values`, one row per token and KV head."""
     rows = slice(call.step.past_tokens, call.step.tokens)

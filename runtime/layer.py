@@ -69,6 +69,8 @@ class TieredLayer(CacheLayerMixin):
             cache.expect(self, key_states)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+            if cache.terms.seen[self.index].by_itself:
+                return self._hand_back(key_states, value_states)
             self._new = (key_states, value_states)
         handed = key_states.view_as(key_states)
         setattr(handed, HANDLE, weakref.ref(self))
@@ -101,6 +103,17 @@ class TieredLayer(CacheLayerMixin):
         if torch.is_grad_enabled() and query.requires_grad:
             out = _NoGradient.apply(out, query)
         return out
+
+    def _hand_back(self, new_k: torch.Tensor, new_v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the layer's plan for a model that attends by itself: all keys and values, as a stock cache gives them."""
+        k, v = (self.cache.stored(part) for part in (new_k, new_v))
+        both = self.cache.run(self, Handed(k, k, v, None, 1.0))
+        self.tokens += new_k.shape[2]
+        found = []
+        for part, new in zip(both.split([k.shape[3], v.shape[3]], dim=3), (new_k, new_v), strict=True):
+            held = part.contiguous().to(new.dtype)
+            found.append(_NoGradient.apply(held, new) if new.requires_grad else held)
+        return found[0], found[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """All tokens, resident or not, so that padding columns line up with positions."""

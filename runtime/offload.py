@@ -152,7 +152,7 @@ def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterat
     rotating = _bind(kv)
     _say_if_idle(kv)
     try:
-        with bound(model, rotating):
+        with bound(model, rotating, attends=not any(seen.by_itself for seen in kv.seen)):
             try:
                 yield kv
             finally:
@@ -182,6 +182,11 @@ def _bind(kv: Offload) -> dict[int, str]:
             method = method_of(plan.policy)
             if missing := method.missing(plan):
                 raise ValueError(f"the runtime's {plan.policy.name} has no kernel for {', '.join(missing)}")
+            if seen.by_itself and not method.whole:
+                raise ValueError(
+                    f"{kv.shape.name}: layer {layer} {seen.by_itself}; such a model follows policies that hand back "
+                    f"all keys and values (full, offload-all), and {plan.policy.name} does not"
+                )
             if method.unrotates and seen.rotation is None:
                 raise ValueError(
                     f"{plan.policy.name} needs keys before their rotation, and how layer {layer} of {kv.shape.name} "

@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,7 +38,9 @@ class SeenLayer:
 
     `kind` is `full`, `sliding` (with `window_tokens`) or `linear` (with `state_elements`); `module` is the name of its
     attention module, empty where none came. `refusal` says why a layer that holds all keys and values cannot follow a
-    policy; `shared`: further layers attend to its keys. `rotation` is None where it was not recognised.
+    policy; `by_itself`, why the runtime cannot attend in the model's place, so that only policies serve which hand back
+    all keys and values, as a stock cache does. `shared`: further layers attend to the layer's keys. `rotation` is None
+    where it was not recognised.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class SeenLayer:
     state_elements: int = 0
     module: str = ""
     refusal: str = ""
+    by_itself: str = ""
     shared: bool = False
     rotation: Rotation | None = None
 
@@ -64,7 +67,7 @@ class _Witness:
     modules: list[nn.Module] = field(default_factory=list)
     heads: int = 0
     differs: str = ""  # from attention as the runtime computes it
-    refusal: str = ""
+    by_itself: str = ""
 
 
 _PROBED: "WeakKeyDictionary[nn.Module, tuple[str, tuple[SeenLayer, ...]]]" = WeakKeyDictionary()
@@ -105,15 +108,18 @@ def _probe(model: Any) -> tuple[SeenLayer, ...]:
         if hasattr(layer, "update"):
             layer.update = partial(_update, witness, layer.update)
     heard = _forward(model, cache)
-    if differs := next(filter(None, _NOW.strangers), ""):
-        raise ValueError(f"{config.model_type}: attention to keys that are not the cache's {differs}")
     names = {module: name for name, module in model.named_modules()}
     served = Counter(module for witness in witnesses for module in set(witness.modules))
     for module in [module for module, layers in served.items() if layers > 1]:
         heard.pop(module, None)  # its angles cannot be told apart by layer
-    return tuple(
+    layers = [
         _seen(layer, witness, heard, cache, names) for layer, witness in zip(cache.layers, witnesses, strict=True)
-    )
+    ]
+    reasons = (layer.by_itself for layer in layers)
+    why = next(filter(None, (*reasons, *_NOW.strangers)), "")
+    if not why:
+        return tuple(layers)
+    return tuple(replace(layer, by_itself=layer.by_itself or why, rotation=None) for layer in layers)
 
 
 _Heard = dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]  # what each module was called with
@@ -213,9 +219,9 @@ def _attention(
     witness.heads = query.shape[1]
     witness.differs = witness.differs or differs
     if value is not witness.values:
-        witness.refusal = "attends to other values than it caches"
+        witness.by_itself = "attends to other values than it caches"
     elif not getattr(module, "is_causal", True):
-        witness.refusal = "attends to tokens after its own"
+        witness.by_itself = "attends to tokens after its own"
     return theirs, None
 
 
@@ -262,13 +268,13 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 def _seen(layer: Any, witness: _Witness, heard: _Heard, cache: DynamicCache, names: dict[nn.Module, str]) -> SeenLayer:
     shape: dict[str, Any] = {}
-    if witness.keys is not None and witness.values is not None:
+    if witness.keys is not None and witness.values is not None and witness.keys.dim() == 4:
         _, kv_heads, _, head_dim = witness.keys.shape
         shape = {"kv_heads": kv_heads, "head_dim": head_dim, "v_head_dim": witness.values.shape[3]}
         shape["heads"] = witness.heads or kv_heads
     if witness.modules:
         shape["module"] = names.get(witness.modules[0], "")
-    shape["refusal"] = witness.differs
+    shape["by_itself"] = witness.differs
     if type(layer) not in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         states = [*_tensors(getattr(layer, "conv_states", None)), *_tensors(getattr(layer, "recurrent_states", None))]
         window = getattr(layer, "sliding_window", None)
@@ -278,9 +284,10 @@ def _seen(layer: Any, witness: _Witness, heard: _Heard, cache: DynamicCache, nam
             return SeenLayer(kind="linear", state_elements=sum(state[0].numel() for state in states), **shape)
         kept = type(layer).__name__
         shape["refusal"] = f"keeps more than keys and values (a {kept}), which no policy places"
-    shape["refusal"] = shape["refusal"] or witness.refusal or _refusal(witness)
+    shape.setdefault("refusal", _refusal(witness))
+    shape["by_itself"] = witness.differs or witness.by_itself or _by_itself(witness)
     shape["shared"] = len(set(witness.modules)) > 1
-    if not shape["refusal"]:
+    if not shape["refusal"] and not shape["by_itself"]:
         shape["rotation"] = _rotation(witness.modules[0], heard, cache)
     return SeenLayer(kind="full", **shape)
 
@@ -295,6 +302,12 @@ def _refusal(witness: _Witness) -> str:
         return "hands no keys and values to the cache"
     if witness.updates > 1:
         return "hands keys and values to the cache more than once in a step"
+    if witness.keys.dim() != 4 or witness.keys.shape[:3] != witness.values.shape[:3]:
+        return f"caches keys of shape {tuple(witness.keys.shape)} and values of shape {tuple(witness.values.shape)}"
+    return ""
+
+
+def _by_itself(witness: _Witness) -> str:
     if not witness.modules:
         if _NOW.strangers:
             return "changes keys between the cache and attention (an MLA latent is expanded, heads are repeated)"
@@ -357,7 +370,7 @@ def _undoes(rotation: Rotation, keys: Tensor, cos: Tensor, sin: Tensor) -> bool:
     cos, sin = (table[:, None] for table in rotation.full(cos, sin))
     if cos.shape[-1] > keys.shape[-1] or cos.shape[-1] % 2:
         return False
-    return _equal_rows(unrotate(keys.float(), cos, sin, pairs=rotation.pairs))
+    return _equal_rows(unrotate(keys, cos, sin, pairs=rotation.pairs))
 
 
 def _equal_rows(keys: Tensor) -> bool:

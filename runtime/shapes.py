@@ -58,8 +58,8 @@ def _layer(model: Any, index: int, seen: SeenLayer, layers: Sequence[SeenLayer])
         mlp_params=mlp,
         mlp_active_params=mlp,
     )
-    if seen.kind == "sliding":
-        return replace(made, kind="sliding", window_tokens=seen.window_tokens)
+    if seen.kind == "sliding" or seen.shared:  # what others share stays in a cache of Hugging Face's: a window of all
+        return replace(made, kind="sliding", window_tokens=seen.window_tokens or UNBOUNDED)
     if seen.kind == "linear":
         return replace(made, kind="linear", state_elements=max(1, seen.state_elements))
     return made

@@ -86,6 +86,9 @@ def judge(model: Any, policies: Iterable[str] = EXACT, lossy: Iterable[str] = LO
             except ValueError as error:
                 verdict.refused[name] = str(error)
                 break
+            except Exception as error:  # noqa: BLE001 - a crash is a verdict too, and the other policies get theirs
+                verdict.wrong[name] = f"{type(error).__name__}: {error}"
+                break
             if why := _differs(tokens, logits, *stock[batch]):
                 verdict.wrong[name] = f"{why}, batch of {batch}"
                 break

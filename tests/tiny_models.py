@@ -178,6 +178,5 @@ def _scaled(kind: type, own: Mapping[str, Any]) -> Any:
         given["layer_types"] = [kinds[i % len(kinds)] for i in range(LAYERS)]
     if "mrope_section" in own:
         given["rope_parameters"] = {**known["rope_parameters"], "mrope_section": own.pop("mrope_section")}
-    if "is_decoder" in known:
-        given["is_decoder"] = True
+    given |= {name: True for name in ("is_decoder", "use_cache") if name in known}
     return kind(**{**given, **own})

@@ -8,7 +8,12 @@ from runtime.dense import attend, split, write
 def method(_policy: Policy) -> Method:
     """Append in place, then attend to everything."""
     return Method(
-        kernels={"append": _append, "attend": _attend}, extends=True, crops=True, any_padding=True, any_mask=True
+        kernels={"append": _append, "attend": _attend},
+        extends=True,
+        crops=True,
+        any_padding=True,
+        any_mask=True,
+        whole=True,
     )
 
 

@@ -16,7 +16,7 @@ def method(policy: Policy) -> Method:
 
     routes = {"fetch": _fetch, "store": store}
     kernels = {"append": _append, "attend": _attend}
-    return Method(kernels=kernels, routes=routes, extends=True, crops=True, any_padding=True, any_mask=True)
+    return Method(kernels=kernels, routes=routes, extends=True, crops=True, any_padding=True, any_mask=True, whole=True)
 
 
 def _fetch(call: Call) -> list[Piece]:

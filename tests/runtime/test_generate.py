@@ -319,7 +319,7 @@ def test_what_cannot_be_done_says_so():
         moe_intermediate_size=16,
     )
     deepseek = transformers.AutoModelForCausalLM.from_config(mla).eval().float()
-    with pytest.raises(ValueError, match="MLA latent"), offload(deepseek, parse_policy("full")):
+    with pytest.raises(ValueError, match="MLA latent"), offload(deepseek, parse_policy("quest")):
         pass
 
 
