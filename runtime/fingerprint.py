@@ -53,7 +53,7 @@ class Fingerprint:
         ):
             for key in sorted({*mine, *others}):
                 if mine.get(key) != others.get(key) or (key in mine) != (key in others):
-                    return f"{what} {key} {shown(mine.get(key))} there, {shown(others.get(key))} here"
+                    return f"{what} {shown(key)[1:-1]} {shown(mine.get(key))} there, {shown(others.get(key))} here"
         if self.settings_digest != other.settings_digest:
             return "the same settings lie on other modules"
         return None if self.weights_digest == other.weights_digest else "other weights"

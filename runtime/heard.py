@@ -36,11 +36,13 @@ class Heard:
             self.known, self.tokens = True, 0
         elif ids is not None and ids.shape[0] != self._ids.shape[0]:
             return  # the cache will refuse it
-        seen = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        if not self.known or ids is None or ids.ndim != 2 or not seen or past > self.tokens:
+        if not self.known or ids is None or ids.ndim != 2 or past > self.tokens:
             self.known = False
             return
         end = past + ids.shape[1]
+        if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (len(ids), end)):
+            self.known = False  # it says more than which tokens are padding
+            return
         with torch.inference_mode(mode=False), torch.no_grad():
             self._reserve(ids, past, end)
             self._ids[:, past:end] = ids

@@ -22,7 +22,7 @@ from runtime.saved_header import DIGEST, FORMAT
 
 POLICIES = (
     "full",
-    "quest:page_tokens=4",
+    "quest:page_tokens=4,budget_tokens=16,dense_layers=0",
     "shadowkv:budget_tokens=16,chunk_tokens=4,rank=4,outlier_chunks=1",
     "windows",
 )

@@ -1,5 +1,7 @@
 """A cache knows the ids that it holds: other ids, another padding or another batch are refused, never computed."""
 
+import copy
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -233,3 +235,28 @@ def test_the_model_is_as_before(model):
         assert vars(model)["prepare_inputs_for_generation"] is mine
     finally:
         del model.prepare_inputs_for_generation
+
+
+def test_a_copy_knows_ids_of_its_own(model, offloaded, tmp_path):
+    ids = prompts()
+    model(ids, past_key_values=(cache := offloaded.cache()))
+    copied = copy.deepcopy(cache)
+    expected = generate(model, with_turn(ids), cache)
+    assert torch.equal(copied.ids, ids)
+    offloaded.save(copied, tmp_path / "x")
+    assert torch.equal(generate(model, with_turn(ids), offloaded.load(tmp_path / "x")), expected)
+    copied.batch_select_indices(torch.tensor([1]))
+    copied.batch_repeat_interleave(3)
+    assert torch.equal(copied.ids, ids[[1, 1, 1]])
+    with pytest.raises(ValueError, match="token 0 of sequence 0 has the id"):
+        generate(model, with_turn(ids[[0, 1, 1]]), copied)
+
+
+def test_what_was_built_and_loaded_in_inference_mode_goes_on_outside(model, offloaded, tmp_path):
+    ids = prompts()
+    with torch.inference_mode():
+        model(ids, past_key_values=(cache := offloaded.cache()))
+        offloaded.save(cache, tmp_path / "x")
+        loaded = offloaded.load(tmp_path / "x")
+    expected = generate(model, with_turn(ids), cache)
+    assert torch.equal(generate(model, with_turn(ids), loaded), expected)
