@@ -7,6 +7,7 @@ from typing import Any
 from policies.hf.keys import Keys
 from policies.hf.module_names import ModuleNames
 from policies.hf.weight_types import compressed_tensors_format, modelopt_format, quark_format
+from policies.shown import shown
 from policies.weight_formats import WeightFormat
 
 
@@ -43,13 +44,15 @@ def scheme_of(keys: Keys, config_name: str) -> Scheme | None:
     settings = keys.value("quantization_config")
     if settings is None:
         settings = keys.value("compression_config")
-    if settings is None:
+    if settings in (None, {}):
         return None
     if not isinstance(settings, Mapping):
         raise keys.error("quantization_config", "must be an object")
     method = settings.get("quant_method")
     if method is None and any(key in settings for key in ("quant_algo", "quantized_layers")):
         method = "modelopt"
+    if method is None and any(key in settings for key in ("load_in_4bit", "load_in_8bit")):
+        method = "bitsandbytes"
     read = _METHODS.get(method) if isinstance(method, str) else None
     if read is None:
         raise keys.error("quantization_config", f"is not understood; known quant_method: {', '.join(_METHODS)}")
@@ -182,7 +185,7 @@ def _compressed_tensors(keys: Keys) -> Scheme:
     default, groups = None, []
     for name, group in keys.mapping("config_groups").items():
         if not isinstance(group, Mapping):
-            raise keys.error("config_groups", f"must hold objects; {name} is none")
+            raise keys.error("config_groups", f"must hold objects; {shown(name)} is none")
         inner = Keys(group, f"{name} of config_groups", {})
         targets = [target for target in inner.sequence("targets") if target != "Linear"]
         weight_format = compressed_tensors_format(inner, str(inner.value("format") or keys.value("format") or ""))
@@ -212,7 +215,7 @@ def _modelopt(keys: Keys) -> Scheme:
     groups: dict[Any, list[str]] = {}
     for name, layer in keys.mapping("quantized_layers").items():
         if not isinstance(layer, Mapping):
-            raise keys.error("quantized_layers", f"must hold objects; {name} is none")
+            raise keys.error("quantized_layers", f"must hold objects; {shown(name)} is none")
         groups.setdefault((_plain(layer.get("quant_algo")), _plain(layer.get("group_size"))), []).append(name)
     listed = tuple(
         (ModuleNames(names), modelopt_format(keys, algorithm, group)) for (algorithm, group), names in groups.items()

@@ -267,3 +267,11 @@ def test_what_is_not_understood_is_refused_in_a_line(quantization: dict[str, Any
     with pytest.raises(ValueError, match=message) as error:
         read(**quantization)
     assert len(str(error.value)) < 500
+
+
+def test_older_and_empty_configs() -> None:
+    assert read().weight_bytes == hf.read(LLAMA, "m").weight_bytes
+    assert read(load_in_8bit=True) == read(quant_method="bitsandbytes", load_in_8bit=True)
+    with pytest.raises(ValueError, match="quantized_layers must hold objects") as error:
+        read(quant_method="modelopt", quantized_layers={"x" * 10_000: 7})
+    assert len(str(error.value)) < 400
