@@ -87,7 +87,7 @@ def _probabilities(value: object) -> object:
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, int | float) else value
 
 
-Number = Annotated[int, _written(parse_tokens)]
+Number = Annotated[int, _written(parse_tokens), Field(ge=-(10**18), le=10**18)]  # what 64 bits count
 Size = Annotated[int, _written(parse_bytes), Field(ge=0)]
 Seconds = Annotated[float, _written(parse_duration_s), Field(ge=0)]
 Bound = Annotated[float, _written(parse_duration_s), Field(gt=0)]

@@ -43,6 +43,7 @@ class Tenant:
 
 
 MOST_URGENT = 1_000_000
+MOST_DIGITS = 18
 TERMS = tuple(field.name.removesuffix("_s") for field in fields(Tenant))
 
 
@@ -151,7 +152,7 @@ def _number(name: str, value: object) -> float:
 def _whole(name: str, value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.removeprefix("-").isdecimal():
+    if isinstance(value, str) and value.removeprefix("-").isdecimal() and len(value) <= MOST_DIGITS:
         return int(value)
     raise ValueError(f"{name}={shown(value)} is not a whole number such as 1")
 
@@ -165,7 +166,7 @@ def _class(value: object) -> str:
 def _replicas(value: object) -> tuple[int, int]:
     if isinstance(value, str):
         first, _, last = value.partition("-")
-        if first.isdecimal() and (last.isdecimal() or value == first):
+        if first.isdecimal() and (last.isdecimal() or value == first) and len(value) <= 2 * MOST_DIGITS:
             return int(first), int(last or first)
     elif isinstance(value, int) and not isinstance(value, bool):
         return value, value

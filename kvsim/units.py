@@ -90,6 +90,18 @@ def format_count(count: float) -> str:
     return _scaled(count, _PRINTED_COUNT)
 
 
+MOST_TOKENS = 10**9
+"""A hundred times the longest context that a model is offered with; sums over layers then fit 64 bits."""
+
+
+def bounded_tokens(name: str, text: str, most: int = MOST_TOKENS) -> int:
+    """`parse_tokens`, of what a flag `name` gives; ValueError beyond `most` too."""
+    tokens = parse_tokens(text)
+    if tokens > most:
+        raise ValueError(f"{name}={shown(text)} must be at most {most:,}")
+    return tokens
+
+
 def _whole(what: str, text: str, units: Mapping[str, int | Fraction], examples: str) -> int:
     value = _quantity(what, text, units, examples)
     if value.denominator != 1:

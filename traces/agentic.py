@@ -22,6 +22,7 @@ from traces.npz import read_npz
 from traces.schema import MAX_BLOCKS, MAX_TOKENS, Trace, TraceError, expand_runs
 
 _INT32_MAX = 2**31 - 1
+SLOWEST_PER_S = 1e-9  # a session in thirty years
 STARTS = ("poisson", "together")
 _OF_REQUESTS = ("session", "model", "time_s", "think_s", "prompt_tokens", "output_tokens", "runs")
 
@@ -39,8 +40,10 @@ class Options:
     def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise TraceError(f"start={self.start}: must be one of {', '.join(STARTS)}")
-        if not (math.isfinite(self.session_rate_per_s) and self.session_rate_per_s > 0):
-            raise TraceError(f"session_rate_per_s={self.session_rate_per_s}: must be finite and above 0")
+        if not (math.isfinite(self.session_rate_per_s) and self.session_rate_per_s >= SLOWEST_PER_S):
+            raise TraceError(
+                f"session_rate_per_s={self.session_rate_per_s}: must be finite and above 0, at least {SLOWEST_PER_S:g}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ import typer
 from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.trace import LimitOption, SeedOption, SkipOption, TraceArgument
-from kvsim.units import format_count, format_s, parse_duration_s, parse_params, parse_tokens
+from kvsim.units import bounded_tokens, format_count, format_s, parse_duration_s, parse_params
 from policies.shown import shown
 
 
@@ -61,7 +61,11 @@ def batching(
             )
     rank = load_model(model, None if params is None else parse_params(params)).shard(tp)
     rows = compare(
-        lengths.tolist(), batch, parse_tokens(chunk), PlanTable(Full(), rank, machine, {}), Clock(rank, machine)
+        lengths.tolist(),
+        batch,
+        bounded_tokens("chunk", chunk),
+        PlanTable(Full(), rank, machine, {}),
+        Clock(rank, machine),
     )
     if json:
         print_json(

@@ -12,7 +12,7 @@ from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_line, prin
 from kvsim.cli.prefill import print_density, print_occupancy, print_schemes
 from kvsim.names import unknown_name
 from kvsim.shares import parse_shares
-from kvsim.units import format_bytes, format_count, format_s, parse_params, parse_tokens
+from kvsim.units import bounded_tokens, format_bytes, format_count, format_s, parse_params
 from policies.shown import shown
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def explain(
     from kvsim.models import load_model
     from kvsim.speculation import parse_acceptance, speculation
 
-    contexts = [parse_tokens(part) for part in context.split(",")]
+    contexts = [bounded_tokens("context", part) for part in context.split(",")]
     shape = load_model(model, None if params is None else parse_params(params)).stored_as(weight_dtype, kv_dtype)
     for note in shape.notes:
         _warn(f"note: {note}")
@@ -296,7 +296,7 @@ def _refuse_others(ctx: typer.Context, mode: str, used: Sequence[str]) -> None:
 
 
 def _batch(text: str) -> int:
-    size = parse_tokens(text)
+    size = bounded_tokens("batch", text)
     if size < 1:
         raise ValueError(f"--batch {text} must be max or at least 1")
     return size

@@ -15,6 +15,7 @@ from policies.shown import shown
 if TYPE_CHECKING:
     from policies import ModelShape
 
+MOST_OCCUPYING = 1 << 27
 SPARSE = ("xattention", "hip", "lazyllm")  # what leaves something out of a prompt by itself
 
 
@@ -30,6 +31,11 @@ def print_occupancy(
     if layer is None:
         raise ValueError(f"{model.name} has no layer of full attention, whose blocks could be counted")
     machine = Machine(gpu=load_gpu(gpu), host=load_host(host))
+    if batch * max(contexts) > MOST_OCCUPYING:
+        raise ValueError(
+            f"--batch {batch} of {max(contexts):,} tokens each: blocks are counted one by one, for at most "
+            f"{MOST_OCCUPYING:,} tokens together; lower one of them"
+        )
     rows: list[dict[str, Any]] = []
     for tokens in contexts:
         for phase, queries in (("prefill", tokens), ("decode", 1)):

@@ -20,7 +20,7 @@ TraceArgument = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option("--limit", metavar="N", parser=parse_tokens, help="Read the first N requests only.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of traces that are drawn at random.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of traces that are drawn at random.")]
 SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Count malformed rows instead of refusing them.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file when it exists.")]
 

@@ -8,6 +8,8 @@ import argparse
 import faulthandler
 import importlib
 import json
+import multiprocessing
+import os
 import platform
 import random
 import subprocess
@@ -15,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from time import process_time
@@ -24,7 +27,8 @@ from kvsim.version import __version__
 
 HERE = Path(__file__).parent
 REPORTED = ("numpy", "pyarrow", "pydantic", "PyYAML", "typer")
-STUCK_S = 120  # in compiled code no alarm is heard: the process ends, and says where it was
+PIECE = 125
+STUCK_S = 300  # in compiled code no alarm is heard: the process ends, and says where it was
 
 
 class Failure(NamedTuple):
@@ -62,6 +66,22 @@ def several(kind: str, seed: int, first: int, number: int, outcomes: Counter[str
                 faulthandler.cancel_dump_traceback_later()
 
 
+class Piece(NamedTuple):
+    """Inputs of one kind that are tried one after another, in one process."""
+
+    kind: str
+    seed: int
+    first: int
+    number: int
+
+
+def tried(piece: Piece) -> tuple[Counter[str], list[Failure], float]:
+    """The outcomes of a piece, the inputs that broke a rule, and the seconds of processor time that it took."""
+    outcomes, began_s = Counter[str](), process_time()
+    failures = list(several(*piece, outcomes))
+    return outcomes, failures, process_time() - began_s
+
+
 def report(number: int, seed: int, counted: dict[str, Counter[str]], cpu_s: float) -> dict[str, Any]:
     """What `benchmarks/results/fuzz.json` holds."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)  # noqa: S607
@@ -83,6 +103,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first input of each kind")
     parser.add_argument("--only", action="append", help="a kind; repeat it")
     parser.add_argument("--out", type=Path, help="write the counts there")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--keep", type=Path, help="make the first input in this folder, and leave it")
     asked = parser.parse_args()
     chosen = asked.only or kinds()
@@ -91,18 +112,23 @@ def main() -> int:
         sys.stdout.write(f"{one(chosen[0], asked.seed, asked.first, asked.keep)}\n")
         return 0
     counted: dict[str, Counter[str]] = {kind: Counter() for kind in chosen}
-    failures = 0
-    for place, kind in enumerate(chosen):
-        number = asked.number // len(chosen) + (place < asked.number % len(chosen))
-        began_s = process_time()
-        for failure in several(kind, asked.seed, asked.first, number, counted[kind]):
-            failures += 1
-            sys.stdout.write(f"{failure.kind} {failure.seed} {failure.number}: {failure.message}\n")
+    pieces = [
+        Piece(kind, asked.seed, asked.first + begin, min(PIECE, number - begin))
+        for place, kind in enumerate(chosen)
+        for number in [asked.number // len(chosen) + (place < asked.number % len(chosen))]
+        for begin in range(0, number, PIECE)
+    ]
+    failures, cpu_s = 0, 0.0
+    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
+        for piece, (outcomes, failed, piece_cpu_s) in zip(pieces, pool.map(tried, pieces), strict=True):
+            counted[piece.kind] += outcomes
+            failures, cpu_s = failures + len(failed), cpu_s + piece_cpu_s
+            for failure in failed:
+                sys.stdout.write(f"{failure.kind} {failure.seed} {failure.number}: {failure.message}\n")
+            sys.stdout.write(f"{piece.kind} to {piece.first + piece.number}: {dict(outcomes)} in {piece_cpu_s:.0f} s\n")
             sys.stdout.flush()
-        sys.stdout.write(f"{kind}: {dict(counted[kind])} in {process_time() - began_s:.0f} s\n")
-        sys.stdout.flush()
     if asked.out is not None and not failures:
-        document = report(asked.number, asked.seed, counted, process_time())
+        document = report(asked.number, asked.seed, counted, cpu_s)
         asked.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 1 if failures else 0
 

@@ -1,5 +1,6 @@
 """Every flag of every command, as the command line itself knows them, with values of and beyond their kind."""
 
+import importlib
 import random
 from functools import cache
 from pathlib import Path
@@ -137,6 +138,9 @@ def attempt(rng: random.Random, folder: Path) -> str:
     """Run one command with some of its flags, most of them valid in form alone."""
     write_trace(folder)
     command = rng.choice(commands())
+    if command.words[0] in RUNS_A_MODEL:
+        for name in ("runtime.offload", "runtime.generation", "runtime.loading", "runtime.trial"):
+            importlib.import_module(name)  # torch and Transformers take seconds to import, which are no hang
     args = [*command.words, *command.needed]
     for flag in rng.sample(sorted(command.options), min(len(command.options), rng.choice((0, 1, 1, 1, 2, 2, 3)))):
         if flag in WRITING:
