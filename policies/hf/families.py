@@ -17,6 +17,7 @@ _OWN = {
     "gemma3n_text": ("heads, windows, shared KV", "3"),
     "gemma4_text": ("heads, windows, shared KV", "3"),
     "deepseek_v4": ("window and compressed rows, indexer", "3"),
+    "longcat_flash": ("MLA", "3"),
     "nemotron-nas": ("heads, in some layers", "3"),
     "zamba2": ("heads, in some layers, over Mamba-2", "3"),
     "nemotron_h": ("heads or Mamba-2", "2"),
@@ -34,7 +35,9 @@ def _row(name: str, family: Family) -> dict[str, str]:
         "model_type": name,
         "attention": attention or _attention(family),
         "matrices": matrices if family.width else "none",
-        "experts": "yes" if family.experts or name in ("deepseek_v4", "nemotron_h", "gemma4_text") else "no",
+        "experts": "yes"
+        if family.experts or name in ("deepseek_v4", "nemotron_h", "gemma4_text", "longcat_flash")
+        else "no",
         "tied": "yes" if {**defaults_of(name), **family.defaults}.get("tie_word_embeddings") else "no",
     }
 

@@ -36,6 +36,7 @@ def sparse_mlp(keys: Keys, family: Family, experts: Experts, index: int) -> dict
         rest += latent
     shared = _shared_width(keys, experts, width, index)
     rest += mlp_params(hidden, shared, family, biased) if shared else 0
+    per_token = per_token * count // routed if routed > count else per_token  # some of those chosen do nothing
     rest += routed if experts.biased or decided(keys, experts.correction_bias) else 0
     rest += hidden if experts.shared_gate else 0
     rest += experts.further(keys) if experts.further else 0

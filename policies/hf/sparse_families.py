@@ -99,6 +99,7 @@ SPARSE: Mapping[str, Family] = MappingProxyType(
         "deepseek_v2": replace(_MLA, mlp_bias="mlp_bias", experts=replace(
             _DEEPSEEK, correction_bias=False, shared_bias="mlp_bias")),
         "deepseek_v3": _MLA,
+        "mistral4": replace(_MLA, experts=replace(_DEEPSEEK, correction_bias=False)),
         "deepseek_v32": replace(_MLA, index=True),
         "glm4_moe_lite": replace(_MLA, sparse=rules.after(1)),
         "glm_moe_dsa": replace(_MLA, index=True, sparse=rules.after(3)),

@@ -61,6 +61,7 @@ _SAME: Mapping[str, str] = MappingProxyType(
         "deepseek_vl": "llama",
         "deepseek_vl_v2": "deepseek_v2",
         "phi4mm": "phi3",
+        "phi4_multimodal": "phi3",
         "mimo_v2": "mimo_v2_flash",
         "exaone4_5": "exaone4",
         "lfm2_vl": "lfm2",

@@ -129,6 +129,18 @@ def test_zamba2_attends_in_its_hybrid_layers() -> None:
     assert shape.kv_bytes(T) == 2 * 4 * 32 * KV * T + 4 * state * 2
 
 
+def test_longcat_flash_as_its_report_counts() -> None:
+    """arXiv:2509.01322: 560 B weights, 18.6 to 31.3 B of them active, 27 B on average; two MLA caches a layer."""
+    shape = small(
+        "longcat_flash", hidden_size=6144, num_layers=28, num_attention_heads=64, vocab_size=131072, q_lora_rank=1536,
+        kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, ffn_hidden_size=12288,
+        n_routed_experts=512, zero_expert_num=256, moe_topk=12, expert_ffn_hidden_size=2048, num_hidden_layers=28,
+    )  # fmt: skip
+    assert shape.params == pytest.approx(560e9, rel=0.01)
+    assert shape.active_params == pytest.approx(27e9, rel=0.05)
+    assert shape.kv_bytes(T) == 56 * 576 * 2 * T
+
+
 @pytest.mark.parametrize("key", ["text_config", "llm_config", "language_config", "thinker_config", "brain_config"])
 def test_wrappers_of_any_name(key: str) -> None:
     text = {
