@@ -387,6 +387,8 @@ def test_an_interruption_leaves_whole_results(
                 "4k",
                 "--gpus",
                 "8",
+                "--fidelity",
+                "op",  # slow enough for both to be at work at a time
                 *policies,
                 "--out",
                 str(tmp_path),
