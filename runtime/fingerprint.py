@@ -27,6 +27,8 @@ IDLE_KEYS = frozenset(
 IDLE_ATTRIBUTES = frozenset((*vars(nn.Module()), "_is_hf_initialized", "_attn_implementation")) - {"training"}
 IDLE_ATTRIBUTES |= {"gradient_checkpointing", "name_or_path", "warnings_issued", "all_tied_weights_keys"}
 IDLE_ATTRIBUTES |= {"prepare_inputs_for_generation"}  # which `runtime.heard` replaces
+# What quantised layers set in their first forward: bitsandbytes' type of its input, ExLlama's handles of this process.
+IDLE_ATTRIBUTES |= {"compute_type_is_set", "compute_dtype", "q_handle", "q4"}
 PASSING = "max_seq_len_cached"  # rotary tables that grow with the prompt end their attributes so
 GROWING = ("dynamic", "longrope")  # kinds of rotary angles that a forward replaces: those that they began with count
 

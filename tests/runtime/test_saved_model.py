@@ -150,6 +150,14 @@ def test_a_model_that_was_changed_is_refused(make, change, says, tmp_path):
         load(model, path)
 
 
+def test_what_a_first_forward_leaves_on_a_layer_is_no_other_model(tmp_path):
+    saved(packed(), path := tmp_path / "prefix")
+    model = packed()
+    model.model.layers[0].mlp.up_proj.compute_type_is_set = True
+    model.model.layers[0].mlp.up_proj.compute_dtype = torch.float32
+    load(model, path)
+
+
 @pytest.mark.parametrize(
     ("here", "says"),
     [
