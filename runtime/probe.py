@@ -23,7 +23,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from transformers.masking_utils import eager_mask
 
 from runtime.kernels.attention import merge, partial_attention
-from runtime.rotary import ROTATIONS, UNROTATED, Rotation, angles_of, unrotate
+from runtime.rotary import Rotation
+from runtime.rotation import alike, rotation_of
 
 NAME = "kvsim_probe"
 TOKENS = 6  # of the forward: fewer than any window, enough to tell one rotation from another
@@ -210,7 +211,7 @@ def _attention(
         unknown = sorted(name for name in named if given.get(name) is not None)
         unknown += ["a mask that adds to scores"] if _biased(attention_mask) else []
         unknown += ["a mask that the model has changed"] if _changed(attention_mask) else []
-        differs = "" if _alike(ours, theirs) else "attends in another way than softmax(scale q k) v with caps and sinks"
+        differs = "" if alike(ours, theirs) else "attends in another way than softmax(scale q k) v with caps and sinks"
         differs = f"gives attention {', '.join(unknown)}, which no policy's kernels take" if unknown else differs
     if witness is None:
         _NOW.strangers.append(differs)
@@ -257,15 +258,6 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, given
     return out.transpose(1, 2)
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal up to some roundings of their dtype."""
-    if one.shape != other.shape:
-        return False
-    allowed = max(1e-4, 4 * torch.finfo(other.dtype).eps)
-    one, other = one.double(), other.double()
-    return bool((one - other).norm() <= allowed * other.norm())
-
-
 def _seen(layer: Any, witness: _Witness, heard: _Heard, cache: DynamicCache, names: dict[nn.Module, str]) -> SeenLayer:
     shape: dict[str, Any] = {}
     if witness.keys is not None and witness.values is not None and witness.keys.dim() == 4:
@@ -288,7 +280,8 @@ def _seen(layer: Any, witness: _Witness, heard: _Heard, cache: DynamicCache, nam
     shape["by_itself"] = witness.differs or witness.by_itself or _by_itself(witness)
     shape["shared"] = len(set(witness.modules)) > 1
     if not shape["refusal"] and not shape["by_itself"]:
-        shape["rotation"] = _rotation(witness.modules[0], heard, cache)
+        module = witness.modules[0]
+        shape["rotation"] = rotation_of(module, *heard[module], cache) if module in heard else None
     return SeenLayer(kind="full", **shape)
 
 
@@ -313,80 +306,3 @@ def _by_itself(witness: _Witness) -> str:
             return "changes keys between the cache and attention (an MLA latent is expanded, heads are repeated)"
         return "computes attention by itself, not through Transformers' attention interface"
     return ""
-
-
-# -- how keys are rotated --------------------------------------------------------------------------------------------
-
-
-class _Keys(DynamicCache):
-    """Takes the keys that one attention module makes, and keeps nothing else."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Note the keys."""
-        self.made = key_states
-        return key_states, value_states
-
-
-def _rotation(module: nn.Module, heard: _Heard, cache: DynamicCache) -> Rotation | None:
-    """How a module rotates keys, from its own keys of one hidden state at all positions: without it they are equal.
-
-    None where the module cannot be called by itself, or none of the known rotations makes its keys equal.
-    """
-    if module not in heard:
-        return None
-    args, given = heard[module]
-    keys, angles = _Keys(), None
-    arguments = _by_name(module, args, given)
-    for name, value in arguments.items():
-        if value is cache:
-            arguments[name] = keys
-        elif name == "position_embeddings":
-            arguments[name], angles = _stretched(value)
-        elif isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point():  # hidden states
-            arguments[name] = value[:, :1].expand_as(value).contiguous()
-    try:
-        with torch.no_grad():
-            module.forward(**arguments)
-        made = keys.made
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
-        return None
-    if _equal_rows(made):
-        return UNROTATED
-    if angles is None:
-        return None
-    return next((r for r in ROTATIONS if _undoes(r, made, *angles)), None)
-
-
-def _by_name(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
-    called = inspect.signature(module.forward).bind_partial(*args, **given)
-    arguments: dict[str, Any] = {}
-    for name, value in called.arguments.items():
-        rest = called.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
-        arguments |= value if rest else {name: value}
-    return arguments
-
-
-def _undoes(rotation: Rotation, keys: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    cos, sin = (table[:, None] for table in rotation.full(cos, sin))
-    if cos.shape[-1] > keys.shape[-1] or cos.shape[-1] % 2:
-        return False
-    return _equal_rows(unrotate(keys, cos, sin, pairs=rotation.pairs))
-
-
-def _equal_rows(keys: Tensor) -> bool:
-    """Whether keys (1, kv_heads, tokens, head_dim) are the same for all tokens."""
-    return _alike(keys, keys[:, :, :1].expand_as(keys).contiguous())
-
-
-def _stretched(position_embeddings: Any) -> tuple[Any, tuple[Tensor, Tensor] | None]:
-    """Other angles in the layout of the model's, of which none is small, so that every dimension tells how it turns."""
-    angles = angles_of(position_embeddings)
-    if angles is None:
-        return position_embeddings, None
-    cos, sin = (part.double() for part in angles)
-    angle = torch.atan2(sin, cos)
-    angle = angle.sign() * angle.abs() ** 0.1
-    new = tuple(part.to(old.dtype) for part, old in zip((angle.cos(), angle.sin()), angles, strict=True))
-    if isinstance(position_embeddings, Tensor):
-        return torch.complex(*new), new
-    return type(position_embeddings)(new), new
