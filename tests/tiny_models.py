@@ -112,7 +112,7 @@ _SHARED = {
 OWN: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("mistral", "mixtral", "phi3", "phimoe", "starcoder2", "ministral3"), _NO_WINDOW),
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "youtu"), _MLA),
-    **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "longcat_flash", "minicpm3", "mistral4"), _MLA),
+    **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "longcat_flash", "minicpm3"), _MLA),
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARED),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm4v", "glm46v", "glmga", "glm_ocr"), _THREE_AXES),
     "glm4v_moe": {"text_config": {"mrope_section": [1, 1, 2]}},
@@ -158,7 +158,8 @@ def tiny_model(family: str, **own: Any) -> Any:
     """
     made = getattr(transformers, {**VISION, **CAUSAL}[family])
     config = tiny_config(family, **own)
-    config = config if isinstance(config, made.config_class) else config.get_text_config()
+    text = config.get_text_config()
+    config = text if isinstance(text, made.config_class) else config
     with torch.device("meta"):
         params = sum(weight.numel() for weight in made(config).parameters())
     if params > MOST_PARAMS:
