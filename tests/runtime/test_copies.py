@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers")
 from kvsim.cli.validate import COMPOSED, TRIED  # noqa: E402
 from kvsim.replay import replay_moved_bytes  # noqa: E402
 from policies import parse_policy  # noqa: E402
+from policies.plan import Tier  # noqa: E402
 from runtime import offload  # noqa: E402
 
 EXECUTED = [
@@ -177,3 +178,17 @@ def test_an_empty_cache_and_a_single_layer(llama):
             copy.deepcopy(kv.cache().layers[0])
         with pytest.raises(ValueError, match="select at least one"):
             prefilled(llama, kv, ids).batch_select_indices(torch.zeros(1, dtype=torch.bool))
+
+
+def test_a_footprint_outlives_its_caches(llama):
+    """A cache that nobody names is gone when `generate` returns; what it held is told all the same."""
+    with offload(llama, parse_policy("full"), max_new_tokens=16) as kv:
+        assert not kv.footprint_bytes
+        go_on(llama, kv.cache(), some_ids(2, 20, 1))
+        assert not kv.caches
+        assert not kv.footprint.now_bytes
+        last = 2 * 36 * 3 * 2 * 2 * 8 * 4  # two sequences of 20 + 16 tokens, three layers, keys and values, 2 x 8 fp32
+        assert kv.footprint_bytes == kv.peak_footprint_bytes == {Tier.HBM: last}
+        go_on(llama, kv.cache(), some_ids(1, 20, 1))
+    assert kv.footprint_bytes == {Tier.HBM: last // 2}
+    assert kv.peak_footprint_bytes == {Tier.HBM: last}
