@@ -138,8 +138,8 @@ def attempt(rng: random.Random, folder: Path) -> str:
     """Run one command with some of its flags, most of them valid in form alone."""
     write_trace(folder)
     command = rng.choice(commands())
-    if command.words[0] in RUNS_A_MODEL:
-        for name in ("runtime.offload", "runtime.generation", "runtime.loading", "runtime.trial"):
+    if command.words[0] in RUNS_A_MODEL or command.words[-1] == "needle":
+        for name in ("runtime.offload", "runtime.needle", "runtime.generation", "runtime.loading", "runtime.trial"):
             importlib.import_module(name)  # torch and Transformers take seconds to import, which are no hang
     args = [*command.words, *command.needed]
     for flag in rng.sample(sorted(command.options), min(len(command.options), rng.choice((0, 1, 1, 1, 2, 2, 3)))):
