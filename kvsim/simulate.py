@@ -23,13 +23,23 @@ __all__ = ["Setup", "simulate"]
 TURNS_AT_ONCE = 5000  # between two looks at whether to go on
 
 
+MAX_ARRIVAL_S = 1e10  # three hundred years after 0
+
+
 def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None = None) -> Result:
     """Replay `trace` on a cluster; `progress` is told how many requests have left, first before any event.
 
     An interruption (Ctrl-C) from there on ends the replay early: the result is `partial`, and requests that had not
     finished are reported as such. Raises
-    ValueError for a model that does not fit, and for prefix caches where the trace has no block ids.
+    ValueError for a model that does not fit, for prefix caches where the trace has no block ids, and for arrivals so
+    late that floating-point times would lose latencies.
     """
+    latest_s = float(trace.arrival_s[-1])
+    if latest_s > MAX_ARRIVAL_S:
+        raise ValueError(
+            f"{trace.name}: a request arrives at {latest_s:g} s; must be at most {MAX_ARRIVAL_S:g} s, where times "
+            "still have microseconds; is the unit of arrivals right?"
+        )
     began_s = time.perf_counter()
     cluster = _Cluster(trace, setup)
     setup_cpu_s = time.process_time()

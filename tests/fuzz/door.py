@@ -33,9 +33,9 @@ _RULE = re.compile(
     r"\b("
     r"must|should|needs?|known|uses?|write|written|choose|leave|give|add|missing|keep|lower|raise|takes?|say|name|"
     r"correct|fetch|record|make|install|split|pack|save|exceeds?|cannot|spell|fits?|ask|put|widen|drop|shorten|"
-    r"change|convert|see|join|run|read|overlap|lacks|belong|did you mean|at (most|least)|such as|[Nn]o such|"
+    r"change|convert|see|join|run|read|overlap|lacks|belong|did you mean|at (most|least)|such as|[Nn]o such|Missing|"
     r"is not (YAML|JSON|UTF-8)|Input should|does not|is not one of|it has|works? with|layers are|multiple of|"
-    r"differs from|log with|Unable to parse"
+    r"differs from|log (one|with)|Unable to parse"
     r")\b"
 )
 

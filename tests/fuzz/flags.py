@@ -13,8 +13,13 @@ from fuzz.door import attempt_command
 
 from kvsim.cli.app import app
 
-WRITING = {"--out": "out", "--counts-out": "counts.npz"}  # mutated only below the attempt's folder
-RUNS_A_MODEL = ("generate", "validate")  # tried on a folder without a model: loading one takes seconds
+WRITING = {
+    "--out": "out",
+    "--save": "saved",
+    "--page": "page.html",
+    "--counts-out": "counts.npz",
+}  # mutated only below the attempt's folder
+RUNS_A_MODEL = ("generate", "validate", "quality")  # tried on a folder without a model: loading one takes seconds
 VALUES = (
     *(
         "0",
@@ -118,6 +123,7 @@ NEEDED = {
     "model show": ("llama-3.1-8b",),
     "generate": ("--prompt-file", "trace.csv", "--model", "."),
     "validate": ("--bytes", "--model", "."),
+    "quality": ("--text", "trace.csv", "--model", "."),
 }
 
 

@@ -106,3 +106,10 @@ SYNTH = ("trace", "synth", "--out", "out.csv", "--tenant")
 def test_an_absurd_value_is_refused_at_once(args: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "trace.csv").write_text(PLAIN, encoding="utf-8")
     assert attempt_command(args, tmp_path) == "refused"
+
+
+@pytest.mark.parametrize("arrival_s", ["1e30", "1.7e12", "1e300"])
+def test_an_arrival_so_late_that_latencies_would_be_lost(arrival_s: str, tmp_path: Path) -> None:
+    """Beside 1e30 s a second is nothing, and every latency 0. Unix time in milliseconds is the usual cause."""
+    (tmp_path / "trace.csv").write_text(f"arrived_at,num_prefill_tokens,num_decode_tokens\n0,5,7\n{arrival_s},5,7\n")
+    assert attempt_command(SIMULATE, tmp_path) == "refused"
