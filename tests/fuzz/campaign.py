@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from kvsim.version import __version__
 
 HERE = Path(__file__).parent
+README, RESULT = HERE.parents[1] / "README.md", HERE.parents[1] / "benchmarks" / "results" / "fuzz.json"
 REPORTED = ("numpy", "pyarrow", "pydantic", "PyYAML", "typer")
 PIECE = 125
 STUCK_S = 300  # in compiled code no alarm is heard: the process ends, and says where it was
@@ -95,6 +97,11 @@ def report(number: int, seed: int, counted: dict[str, Counter[str]], cpu_s: floa
     }
 
 
+def counted_in(text: str, number: int) -> str:
+    """The text of the README with this number of inputs where it says how many were tried."""
+    return re.sub(r"[\d,]+ mutated inputs", f"{number:,} mutated inputs", text)
+
+
 def main() -> int:
     """Run the campaign; 1 when an input broke a rule."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -130,6 +137,8 @@ def main() -> int:
     if asked.out is not None and not failures:
         document = report(asked.number, asked.seed, counted, cpu_s)
         asked.out.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if asked.out.resolve() == RESULT:
+            README.write_text(counted_in(README.read_text(encoding="utf-8"), asked.number), encoding="utf-8")
     return 1 if failures else 0
 
 

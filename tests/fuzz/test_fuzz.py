@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from fuzz import mutate
-from fuzz.campaign import kinds, several
+from fuzz.campaign import README, RESULT, counted_in, kinds, several
 from fuzz.door import attempt_command
 
 NUMBER = 500
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.parametrize("kind", kinds())
@@ -23,6 +22,15 @@ def test_no_input_ends_in_a_traceback(kind: str) -> None:
     assert sum(outcomes.values()) == share
     assert set(outcomes) <= {"read", "refused", "unmet"}
     assert outcomes["refused"]  # the mutations do break something
+
+
+def test_the_readme_says_how_many_were_tried() -> None:
+    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    assert sum(sum(outcomes.values()) for outcomes in found["outcomes"].values()) == found["inputs"]
+    assert set().union(*found["outcomes"].values()) <= {"read", "refused", "unmet"}
+    readme = README.read_text(encoding="utf-8")
+    assert f"{found['inputs']:,} mutated inputs" in readme
+    assert counted_in(readme, found["inputs"]) == readme
 
 
 def test_every_kind_of_input_is_tried() -> None:
