@@ -94,7 +94,8 @@ def read_clients(path: Path) -> dict[int, Client]:
                     client.tables[int(start)] = {column: str(tables[column]) for column in LENGTHS if column in tables}
             except (ValueError, AttributeError, TypeError, RecursionError) as error:
                 raise TraceError(
-                    f"{path}/{member}: not a map from window start to length tables ({error}); pack it as published"
+                    f"{path}/{member}: not a map from window start to length tables ({type(error).__name__}); "
+                    "pack it as published"
                 ) from error
     if not clients:
         raise TraceError(f"{path}: empty archive: no chunk-C-trace.csv in it")

@@ -57,7 +57,7 @@ def batching(
         lengths = lengths[(arrived_s >= first_s) & (arrived_s < last_s)]
         if not len(lengths):
             raise ValueError(
-                f"window={window}: no prompt of {loaded.name} arrives within; it spans {arrived_s[-1]:g} s"
+                f"window={window}: no prompt of {loaded.name} arrives within; choose one in its {arrived_s[-1]:g} s"
             )
     rank = load_model(model, None if params is None else parse_params(params)).shard(tp)
     rows = compare(
