@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,8 +38,8 @@ def model_folder(where: str) -> Iterator[Path]:
     folder = Path(where)
     if is_hub_name(where) and not folder.exists():
         folder = cached_folder(where)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{where}: no folder with a config.json; name a model's folder, or {NEEDLE}")
+    if not (folder / "config.json").is_file() and _gguf(folder) is None:
+        raise ValueError(f"{where}: no folder with a config.json or one GGUF file; name a model's folder, or {NEEDLE}")
     yield folder
 
 
@@ -57,7 +58,7 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder, dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True, **_packed(folder)
         )
         return model.to(where).eval()
     except torch.OutOfMemoryError as error:
@@ -72,9 +73,27 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; ValueError when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **_packed(folder))
     except OSError as error:
         raise ValueError(f"{folder}: no tokenizer to load ({' '.join(str(error).split())})") from error
+
+
+def _packed(folder: Path) -> dict[str, str]:
+    """How Transformers is told that a folder is one GGUF file, which it turns back into the weights' own type.
+
+    Raises ValueError where it lacks what reads one.
+    """
+    if (folder / "config.json").is_file() or (file := _gguf(folder)) is None:
+        return {}
+    if missing := [name for name in ("gguf", "accelerate") if find_spec(name) is None]:
+        raise ValueError(f"{file} needs {' and '.join(missing)} to be read: pip install 'kvsim[real]'")
+    return {"gguf_file": file.name}
+
+
+def _gguf(folder: Path) -> Path | None:
+    """The only GGUF file of a folder."""
+    files = list(folder.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
 
 
 def _device(name: str | None) -> torch.device:

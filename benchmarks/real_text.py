@@ -1,0 +1,144 @@
+"""What policies lose on real text: SmolLM2-135M-Instruct's predictions under each against full attention.
+
+    scripts/fetch_real out/real                                  the model and three texts
+    python benchmarks/real_text.py out/real [--device cuda] [--contexts 2048 4096 8128] [--ways NAME ...]
+
+Each figure is a mean over places in prose, technical text and code, 64 tokens predicted at each. Budgets are shares of
+the context. Rows are merged into the file as they are measured; `benchmarks/quality.py --page` writes them down.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from policies import parse_policy  # noqa: E402
+from runtime.loading import load_model, load_tokenizer  # noqa: E402
+from runtime.quality import Passages, full_logits, measure, passages  # noqa: E402
+
+OUT = ROOT / "benchmarks" / "results" / "real_text.json"
+TEXTS = ("prose", "technical", "code")
+CONTEXTS = (2048, 4096, 8128)
+NEW, PLACES = 64, 4  # tokens predicted at each place, places in each text
+WAYS = {  # what each row is called, and its policy for a context of n tokens: n_16 is a sixteenth of it
+    "offload-all": "offload-all",
+    "sink-window 1/16": "sink-window:window_tokens={n_16}",
+    "sink-window 1/8": "sink-window:window_tokens={n_8}",
+    "sink-window 1/4": "sink-window:window_tokens={n_4}",
+    "snapkv 1/16": "snapkv:budget_tokens={n_16}",
+    "snapkv 1/8": "snapkv:budget_tokens={n_8}",
+    "snapkv 1/4": "snapkv:budget_tokens={n_4}",
+    "quest 1/16": "quest:budget_tokens={n_16}",
+    "quest 1/8": "quest:budget_tokens={n_8}",
+    "quest 1/4": "quest:budget_tokens={n_4}",
+    "quest 1/8, each query head": "quest:budget_tokens={n_8},per=query_head",
+    "quest 1/8, no sinks": "quest:budget_tokens={n_8},sink_tokens=0",
+    "infllm 1/8": "infllm:sink_tokens=16,window_tokens={n_16},block_tokens=32,top_k={n_512},cache_blocks={n_256}",
+    "infllm 1/4": "infllm:sink_tokens=16,window_tokens={n_8},block_tokens=32,top_k={n_256},cache_blocks={n_128}",
+    "squeezed-attention keep=0.05": "squeezed-attention:keep=0.05",
+    "squeezed-attention keep=0.1": "squeezed-attention",
+    "squeezed-attention keep=0.2": "squeezed-attention:keep=0.2",
+    "squeezed-attention keep=0.1, mean of a group": "squeezed-attention:group_score=mean",
+    "squeezed-attention keep=0.1, no sinks": "squeezed-attention:sink_tokens=0",
+    "squeezed-attention 1/10, DDR": "squeezed-attention:budget_tokens={n_10},tier=ddr",
+    "shadowkv 1/16": "shadowkv:budget_tokens={n_16}",
+    "shadowkv 1/8": "shadowkv:budget_tokens={n_8}",
+    "shadowkv 1/4": "shadowkv:budget_tokens={n_4}",
+    "shadowkv 1/8, no sinks, no outliers": "shadowkv:budget_tokens={n_8},sink_tokens=0,outlier_chunks=0",
+    "retrieval-attention flat, top 100": "retrieval-attention:index=flat",
+    "retrieval-attention graph": "retrieval-attention",
+}
+
+
+def policy_text(way: str, tokens: int) -> str:
+    """A row's policy for a context of `tokens`; budgets are whole pages and chunks."""
+    return WAYS[way].format(**{f"n_{k}": max(1, tokens // k // 16 * 16 if k < 32 else tokens // k) for k in _SHARES})
+
+
+_SHARES = (4, 8, 10, 16, 128, 256, 512)
+
+
+def side_by_side(tokenizer: Any, folder: Path, context: int) -> Passages:
+    """The passages of all texts as one batch, four places in each text."""
+    cut = [passages(tokenizer, (folder / f"{name}.txt").read_text(), context, NEW, PLACES) for name in TEXTS]
+    return Passages(ids=torch.cat([each.ids for each in cut]), context_tokens=context, new_tokens=NEW)
+
+
+def row_of(way: str, context: int, model: Any, asked: Passages, full: torch.Tensor) -> dict[str, Any]:
+    """Measure one cell."""
+    text, began = policy_text(way, context), time.perf_counter()
+    found = measure(model, parse_policy(text), asked, full)
+    return {
+        "way": way,
+        "policy": text,
+        "context_tokens": context,
+        **{
+            name: {text: of[PLACES * i : PLACES * (i + 1)] for i, text in enumerate(TEXTS)}
+            for name, of in (("kl_nats", found.kl_nats), ("nll_nats", found.nll_nats), ("top1_share", found.top1_share))
+        },
+        "held_bytes": {str(tier): nbytes for tier, nbytes in found.held_bytes.items()},
+        "moved_bytes_per_token": found.moved_bytes_per_token,
+        "counts": found.recording.shares(),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _git() -> str:
+    run = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(run, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip() or "unknown"
+
+
+def main() -> None:
+    """Measure and merge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), metavar="NAME", help="beginnings of table rows")
+    parser.add_argument("--commit", default=None, help="where there is no git")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    tokenizer = load_tokenizer(arguments.folder / "model")
+    model = load_model(arguments.folder / "model", arguments.device, "fp32")
+    report = {
+        "schema_version": 1,
+        "model": "SmolLM2-135M-Instruct",
+        "texts": {n: hashlib.sha256((arguments.folder / f"{n}.txt").read_bytes()).hexdigest() for n in TEXTS},
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": arguments.commit or _git(),
+        "command": "python benchmarks/real_text.py " + " ".join(sys.argv[1:]),
+        "new_tokens": NEW,
+        "places": PLACES,
+    }
+    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    for context in arguments.contexts:
+        asked = side_by_side(tokenizer, arguments.folder, context)
+        full = full_logits(model, asked)
+        for way in (way for way in WAYS if any(way.startswith(name) for name in arguments.ways)):
+            row = row_of(way, context, model, asked, full)
+            rows = [old for old in rows if (old["way"], old["context_tokens"]) != (way, context)] + [row]
+            rows.sort(key=lambda r: (list(WAYS).index(r["way"]), r["context_tokens"]))
+            arguments.out.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
+            kl = {text: sum(of) / len(of) for text, of in row["kl_nats"].items()}
+            shown = " ".join(f"{text} {value:.4f}" for text, value in kl.items())
+            sys.stdout.write(f"{way:44s} {context:5d} KL {shown} {row['seconds']:6.1f} s\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
