@@ -59,7 +59,7 @@ def _throughput(machine: Machine) -> list[Comparison]:
         model, prompt, case = load_model(name), kilo * 1024, f"{name}, {kilo}K"
         priced = {
             "full": (Priced("full", model, machine), full_batch, full_rate),
-            "ShadowKV": (Priced(f"shadowkv:budget_tokens={budget}", model, machine), shadow_batch, shadow_rate),
+            "ShadowKV": (Priced(f"shadowkv:sink_tokens=0,budget_tokens={budget}", model, machine), shadow_batch, shadow_rate),
         }
         found = {}
         for method, (policy, batch, rate) in priced.items():
@@ -77,7 +77,7 @@ def _throughput(machine: Machine) -> list[Comparison]:
 def _decode_parts(machine: Machine) -> list[Comparison]:
     model, rows = load_model("llama-3.1-8b"), []
     for batch, kilo, budget, published in LAYER_MS:
-        ops = Priced(f"shadowkv:budget_tokens={budget}", model, machine).decode_ops_s(kilo * 1024, batch)
+        ops = Priced(f"shadowkv:sink_tokens=0,budget_tokens={budget}", model, machine).decode_ops_s(kilo * 1024, batch)
         qkv_s, _, ffn_s = machine.layer_s(model, model.layers[0], batch)
         found_s = (
             ops["score"] + ops["aggregate"],
@@ -95,7 +95,7 @@ def _decode_parts(machine: Machine) -> list[Comparison]:
 
 def _prefill_parts(machine: Machine) -> list[Comparison]:
     model, rows = load_model("llama-3.1-8b"), []
-    policy = Priced("shadowkv", model, machine)
+    policy = Priced("shadowkv:sink_tokens=0", model, machine)
     for kilo, *published in PREFILL_MS:
         ops = policy.prefill_ops_s(kilo * 1024)
         ffn_s = machine.layer_s(model, model.layers[0], kilo * 1024)[2]
@@ -111,8 +111,8 @@ def _derived() -> list[Comparison]:
     machine = Machine(gpu=load_gpu("a100-80g-sxm@datasheet"), host=load_host("ddr4-dual-xeon"))
     prompt = 122 * 1024
     full = Priced("full", model, machine).stored_bytes(prompt)[Tier.HBM]
-    shadow = Priced("shadowkv", model, machine).stored_bytes(prompt)[Tier.HBM]
-    plan = plan_layer(parse_policy("shadowkv"), model, Step.decoding(131_072, 1), 0)
+    shadow = Priced("shadowkv:sink_tokens=0", model, machine).stored_bytes(prompt)[Tier.HBM]
+    plan = plan_layer(parse_policy("shadowkv:sink_tokens=0"), model, Step.decoding(131_072, 1), 0)
     buffers = {buffer.name: buffer for buffer in plan.buffers}
     misses = {count.name: count.expected() for count in plan.counts}
     streamed = [op for op in plan.ops if isinstance(op, Compute) and op.name in ("score", "attend")]
@@ -135,7 +135,7 @@ def _derived() -> list[Comparison]:
 
 def _on_host(machine: Machine) -> list[Comparison]:
     model, prompt, batch = load_model("llama-3-8b-1m"), 2**20, 3
-    published = (("full", "offload-all", 0.21), ("ShadowKV", "shadowkv:budget_tokens=16384", 45.32))
+    published = (("full", "offload-all", 0.21), ("ShadowKV", "shadowkv:sink_tokens=0,budget_tokens=16384", 45.32))
     return [
         _row(
             f"three sequences of 1M on the host, {method}",
