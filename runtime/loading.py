@@ -37,7 +37,7 @@ def model_folder(where: str) -> Iterator[Path]:
         return
     folder = Path(where)
     if is_hub_name(where) and not folder.exists():
-        folder = cached_folder(where)
+        folder = cached_folder(where, weights=True)
     if not (folder / "config.json").is_file() and _gguf(folder) is None:
         raise ValueError(f"{where}: no folder with a config.json or one GGUF file; name a model's folder, or {NEEDLE}")
     yield folder

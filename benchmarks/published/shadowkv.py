@@ -59,7 +59,11 @@ def _throughput(machine: Machine) -> list[Comparison]:
         model, prompt, case = load_model(name), kilo * 1024, f"{name}, {kilo}K"
         priced = {
             "full": (Priced("full", model, machine), full_batch, full_rate),
-            "ShadowKV": (Priced(f"shadowkv:sink_tokens=0,budget_tokens={budget}", model, machine), shadow_batch, shadow_rate),
+            "ShadowKV": (
+                Priced(f"shadowkv:sink_tokens=0,budget_tokens={budget}", model, machine),
+                shadow_batch,
+                shadow_rate,
+            ),
         }
         found = {}
         for method, (policy, batch, rate) in priced.items():

@@ -26,10 +26,10 @@ def hub_cache() -> Path:
     return Path(home).expanduser() / "hub"
 
 
-def cached_folder(name: str) -> Path:
+def cached_folder(name: str, *, weights: bool = False) -> Path:
     """The folder of a model's cached snapshot: that of its branch main, or the only one.
 
-    Raises ValueError, which says how to get it, when there is none with a config.json.
+    Raises ValueError, which says how to get it, with or without its weights, when there is none with a config.json.
     """
     folder = hub_cache() / f"models--{name.replace('/', '--')}"
     try:
@@ -41,7 +41,8 @@ def cached_folder(name: str) -> Path:
         snapshot = folder / "snapshots" / chosen[0]
         if (snapshot / "config.json").is_file():
             return snapshot
+    got = f"hf download {name}" if weights else f"hf download {name} --include '*.json'"
     raise ValueError(
         f"no config.json of {shown(name)} is in the Hugging Face cache {hub_cache()}, and nothing is downloaded "
-        f"unasked; get it with: hf download {name} --include '*.json', or name the path of a config.json"
+        f"unasked; get it with: {got}, or name the path of {'a folder that holds one' if weights else 'a config.json'}"
     )

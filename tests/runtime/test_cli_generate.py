@@ -187,7 +187,10 @@ def test_memory_that_is_not_there(
         (["--prefill-chunk", "-1"], "token count '-1' is not a finite number"),
         (["--policy", "qwest"], "unknown policy 'qwest'; did you mean 'quest'?"),
         (["--policy", "quest:per=query_head,page_tokens=0"], "quest: page_tokens=0 must be at least 1"),
-        (["--model", "empty"], "empty: no folder with a config.json; name a model's folder, or needle-28m"),
+        (
+            ["--model", "empty"],
+            "empty: no folder with a config.json or one GGUF file; name a model's folder, or needle-28m",
+        ),
         (["--model", "pickled"], "pickled: no model to load ("),
         (["--dtype", "bf17"], "dtype 'bf17' is unknown; the runtime computes in fp32, bf16, fp16"),
     ],

@@ -105,7 +105,7 @@ def test_what_a_plan_does_not_say_is_noticed(tiny_llama: Path, host: None, capsy
         ([], "say what to validate: --bytes"),
         (["--bytes", "--new", "0"], "--new 0 must be at least 1"),
         (["--bytes", "--prompt", "3x"], "token count '3x' has the unknown unit 'x'"),
-        (["--bytes", "--model", "no/where"], "no/where: no folder with a config.json; name a model's folder"),
+        (["--bytes", "--model", "no/where"], "no config.json of 'no/where' is in the Hugging Face cache"),
         (["--bytes", "--policy", "shadowvk"], "unknown policy 'shadowvk'; did you mean 'shadowkv'?"),
         (["--bytes", "--dtype", "int8"], "dtype 'int8' is unknown; the runtime computes in fp32, bf16, fp16"),
         (["--bytes", "--device", "cuda:99"], "device 'cuda:99' is not there: PyTorch sees"),
