@@ -1,4 +1,4 @@
-"""Keys and queries that the retrieval benchmarks search: needle-28m's own, and synthetic ones apart from each other."""
+"""Keys and queries that the retrieval benchmarks search: a model's own, and synthetic ones apart from each other."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from runtime.needle import Example, expand, load_evals
@@ -49,31 +49,38 @@ def examples(context: int) -> list[Example]:
     return found[middle:] + found[:middle]
 
 
-@torch.no_grad()
 def needle(example: Example, layers: Sequence[int]) -> list[Searched]:
-    """What each of `layers` of needle-28m searches on one prompt and its answer.
-
-    Keys (kv_heads, n, d): the prompt without 128 sinks and its last 512 tokens; queries to build from (heads, n, d):
-    those of the same tokens; asked (heads, 32, d): those of the last 32 tokens of the answer. All are rotated, and
-    rounded to 16 bits, as a cache holds them.
-    """
-    kept: dict[int, Searched] = {}
-    end = len(example.prompt) - WINDOW
+    """What each of `layers` of needle-28m searches on one prompt and its answer: `attended`, asked by 32 queries."""
     with TemporaryDirectory() as folder:
         # On a GPU attention in fp32 would hold all scores at once.
         dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(expand(Path(folder)), dtype=dtype).to(DEVICE)
+    tokens = torch.from_numpy(np.concatenate([example.prompt, example.answer]))
+    return attended(model, tokens, layers, asked=ASKED, end=len(example.prompt) - WINDOW)
+
+
+@torch.no_grad()
+def attended(
+    model: PreTrainedModel, tokens: torch.Tensor, layers: Sequence[int], *, asked: int, end: int | None = None
+) -> list[Searched]:
+    """What each of `layers` of a model of Llama's form searches in `tokens` (n,).
+
+    Keys (kv_heads, n, d): the tokens up to `end`, without 128 sinks; queries to build from (heads, n, d): those of the
+    same tokens; asked (heads, asked, d): those of the last tokens. `end` leaves out the last 512, if not given. All
+    are rotated, and rounded to 16 bits, as a cache holds them.
+    """
+    kept: dict[int, Searched] = {}
+    end = len(tokens) - WINDOW if end is None else end
 
     def keep(number: int, layer: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         normed, attention = layer.input_layernorm(arguments[0]), layer.self_attn
         shape = (1, normed.shape[1], -1, attention.head_dim)
         q, k = (project(normed).view(shape).transpose(1, 2) for project in (attention.q_proj, attention.k_proj))
-        angles = model.model.rotary_emb(normed, torch.arange(normed.shape[1], device=DEVICE)[None])
+        angles = model.model.rotary_emb(normed, torch.arange(normed.shape[1], device=model.device)[None])
         q, k = (x[0].half().float().cpu() for x in apply_rotary_pos_emb(q, k, *angles))
-        kept[number] = (k[:, SINKS:end].contiguous(), q[:, SINKS:end], q[:, -ASKED:])
+        kept[number] = (k[:, SINKS:end].contiguous(), q[:, SINKS:end], q[:, -asked:])
 
     for number in layers:
         model.model.layers[number].register_forward_pre_hook(lambda layer, given, n=number: keep(n, layer, given))
-    tokens = torch.from_numpy(np.concatenate([example.prompt, example.answer]))
-    model.model(tokens[None].to(DEVICE), use_cache=False)
+    model.model(tokens[None].to(model.device), use_cache=False)
     return [kept[number] for number in layers]

@@ -4,8 +4,10 @@ For queries that no index saw: recall of the exact top 100 and the attention mas
 computed as a share of the keys (centroids, entry points and upper layers included).
 
     python benchmarks/retrieval_index.py [--context 32768] [--layers 7 6] [--out FILE]
+    python benchmarks/retrieval_index.py --model DIR --text FILE [--tokens 7400] [--layers ...] [--out FILE]
 
-Two sets of keys:
+The second form measures a model of yours (of Llama's form) on your text, layer by layer, against the same baselines
+(`retrieval_model.py`). The first has two sets of keys:
 - needle-28m on one niah_multiquery prompt (`attention_data.needle`). A head is concentrated when its exact top 100
   hold half of its attention to these keys, diffuse otherwise. The graph's defaults were chosen on layers 4 and 6;
   layer 7 was not looked at before.
@@ -38,6 +40,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from attention_data import ASKED, DEVICE, examples, needle, synthetic
+from retrieval_model import measure_model
 
 from runtime.index import Flat, Graph, GraphParameters, Index, Ivf
 from runtime.index.measure import Quality, measure, quality
@@ -246,10 +249,23 @@ def setup(commit: str | None) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=32768, help="tokens of the needle-28m prompt")
-    parser.add_argument("--layers", type=int, nargs="+", default=[7, 6])
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--layers", type=int, nargs="+", help="7 and 6 of needle-28m, or all of --model")
+    parser.add_argument("--model", type=Path, help="a folder that Transformers loads; needs --text")
+    parser.add_argument("--text", type=Path, help="what it reads, UTF-8")
+    parser.add_argument("--tokens", type=int, default=7400, help="of the text")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="of the code measured, where there is no repository to ask")
     given = parser.parse_args()
+    if (given.model is None) != (given.text is None):
+        parser.error("--model and --text go together")
+    if given.model is not None:
+        out = given.out or OUT.with_name("retrieval_model.json")
+        command = f"python benchmarks/retrieval_index.py --model DIR --text FILE --tokens {given.tokens}"
+        about = {**setup(given.commit), "command": command}
+        found = measure_model(given.model, given.text, given.tokens, given.layers or [], out, about)
+        sys.stdout.write(found + "\n")
+        return
+    given.layers, given.out = given.layers or [7, 6], given.out or OUT
     measured: dict[str, object] = {"schema_version": 1, **setup(given.commit)}
     synthetic_rows = rows("synthetic", join([compare(*synthetic(seed)) for seed in SEEDS]), np.arange(len(SEEDS)))
     parts, best = [], []

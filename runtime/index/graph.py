@@ -15,7 +15,8 @@ import torch
 
 from runtime.index.base import Found, check_build, grouped
 from runtime.index.clusters import kmeans
-from runtime.index.links import as_scored, co_found, exact_nearest, prune, reversed_links
+from runtime.index.links import as_scored, closest, co_found, exact_nearest, prune, reversed_links
+from runtime.index.reach import connect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class GraphParameters:
     stop_gain: float = 0.0  # a head stops when 64 keys add less than this share to the attention mass met; 0: never
     train_queries: int = 8192  # of the prompt, evenly spaced, for each KV head
     nearest: int = 32  # keys that each of them finds
-    candidates: int = 64  # of the keys themselves by inner product, among which the links of a key are chosen
+    candidates: int = 64  # keys that queries score most alike, among which the links of a key are chosen
     entries: int = 32  # keys at which a search begins
     seed: int = 0
 
@@ -90,24 +91,28 @@ class Graph:
 def link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> tuple[torch.Tensor, torch.Tensor]:
     """What `Graph.build` makes, where the tensors are: links, and the keys at which a search begins.
 
-    Both int32, (kv_heads, n, degree) and (kv_heads, entries). A key with fewer links has itself in their place, which
-    costs nothing; where there are fewer queries than entries, the last entry repeats.
+    Both int32, (kv_heads, n, degree) and (kv_heads, entries); the links lead from there to every key. A key with fewer
+    links has itself in their place, which costs nothing; where there are fewer queries than entries, the last entry repeats.
     """
     check_build(keys, queries)
     keys = keys.float()
     trained = _evenly(queries.float().view(keys.shape[0], -1, *queries.shape[1:]), parameters.train_queries)
-    links = torch.stack([_link(k, q, parameters) for k, q in zip(keys, trained, strict=True)])
-    return links.int(), _entries(keys, trained, parameters).int()
+    entries = _entries(keys, trained, parameters)
+    links = torch.stack([_link(*head, parameters) for head in zip(keys, trained, entries, strict=True)])
+    return links.int(), entries.int()
 
 
-def _link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> torch.Tensor:
-    """The links of one KV head (n, degree)."""
+def _link(
+    keys: torch.Tensor, queries: torch.Tensor, entries: torch.Tensor, parameters: GraphParameters
+) -> torch.Tensor:
+    """The links of one KV head (n, degree), which lead from its `entries` to every key."""
     n, degree = len(keys), parameters.degree
     points = as_scored(keys, queries)
     together = co_found(exact_nearest(queries, keys, min(parameters.nearest, n)), n, 3 * degree)
-    candidates = torch.cat([exact_nearest(keys, keys, min(parameters.candidates, n)), together], dim=1)
-    outgoing = prune(points, candidates, -(-degree * 3 // 4))
-    return prune(points, torch.cat([outgoing, reversed_links(outgoing, 4 * degree)], dim=1), degree)
+    alike = closest(points, min(parameters.candidates, n))
+    outgoing = prune(points, torch.cat([alike, together], dim=1), -(-degree * 3 // 4))
+    links = prune(points, torch.cat([outgoing, reversed_links(outgoing, 4 * degree)], dim=1), degree)
+    return connect(links, entries, alike)
 
 
 def _entries(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> torch.Tensor:

@@ -10,16 +10,28 @@ def exact_nearest(queries: torch.Tensor, keys: torch.Tensor, count: int) -> torc
     return torch.cat([(part @ keys.T).topk(count).indices for part in torch.split(queries, BLOCK)])
 
 
+def closest(points: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` of `points` (n, head_dim) nearest to each, itself among them: int64 (n, count), nearest first.
+
+    By distance: of largest inner product would be the same few long keys for all, and to most others nothing would
+    lead.
+    """
+    half_squares = points.square().sum(1) / 2
+    return torch.cat([(part @ points.T - half_squares).topk(count).indices for part in torch.split(points, BLOCK)])
+
+
 def as_scored(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     """Place keys (n, head_dim) so that the square of two keys' distance is how differently `queries` score them.
 
-    It is the mean over queries of the square of the difference of both inner products: fp32 (n, head_dim).
+    It is the mean over queries of the square of the difference of both inner products: fp32 (n, head_dim), around 0
+    so that what all keys share costs the distances no digits.
     """
     moments = queries.double().mT @ queries.double() / len(queries)
     # A direction that no query has still counts for a little, so that the factor exists.
     ridge = 1e-6 * moments.diagonal().mean().clamp(min=1e-30)
     factor = torch.linalg.cholesky(moments + ridge * torch.eye(len(moments), dtype=torch.float64, device=keys.device))
-    return (keys.double() @ factor).float()
+    placed = keys.double() @ factor
+    return (placed - placed.mean(0)).float()
 
 
 def co_found(found: torch.Tensor, n: int, count: int) -> torch.Tensor:
