@@ -112,9 +112,10 @@ class Graph(NamedTuple):
         )
 
     def build(self, step: Step) -> Plan:
-        """On the GPU, in fp32: the exact nearest keys of the queries learnt from, and those of every key itself.
+        """On the GPU, in fp32: the exact nearest keys of the queries learnt from, and twice those of every key itself.
 
-        Choosing among these candidates is small beside finding them.
+        By inner product, and by how alike the queries score them. Choosing among these candidates, and leading to keys
+        that no link led to, is small beside finding them.
         """
         heads = self.shape.kv_heads
         links, entries = Rows(heads * self.keys), Rows(heads * ENTRIES)
@@ -124,7 +125,7 @@ class Graph(NamedTuple):
                 name="build",
                 work=Work.FACTOR,
                 rows=links,
-                flops_per_row=2 * self.shape.head_dim * (learnt + self.keys),
+                flops_per_row=2 * self.shape.head_dim * (learnt + 2 * self.keys),
                 reads=(
                     Access("q" if step.whole_prompt else "queries", Rows(step.prompt_tokens)),
                     Access("keys_fp32", links),

@@ -28,12 +28,13 @@ class GraphParameters:
     stop_gain: float = 0.0  # a head stops when 64 keys add less than this share to the attention mass met; 0: never
     train_queries: int = 8192  # of the prompt, evenly spaced, for each KV head
     nearest: int = 32  # keys that each of them finds
-    candidates: int = 64  # keys that queries score most alike, among which the links of a key are chosen
+    candidates: int = 64  # of the keys themselves by inner product, among which the links of a key are chosen
+    alike: int = 8  # and those that the queries score most like it
     entries: int = 32  # keys at which a search begins
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("degree", "train_queries", "nearest", "candidates", "entries"):
+        for name in ("degree", "train_queries", "nearest", "candidates", "alike", "entries"):
             if getattr(self, name) < (least := 2 if name == "degree" else 1):
                 raise ValueError(f"{name}={getattr(self, name)} is below {least}")
         if not 0 < self.scanned <= 1:
@@ -109,8 +110,9 @@ def _link(
     n, degree = len(keys), parameters.degree
     points = as_scored(keys, queries)
     together = co_found(exact_nearest(queries, keys, min(parameters.nearest, n)), n, 3 * degree)
-    alike = closest(points, min(parameters.candidates, n))
-    outgoing = prune(points, torch.cat([alike, together], dim=1), -(-degree * 3 // 4))
+    alike = closest(points, min(parameters.alike + 1, n))
+    candidates = torch.cat([exact_nearest(keys, keys, min(parameters.candidates, n)), alike, together], dim=1)
+    outgoing = prune(points, candidates, -(-degree * 3 // 4))
     links = prune(points, torch.cat([outgoing, reversed_links(outgoing, 4 * degree)], dim=1), degree)
     return connect(links, entries, alike)
 

@@ -13,8 +13,7 @@ def exact_nearest(queries: torch.Tensor, keys: torch.Tensor, count: int) -> torc
 def closest(points: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` of `points` (n, head_dim) nearest to each, itself among them: int64 (n, count), nearest first.
 
-    By distance: of largest inner product would be the same few long keys for all, and to most others nothing would
-    lead.
+    Of largest inner product are, where one key dominates, the same few for all: to most others nothing would lead.
     """
     half_squares = points.square().sum(1) / 2
     return torch.cat([(part @ points.T - half_squares).topk(count).indices for part in torch.split(points, BLOCK)])

@@ -17,7 +17,7 @@ from runtime.index.reach import connect, reached  # noqa: E402
 from runtime.needle import expand, load_evals  # noqa: E402
 
 N, HEAD_DIM = 420, 16
-FEW = GraphParameters(degree=4, entries=4, nearest=8, candidates=8, train_queries=300)
+FEW = GraphParameters(degree=4, entries=4, nearest=8, candidates=8, alike=3, train_queries=300)
 
 
 def walked(links: list[list[int]], entries: list[int]) -> set[int]:
@@ -111,7 +111,7 @@ KINDS = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("parameters", [FEW, GraphParameters(degree=2, entries=1, candidates=3), GraphParameters()])
+@pytest.mark.parametrize("parameters", [FEW, GraphParameters(degree=2, entries=1, candidates=3, alike=1), GraphParameters()])
 def test_every_key_is_reached(kind: str, parameters: GraphParameters) -> None:
     for seed in range(2):
         every_key_is_reached_and_found(*drawn(kind, seed), parameters)
