@@ -452,9 +452,9 @@ def test_retrieval_attention_builds_its_index_from_the_prompt() -> None:
     assert work(ivf, "build") == 10 * 2 * keys * 512 * 128 * 8
     assert read(ivf, "build")["index_keys"] == 11 * keys * 4096  # ten rounds, and once to change places
     graph = planned("retrieval-attention", whole(n))
-    # Of each KV head: an inner product of every key with 8,192 queries and with every key.
-    assert work(graph, "build") == 8 * keys * (8192 + keys) * 2 * 128
-    assert work(planned("retrieval-attention", whole(1500)), "build") == 8 * 860 * (4 * 1500 + 860) * 2 * 128
+    # Of each KV head: products of every key with 8,192 queries, and with every key by inner product and by distance.
+    assert work(graph, "build") == 8 * keys * (8192 + 2 * keys) * 2 * 128
+    assert work(planned("retrieval-attention", whole(1500)), "build") == 8 * 860 * (4 * 1500 + 2 * 860) * 2 * 128
     assert moved(graph) == {DOWN: down + 8 * keys * 16 * 4 + 8 * 32 * 4}  # links and entry points
     chunk = planned("retrieval-attention", Step(prompt_tokens=n, past_tokens=4096, new_tokens=4096))
     assert held(chunk, "queries") == 8192 * 8192  # the queries of all chunks wait for the last one

@@ -16,7 +16,7 @@ from runtime.index import Graph, GraphParameters, link  # noqa: E402
 from runtime.index.reach import connect, reached  # noqa: E402
 from runtime.needle import expand, load_evals  # noqa: E402
 
-N, HEAD_DIM = 420, 16
+N, HEAD_DIM = 240, 16
 FEW = GraphParameters(degree=4, entries=4, nearest=8, candidates=8, alike=3, train_queries=300)
 
 
@@ -58,7 +58,7 @@ def drawn(kind: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def needle(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of layer 7 of the shipped model: keys (4, n, 64), queries (8, n, 64), rotated, of 700 tokens of a prompt."""
+    """Of layer 7 of the shipped model: keys (4, n, 64), queries (8, n, 64), rotated, of 400 tokens of a prompt."""
     folder: Path = expand(tmp_path_factory.mktemp("needle") / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     kept = []
@@ -74,7 +74,7 @@ def needle(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, torc
 
     model.model.layers[7].register_forward_pre_hook(keep)
     with torch.no_grad():
-        model.model(torch.from_numpy(load_evals(("niah_multiquery",))[0].prompt[:700])[None], use_cache=False)
+        model.model(torch.from_numpy(load_evals(("niah_multiquery",))[0].prompt[:400])[None], use_cache=False)
     return kept[1], kept[0]
 
 
@@ -113,8 +113,7 @@ KINDS = (
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parameters", [FEW, GraphParameters(degree=2, entries=1, candidates=3, alike=1), GraphParameters()])
 def test_every_key_is_reached(kind: str, parameters: GraphParameters) -> None:
-    for seed in range(2):
-        every_key_is_reached_and_found(*drawn(kind, seed), parameters)
+    every_key_is_reached_and_found(*drawn(kind, 0), parameters)
 
 
 @pytest.mark.parametrize("parameters", [FEW, GraphParameters()])
@@ -161,7 +160,7 @@ def test_a_lost_key_is_linked_from_the_nearest_that_is_reached_in_place_of_a_lin
 def test_equal_keys_are_found_by_a_search_of_few() -> None:
     """One of 300 equal keys among 600 leads to the others: no more need be scanned than twice what is sought."""
     keys, queries = drawn("random", 3)
-    keys = torch.cat([keys, keys], dim=1)[:, :600]
+    keys = torch.cat([keys, -keys, keys.roll(1, 2)], dim=1)[:, :600]
     keys[:, ::2] = 3 * queries.mean((0, 1))
     index = Graph.build(keys, queries[:, :-60], GraphParameters(scanned=1 / 3))
     found = index.search(queries[:, -1].contiguous(), 100)
