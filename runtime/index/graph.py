@@ -93,7 +93,8 @@ def link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters)
     """What `Graph.build` makes, where the tensors are: links, and the keys at which a search begins.
 
     Both int32, (kv_heads, n, degree) and (kv_heads, entries); the links lead from there to every key. A key with fewer
-    links has itself in their place, which costs nothing; where there are fewer queries than entries, the last entry repeats.
+    links has itself in their place, which costs nothing; where there are fewer queries than entries, the last entry
+    repeats.
     """
     check_build(keys, queries)
     keys = keys.float()

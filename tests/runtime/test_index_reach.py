@@ -111,7 +111,9 @@ KINDS = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("parameters", [FEW, GraphParameters(degree=2, entries=1, candidates=3, alike=1), GraphParameters()])
+@pytest.mark.parametrize(
+    "parameters", [FEW, GraphParameters(degree=2, entries=1, candidates=3, alike=1), GraphParameters()]
+)
 def test_every_key_is_reached(kind: str, parameters: GraphParameters) -> None:
     every_key_is_reached_and_found(*drawn(kind, 0), parameters)
 
