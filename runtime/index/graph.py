@@ -30,7 +30,7 @@ class GraphParameters:
     nearest: int = 32  # keys that each of them finds
     candidates: int = 64  # of the keys themselves by inner product, among which the links of a key are chosen
     alike: int = 8  # and those that the queries score most like it
-    entries: int = 32  # keys at which a search begins
+    entries: int = 32  # keys at which a search begins, at most
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,37 +93,60 @@ def link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters)
     """What `Graph.build` makes, where the tensors are: links, and the keys at which a search begins.
 
     Both int32, (kv_heads, n, degree) and (kv_heads, entries); the links lead from there to every key. A key with fewer
-    links has itself in their place, which costs nothing; where there are fewer queries than entries, the last entry
-    repeats.
+    links has itself in their place, which costs nothing; where there are fewer entries, the last repeats.
     """
     check_build(keys, queries)
     keys = keys.float()
     trained = _evenly(queries.float().view(keys.shape[0], -1, *queries.shape[1:]), parameters.train_queries)
-    entries = _entries(keys, trained, parameters)
-    links = torch.stack([_link(*head, parameters) for head in zip(keys, trained, entries, strict=True)])
-    return links.int(), entries.int()
+    best = _best_of_centres(keys, trained, parameters)
+    made = [_link(*head, parameters) for head in zip(keys, trained, best, strict=True)]
+    links, entries = (torch.stack(tensors).int() for tensors in zip(*made, strict=True))
+    return links, entries
 
 
 def _link(
-    keys: torch.Tensor, queries: torch.Tensor, entries: torch.Tensor, parameters: GraphParameters
-) -> torch.Tensor:
-    """The links of one KV head (n, degree), which lead from its `entries` to every key."""
+    keys: torch.Tensor, queries: torch.Tensor, best: torch.Tensor, parameters: GraphParameters
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The links of one KV head (n, degree), and its entries, from which they lead to every key."""
     n, degree = len(keys), parameters.degree
     points = as_scored(keys, queries)
+    entries = _entries(best, points, keys @ queries.mean(0), parameters)
     together = co_found(exact_nearest(queries, keys, min(parameters.nearest, n)), n, 3 * degree)
     alike = closest(points, min(parameters.alike + 1, n))
     candidates = torch.cat([exact_nearest(keys, keys, min(parameters.candidates, n)), alike, together], dim=1)
     outgoing = prune(points, candidates, -(-degree * 3 // 4))
     links = prune(points, torch.cat([outgoing, reversed_links(outgoing, 4 * degree)], dim=1), degree)
-    return connect(links, entries, alike)
+    return connect(links, entries, alike), entries
 
 
-def _entries(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> torch.Tensor:
-    """The best key of each centre of the queries: int64 (kv_heads, entries)."""
+def _best_of_centres(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> torch.Tensor:
+    """The best key of each centre of the queries: int64 (kv_heads, at most entries)."""
     sample = _evenly(queries[:, None], 128 * parameters.entries)  # enough queries to place the centres
     count = min(parameters.entries, sample.shape[1])
     centres = kmeans(sample, count, rounds=8, seed=parameters.seed).centroids
-    return torch.nn.functional.pad((centres @ keys.mT).argmax(2), (0, parameters.entries - count), mode="replicate")
+    return (centres @ keys.mT).argmax(2)
+
+
+def _entries(
+    best: torch.Tensor, points: torch.Tensor, scores: torch.Tensor, parameters: GraphParameters
+) -> torch.Tensor:
+    """The keys at which a search of one KV head begins: int64 (entries,), the last repeated if there are fewer.
+
+    `best` once each. Where one key dominates it is the best of most centres; up to half of the entries are then the
+    keys of largest of `scores` (n,) in clusters of `points`, largest first: what lies far from all `best` would be
+    come to late.
+    """
+    distinct, half = list(dict.fromkeys(best.tolist())), parameters.entries // 2
+    if len(distinct) < half:
+        clusters = min(half, len(points))
+        members = kmeans(points[None], clusters, rounds=8, seed=parameters.seed).members[0]
+        met = set(members[distinct].tolist())
+        for cluster in torch.bincount(members, minlength=clusters).argsort(descending=True, stable=True).tolist():
+            inside = members == cluster
+            if len(distinct) < half and cluster not in met and inside.any():
+                distinct.append(int(scores.masked_fill(~inside, -torch.inf).argmax()))
+    distinct += distinct[-1:] * (parameters.entries - len(distinct))
+    return torch.tensor(distinct, device=points.device)
 
 
 def _evenly(rows: torch.Tensor, most: int) -> torch.Tensor:
