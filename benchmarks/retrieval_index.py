@@ -262,7 +262,10 @@ def main() -> None:
         out = given.out or OUT.with_name("retrieval_model.json")
         command = f"python benchmarks/retrieval_index.py --model DIR --text FILE --tokens {given.tokens}"
         about = {**setup(given.commit), "command": command}
-        found = measure_model(given.model, given.text, given.tokens, given.layers or [], out, about)
+        try:
+            found = measure_model(given.model, given.text, given.tokens, given.layers or [], out, about)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         sys.stdout.write(found + "\n")
         return
     given.layers, given.out = given.layers or [7, 6], given.out or OUT

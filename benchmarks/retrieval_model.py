@@ -12,7 +12,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
-from attention_data import Searched, attended
+from attention_data import SINKS, WINDOW, Searched, attended
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from runtime.index import Graph, GraphParameters
@@ -28,13 +28,17 @@ METHODS = ("graph", "ivf", "hnsw")
 def text_attention(folder: Path, text: Path, tokens: int, layers: list[int]) -> tuple[list[int], Iterator[Searched]]:
     """The layers (all, if none are given) and what each searches: the last 64 of the first `tokens` of a text ask.
 
-    `ValueError` if the text is shorter, the model has fewer positions or no such layer.
+    `ValueError` if the text is shorter, or the model has fewer positions, no such layer or another form than Llama's.
     """
     ids = AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
     if ids.shape[1] < tokens:
         raise ValueError(f"{text.name} has {ids.shape[1]} tokens; give a text of at least {tokens}, or fewer --tokens")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if model.config.model_type != "llama":  # others may norm or rotate queries and keys in their own way
+        raise ValueError(f"the model is of type {model.config.model_type}; only models of type llama are measured")
     positions, count = model.config.max_position_embeddings, model.config.num_hidden_layers
+    if tokens <= WINDOW + SINKS + TOP_K:
+        raise ValueError(f"--tokens {tokens} leaves fewer than {TOP_K} keys; give more than {WINDOW + SINKS + TOP_K}")
     if tokens > positions:
         raise ValueError(f"the model has {positions} positions; give --tokens {positions} or fewer, not {tokens}")
     if beyond := [layer for layer in layers if not 0 <= layer < count]:
@@ -123,7 +127,7 @@ def layer_record(layer: int, searched: Searched) -> dict[str, object]:
 
 
 def means(record: dict[str, object]) -> dict[str, np.ndarray]:
-    """Mean over heads by share, of each method that has a figure for every head; "best" is the better baseline's."""
+    """Mean over heads by share, NaN where a head has no figure; "ahead" is the graph less the better baseline."""
     table = {m: np.array(rows, dtype=float).mean(0) for m, rows in record["recall"].items()}  # type: ignore[attr-defined]
     return table | {"ahead": table["graph"] - np.fmax(table["ivf"], table["hnsw"])}
 

@@ -8,13 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from runtime.index.clusters import kmeans  # noqa: E402
-from runtime.index.links import as_scored, co_found, exact_nearest, prune, reversed_links  # noqa: E402
+from runtime.index.links import as_scored, closest, co_found, exact_nearest, prune, reversed_links  # noqa: E402
 
 KEYS = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
 QUERIES = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
 
 
-def closest(points: torch.Tensor, count: int) -> torch.Tensor:
+def others(points: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` other points nearest to each."""
     return torch.cdist(points, points).fill_diagonal_(torch.inf).topk(count, largest=False).indices
 
@@ -23,6 +23,15 @@ def test_nearest_is_by_inner_product() -> None:
     nearest = exact_nearest(QUERIES, KEYS, 4)
     for row, query in enumerate(QUERIES.numpy()):
         assert nearest[row].tolist() == np.argsort(-(KEYS.numpy() @ query))[:4].tolist()
+
+
+def test_closest_is_by_distance_however_long_a_key_is() -> None:
+    points = KEYS.clone()
+    points[7] *= 1000
+    apart = torch.cdist(points.double(), points.double())
+    nearest = closest(points, 4)
+    assert nearest[:, 0].tolist() == list(range(60))
+    assert nearest[:, 1:].tolist() == apart.fill_diagonal_(torch.inf).topk(3, largest=False).indices.tolist()
 
 
 def test_distance_is_how_differently_queries_score_two_keys() -> None:
@@ -51,14 +60,14 @@ def test_keys_that_queries_find_together_are_linked_the_common_ones_last() -> No
 
 
 def test_reversed_links_come_back() -> None:
-    links = closest(KEYS, 5)
+    links = others(KEYS, 5)
     back = reversed_links(links, 60)
     for key in range(60):
         assert {end for end in back[key].tolist() if end >= 0} == {a for a in range(60) if key in links[a].tolist()}
 
 
 def test_pruning_takes_no_candidate_that_an_earlier_one_hides() -> None:
-    candidates = torch.cat([closest(KEYS, 12), torch.full((60, 2), -1)], dim=1)
+    candidates = torch.cat([others(KEYS, 12), torch.full((60, 2), -1)], dim=1)
     chosen = prune(KEYS, candidates, 12)
     points = KEYS.double().numpy()
 

@@ -219,6 +219,19 @@ def test_entries_are_the_best_keys_of_queries_far_apart() -> None:
         assert set((centres @ keys.T).argmax(1).tolist()) <= set(begun.tolist())
 
 
+def test_half_of_the_entries_lie_apart_where_one_key_is_the_best_of_all() -> None:
+    """Clusters of keys, 12 of them, and one key that every query finds: there is an entry in each of the largest."""
+    cluster = torch.arange(N) % 12
+    keys = 0.05 * normal(6, KV_HEADS, N, HEAD_DIM) + 4 * normal(7, 12, HEAD_DIM)[cluster]
+    queries = 0.3 * normal(8, KV_HEADS * GROUP, 200, HEAD_DIM) + 2
+    keys[:, 0] = 50
+    _, entries = link(keys, queries, replace(SMALL, entries=16))
+    for begun in entries.tolist():
+        assert begun[0] == 0
+        assert len(set(begun)) == 8
+        assert len({key % 12 for key in set(begun) - {0}}) >= 5
+
+
 def test_quality_of_a_known_answer() -> None:
     keys = torch.tensor([[[2.0], [1.0], [0.0]]])  # softmax of 2, 1, 0 with head_dim 1
     answer = (torch.tensor([[0, 2]]), torch.tensor([2]))
