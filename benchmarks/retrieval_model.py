@@ -126,23 +126,27 @@ def layer_record(layer: int, searched: Searched) -> dict[str, object]:
     return {"layer": layer, "keys": keys.shape[1], "recall": rounded}
 
 
-def means(record: dict[str, object]) -> dict[str, np.ndarray]:
-    """Mean over heads by share, NaN where a head has no figure; "ahead" is the graph less the better baseline."""
-    table = {m: np.array(rows, dtype=float).mean(0) for m, rows in record["recall"].items()}  # type: ignore[attr-defined]
-    return table | {"ahead": table["graph"] - np.fmax(table["ivf"], table["hnsw"])}
-
-
 def layers_table(records: list[dict[str, object]]) -> str:
-    """A line for each layer and method, in Markdown."""
+    """A line for each layer in Markdown: the graph's mean over heads, in parentheses the better baseline's."""
     lines = [
-        "| layer | method | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |",
-        "|---:|---|" + "---:|" * len(SHARES),
+        "| layer | " + " | ".join(f"{share:.0%}" for share in SHARES) + " | worst head |",
+        "|---:|" + "---:|" * (len(SHARES) + 1),
     ]
     for record in records:
-        for method, values in means(record).items():
-            cells = ("-" if np.isnan(value) else f"{value:.3f}" for value in values)
-            lines.append(f"| {record['layer']} | {method} | " + " | ".join(cells) + " |")
+        recall: dict[str, list[list[float | None]]] = record["recall"]  # type: ignore[assignment]
+        graph, ivf, hnsw = (np.array(recall[method], dtype=float) for method in METHODS)
+        best = np.fmax(ivf, hnsw)
+        pairs = zip(graph.mean(0), best.mean(0), strict=True)
+        cells = [f"{figure(ours)} ({figure(theirs)})" for ours, theirs in pairs]
+        ahead = np.where(np.isnan(graph - best), np.inf, graph - best).min(0)
+        worst = f"{100 * ahead.min():+.1f} at {SHARES[ahead.argmin()]:.0%}"
+        lines.append(f"| {record['layer']} | " + " | ".join([*cells, worst]) + " |")
     return "\n".join(lines)
+
+
+def figure(mean: float) -> str:
+    """Three digits, or a dash where a head has no figure."""
+    return "-" if np.isnan(mean) else f"{mean:.3f}"
 
 
 def measure_model(folder: Path, text: Path, tokens: int, layers: list[int], out: Path, setup: dict[str, object]) -> str:

@@ -3,11 +3,6 @@
 import torch
 
 
-def reached(links: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
-    """Whether a walk along `links` (n, degree) from any of `entries` comes to each key: bool (n,)."""
-    return _walk(links, entries)[0]
-
-
 def connect(links: torch.Tensor, entries: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
     """Lead to every key from `entries`: `links` (n, degree of at least 2) with some replaced, int64 (n, degree).
 

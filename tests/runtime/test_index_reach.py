@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # noqa: E402
 
 from runtime.index import Graph, GraphParameters, link  # noqa: E402
-from runtime.index.reach import connect, reached  # noqa: E402
+from runtime.index.reach import connect  # noqa: E402
 from runtime.needle import expand, load_evals  # noqa: E402
 
 N, HEAD_DIM = 240, 16
@@ -85,7 +85,6 @@ def every_key_is_reached_and_found(keys: torch.Tensor, queries: torch.Tensor, pa
     assert links.shape == (len(keys), n, parameters.degree)
     for head in range(len(keys)):
         assert walked(links[head].tolist(), entries[head].tolist()) == set(range(n))
-        assert reached(links[head].long(), entries[head].long()).all()
     index = Graph(keys.contiguous(), links, entries, GraphParameters(degree=parameters.degree, scanned=1.0))
     group = len(queries) // len(keys)
     for q in queries[:, -60::20].unbind(1):
