@@ -14,9 +14,12 @@ demo: $(VENV)/.base
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
 
-# Ten thousand mutated inputs; the results that the documentation counts are written when none breaks a rule.
+# Ten thousand mutated inputs; the results that the documentation counts are written when none breaks a rule. Then
+# fifty kills of a comparison that writes its results, and of a cache that is saved.
 fuzz: $(VENV)/.dev
 	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(VENV)/bin/python -m fuzz.campaign --out benchmarks/results/fuzz.json
+	KVSIM_KILLS=50 $(VENV)/bin/python -m pytest -q tests/kvsim/test_faults.py -k random_moments
+	KVSIM_KILLS=50 $(VENV)/bin/python -m pytest -q tests/runtime/test_saved_kills.py -k killed
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -328,7 +328,9 @@ def test_a_recording_that_does_not_fit_is_refused(recorded: Path, capsys: pytest
     assert error == "error: unknown count 'miss'; known: keep"
     assert "no count was drawn in this run" in error_of(capsys, "simulate", *SMALL, "--counts", nothing)
     error = error_of(capsys, "simulate", *SMALL, "--policy", "shadowkv", "--counts", run, "--counts", "keep=0.1")
-    assert error == f"error: --counts {run!r} is neither NAME=SHARE nor the one file of a recorded run"
+    assert (
+        error == f"error: --counts {run!r} is neither NAME=SHARE nor the one file of a recorded run, such as miss=0.4"
+    )
     (recorded.parent / "s.yaml").write_text("counts: none.npz\n", encoding="utf-8")
     error = error_of(capsys, "simulate", *SMALL, "--scenario", str(recorded.parent / "s.yaml"))
     assert "counts='none.npz': none.npz: no such file; record one with" in error

@@ -94,7 +94,7 @@ def test_what_a_group_reads_together(
     tiny_llama: Path, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each head chooses one page, and the last is read anyway: a group of two heads reads one or two more."""
-    counts, options = tmp_path / "run.npz", "page_tokens=4,budget_tokens=8,dense_layers=0"
+    counts, options = tmp_path / "run.npz", "page_tokens=4,budget_tokens=8,dense_layers=0,sink_tokens=0"
     args = ("--model", str(tiny_llama), "--prompt-file", str(question), "--max-new-tokens", "6")
     own = (*args, "--policy", f"quest:{options},per=query_head")
     said = report(capsys, *own, "--counts-out", str(counts))

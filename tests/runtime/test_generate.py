@@ -119,7 +119,7 @@ def test_shadowkv_at_full_rank_that_selects_everything(model):
     decomposing and rebuilding them adds in each of four layers: some ten roundings of 6e-8, together 2.4e-6.
     """
     inputs = prompts(3, pads=(2, 5, 19))
-    policy = parse_policy("shadowkv:chunk_tokens=2,budget_tokens=14,rank=36,outlier_chunks=0")
+    policy = parse_policy("shadowkv:chunk_tokens=2,budget_tokens=14,rank=36,outlier_chunks=0,sink_tokens=0")
     expected = generate(model, inputs)
     position = inputs["attention_mask"].cumsum(1).sub(1).clamp(min=0)
     longer = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.int64)], dim=1)
