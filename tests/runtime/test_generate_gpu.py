@@ -95,7 +95,7 @@ def test_shadowkv_rebuilds_keys_and_fetches_values_on_the_gpu(model):
     80 chunks of 8 tokens; each row has a chunk or more of padding, so that a budget of 79 leaves nothing out.
     """
     given = {name: tensor[1:] for name, tensor in inputs(3).items()}
-    policy = parse_policy("shadowkv:budget_tokens=632,rank=64,outlier_chunks=0")
+    policy = parse_policy("shadowkv:budget_tokens=632,rank=64,outlier_chunks=0,sink_tokens=0")
     mask = torch.cat([given["attention_mask"], given["attention_mask"].new_ones(2, 1)], dim=1)
     ids = torch.cat([given["input_ids"], given["input_ids"].new_full((2, 1), 77)], dim=1)
     position = mask.cumsum(1).sub(1).clamp(min=0)
