@@ -58,7 +58,12 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kind, local_files_only=True, trust_remote_code=False, use_safetensors=True, **_packed(folder)
+            folder,
+            dtype=kind,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **_packed(Path(folder)),
         )
         return model.to(where).eval()
     except torch.OutOfMemoryError as error:
@@ -73,7 +78,9 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder; ValueError when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **_packed(folder))
+        return AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **_packed(Path(folder))
+        )
     except OSError as error:
         raise ValueError(f"{folder}: no tokenizer to load ({' '.join(str(error).split())})") from error
 

@@ -59,4 +59,6 @@ def test_the_page_is_what_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     import quality
 
-    assert quality.PAGE.read_text(encoding="utf-8") == quality.page(json.loads(quality.OUT.read_text()))
+    assert quality.PAGE.read_text(encoding="utf-8") == quality.page(
+        json.loads(quality.OUT.read_text()), json.loads(quality.REAL_TEXT.read_text())
+    )

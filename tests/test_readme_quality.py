@@ -1,14 +1,7 @@
-"""What the documentation says of quality is what the committed measurements say."""
+"""What the README says of quality is what the committed measurements say."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-
-import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[1]
 SHOWN = {  # the rows of the README's table of policies that have a figure, by the rows measured
@@ -19,22 +12,6 @@ SHOWN = {  # the rows of the README's table of policies that have a figure, by t
     "shadowkv": "shadowkv 1/8",
     "retrieval-attention": "retrieval-attention flat, top 100",
 }
-
-
-def script(name: str) -> ModuleType:
-    spec = spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_that_of_the_results() -> None:
-    quality = script("quality")
-    results = [json.loads(path.read_text()) for path in (quality.OUT, quality.REAL_TEXT)]
-    how = "run python benchmarks/quality.py --page and commit what it writes"
-    assert (ROOT / "docs" / "quality.md").read_text(encoding="utf-8") == quality.page(*results), how
 
 
 def test_the_readme_says_what_was_measured() -> None:
