@@ -73,8 +73,9 @@ def test_deepseek_by_hand():
     result, s = lone("deepseek-v3", 8, 3)
     assert held(result, s) == 8 * 1002 * 61 * LATENT * 2
     assert pytest.approx(37e9, rel=0.02) == DEEPSEEK_ACTIVE
-    # Heads are divided among the ranks; each reads the projections down to the two latents whole.
+    # Heads are divided among the ranks; each reads the projections down to the two latents whole, with their scales.
     again = 7 * 61 * 7168 * (1536 + LATENT)
+    again += again * 4 // 128**2
     assert weights_of_a_step("deepseek-v3", 8) == pytest.approx(DEEPSEEK_BYTES + again, rel=1e-4)
     # A decode step reads the latents of all tokens once on each rank, appends one row, and moves queries and outputs.
     reads = [lone("deepseek-v3", 8, output)[0].traffic["hbm->sm"]["plans"] for output in (3, 2)]
