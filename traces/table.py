@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ def _read_jsonl(lines: TextIO, source: str, skip_bad_rows: bool) -> Table:
         try:
             row, fault = json.loads(line, object_pairs_hook=_once), "it is another JSON value"
         except (ValueError, RecursionError) as error:
-            row, fault = None, str(error)
+            row, fault = None, _fault(error)
         if not isinstance(row, dict):
             if not skip_bad_rows:
                 raise TraceError.at(source, number, "row", line.strip(), f"must be a JSON object; {fault}")
@@ -117,7 +118,7 @@ def _read_json(lines: TextIO, source: str, _skip_bad_rows: bool) -> Table:
     for number, row, listed in _json_values(lines.read(), source):
         if not isinstance(row, dict):
             kind, rule = (
-                "list" if listed else type(row).__name__,
+                "list" if listed else _KINDS[type(row)],
                 "must be JSON objects, one after another or in a list",
             )
             raise TraceError.at(source, number, "file", kind, rule)
@@ -149,9 +150,23 @@ def _json_values(text: str, source: str) -> Iterator[tuple[int, Any, bool]]:
             try:
                 value, at = decoder.raw_decode(text, at)
             except (ValueError, RecursionError) as error:
-                raise TraceError.at(source, number, "file", "malformed", f"must be JSON objects; {error}") from error
+                raise TraceError.at(
+                    source, number, "file", "malformed", f"must be JSON objects; {_fault(error)}"
+                ) from error
             yield number, value, inside
             due = True
+
+
+_KINDS = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "a text", list: "a list"}
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a JSON text, in words that need no knowledge of Python."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if not isinstance(error, json.JSONDecodeError) and "digits" in str(error):
+        return f"a number has more than the {sys.get_int_max_str_digits():,} digits that are read; shorten it"
+    return str(error)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

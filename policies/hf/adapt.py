@@ -19,7 +19,7 @@ def part(config: Config, key: str) -> Config:
 def chatglm(config: Config) -> Config:
     """GLM-4's own key names, as the common ones."""
     if config.get("add_bias_linear"):
-        raise ValueError("add_bias_linear=true is not supported: GLM-4 has biases in qkv only (add_qkv_bias)")
+        raise ValueError("add_bias_linear=true must be false: GLM-4 has biases in qkv only (add_qkv_bias)")
     grouped = config.get("multi_query_attention")
     return {
         **config,

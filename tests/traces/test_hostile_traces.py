@@ -228,3 +228,17 @@ def test_decimals_are_numbers_or_refused_by_name(tmp_path: Path) -> None:
     cells = pa.array([Decimal("5.0"), Decimal("6.0")])
     parquet.write_table(pa.table({**REQUESTS, "num_prefill_tokens": cells}), tmp_path / "t.parquet")
     assert refusal(tmp_path / "t.parquet").startswith("t.parquet:1: num_prefill_tokens=")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("t.jsonl", '{"arrived_at": ' + "9" * 5000 + "}\n", "a number has more than the 4,300 digits that are read"),
+        ("t.jsonl", "[" * 200_000 + "\n", "it is nested too deep"),
+        ("t.json", "null\n", "file=null: must be JSON objects"),
+    ],
+)
+def test_json_that_python_refuses_in_words_of_its_own(name, content, says, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=says):
+        traces.load(str(tmp_path / name))
