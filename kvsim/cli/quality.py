@@ -17,6 +17,7 @@ from kvsim.version import __version__
 from policies.shown import shown
 
 if TYPE_CHECKING:
+    from policies import Policy
     from runtime.quality import Passages, Quality
     from traces.counts import Recording
 
@@ -58,17 +59,19 @@ def quality(
     content = read_document(text)
     require_runtime()
     from kvsim.quality_report import TABLE, caption, cells, quality_page
+    from policies import parse_policy
     from runtime.loading import load_model, load_tokenizer, model_folder
     from runtime.quality import passages
 
     for option, path in {"--save": save, "--page": page, "--counts-out": counts_out}.items():
         if path is not None:
             check_takes_a_file(option, path)
+    parsed = {given: parse_policy(given) for given in policy}  # a wrong one is named before a model is loaded
     with model_folder(model) as folder:
         tokenizer = load_tokenizer(folder)
         asked = [passages(tokenizer, content, tokens, new_tokens, places) for tokens in contexts]
         loaded = load_model(folder, device, dtype)
-    rows, recording = _measured(loaded, policy, asked)
+    rows, recording = _measured(loaded, parsed, asked)
     document = {
         "schema_version": SCHEMA_VERSION,
         "kind": "quality",
@@ -94,18 +97,18 @@ def quality(
         print_line(caption(document))
 
 
-def _measured(model: Any, policies: list[str], asked: "list[Passages]") -> "tuple[list[dict[str, Any]], Recording]":
+def _measured(
+    model: Any, policies: "dict[str, Policy]", asked: "list[Passages]"
+) -> "tuple[list[dict[str, Any]], Recording]":
     """A row for each context and policy, and the recording of the last."""
-    from policies import parse_policy
     from runtime.quality import full_logits, measure
 
-    parsed = {text: parse_policy(text) for text in policies}
     rows = []
-    with progress_bar("tokens", len(parsed) * sum(each.ids.shape[1] for each in asked)) as show:
+    with progress_bar("tokens", len(policies) * sum(each.ids.shape[1] for each in asked)) as show:
         before = 0
         for each in asked:
             full = full_logits(model, each)
-            for text, policy in parsed.items():
+            for text, policy in policies.items():
                 found = measure(model, policy, each, full, lambda done, before=before: show(before + done))
                 before += each.ids.shape[1]
                 rows.append(_row(text, each.context_tokens, found))
