@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 
-from kvsim.results import summarize
-from kvsim.scenario import scenario
-from kvsim.simulate import simulate
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.scenario_file import scenario
 from traces import Trace
 
 BASE = {"trace": "mooncake-conversation", "model": "llama-3.1-8b", "gpu": "h100-sxm", "gpus": 8}

@@ -6,11 +6,11 @@ python examples/compare_schedulers.py [LIMIT]
 import sys
 from pathlib import Path
 
-from kvsim.results import summarize
-from kvsim.scenario import scenario
-from kvsim.setup import SCHEDULERS
-from kvsim.simulate import simulate
-from kvsim.units import format_s
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.scenario_file import scenario
+from kvsim.scenario.setup import SCHEDULERS
+from kvsim.text.units import format_s
 
 SHOWN = 8
 file = Path(__file__).with_name("tenants.yaml")

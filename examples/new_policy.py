@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvsim.results import summarize
-from kvsim.scenario import scenario
-from kvsim.simulate import simulate
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.scenario_file import scenario
 from policies import ModelShape, Policy, Reuse, Step
 from policies.dense import activations, append, attend, causal_pairs, kv_row
 from policies.dtypes import check_dtype

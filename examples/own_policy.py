@@ -11,9 +11,9 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvsim.results import summarize
-from kvsim.scenario import scenario
-from kvsim.simulate import simulate
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.scenario_file import scenario
 from policies import ModelShape, Policy, Reuse, Step
 from policies.dense import activations, append, attend, causal_pairs
 from policies.plan import Access, Buffer, Copy, Plan, Rows, Tier

@@ -8,10 +8,10 @@ import sys
 import numpy as np
 
 import traces
-from kvsim.hardware import load_gpu, load_host
+from kvsim.hardware.catalogue import load_gpu, load_host
 from kvsim.models import load_model
-from kvsim.results import summarize
-from kvsim.simulate import Setup, simulate
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import Setup, simulate
 from policies import ShadowKV
 
 

@@ -10,8 +10,8 @@ from typer.exceptions import TyperException
 
 from kvsim.cli import TargetUnmet
 from kvsim.cli.app import app
-from kvsim.printable import brief, printable
-from kvsim.process import OutputLost, discard_output, in_order
+from kvsim.cli.process import OutputLost, discard_output, in_order
+from kvsim.text.printable import brief, printable
 from policies.shown import MOST_SHOWN, shown
 
 LONGEST_WORD, LONGEST_MESSAGE = 1024, 560  # a value that typer or the system quotes whole may have megabytes

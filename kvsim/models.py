@@ -5,8 +5,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from kvsim.documents import parse_json, read_document
-from kvsim.names import unknown_name
+from kvsim.text.documents import parse_json, read_document
+from kvsim.text.names import unknown_name
 from policies import hf
 from policies.hf.local_cache import cached_folder, is_hub_name
 from policies.model import ModelShape

@@ -3,11 +3,12 @@
 import numpy as np
 from simulated import HOST, trace
 
-from kvsim.engine import eviction, prefix_cache, prefix_window
-from kvsim.engine.prefix_state import CACHE, TIER
-from kvsim.engine.state import NOBODY
-from kvsim.foresight import Chains
-from kvsim.prefix_tiers import cache_arrays, links_of
+from kvsim.engine.caches import eviction, prefix_cache
+from kvsim.engine.caches import window as prefix_window
+from kvsim.engine.caches.foresight import Chains
+from kvsim.engine.caches.state import CACHE, TIER
+from kvsim.engine.caches.tiers import cache_arrays, links_of
+from kvsim.engine.state.cluster import NOBODY
 from policies import Reuse
 
 

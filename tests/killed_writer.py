@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvsim import folder_swap
-from kvsim.result_folder import hold
+from kvsim.results import folder_swap
+from kvsim.results.folder import hold
 
 OLD = {"summary.json": "old", "report.html": "old", "full/requests.parquet": "old", "quest/requests.parquet": "old"}
 NEW = {"summary.json": "new", "report.html": "new", "full/requests.parquet": "new", "snapkv/requests.parquet": "new"}

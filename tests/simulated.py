@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from kvsim.hardware import load_gpu, load_host
+from kvsim.hardware.catalogue import load_gpu, load_host
 from kvsim.models import load_model
-from kvsim.simulate import Setup
+from kvsim.run.simulate import Setup
 from policies import parse_policy
 from traces import Trace
 

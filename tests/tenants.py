@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from simulated import setup, trace
 
-from kvsim.engine.engine import Engine
-from kvsim.simulate import _Cluster
+from kvsim.engine.desk import Engine
+from kvsim.run.simulate import _Cluster
 from traces import Trace
 
 TIMES = ("admitted_s", "first_token_s", "finish_s")

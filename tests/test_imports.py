@@ -53,7 +53,7 @@ def test_a_package_imports_only_what_it_may(package: str, path: Path) -> None:
 
 
 def test_the_rule_is_seen_to_bite() -> None:
-    tree = ast.parse("import os.path\nimport torch.nn\ndef f():\n    from kvsim.units import parse_tokens\n")
+    tree = ast.parse("import os.path\nimport torch.nn\ndef f():\n    from kvsim.text.units import parse_tokens\n")
     assert imported_packages(tree) == {"torch", "kvsim"}
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from kvsim.derive import AMOUNTS, TIERS, PlanTable, Structure, Vector
-from kvsim.machine import Machine
-from kvsim.makespan import Clock, Load
+from kvsim.hardware.machine import Machine
+from kvsim.iteration.makespan import Clock, Load
+from kvsim.plans.derive import AMOUNTS, TIERS, PlanTable, Structure, Vector
 from policies import ModelShape, parse_policy
 from policies.plan import Tier
 

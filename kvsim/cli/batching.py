@@ -7,7 +7,7 @@ import typer
 from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.trace import LimitOption, SeedOption, SkipOption, TraceArgument
-from kvsim.units import bounded_tokens, format_count, format_s, parse_duration_s, parse_params
+from kvsim.text.units import bounded_tokens, format_count, format_s, parse_duration_s, parse_params
 from policies.shown import shown
 
 
@@ -36,13 +36,13 @@ def batching(
 ) -> None:
     """Compare ways to prefill a trace's prompts: padded, packed into rows, without padding, in chunks."""
     import traces
-    from kvsim.batching import compare
-    from kvsim.derive import PlanTable
-    from kvsim.hardware import load_gpu, load_host
-    from kvsim.machine import Machine
-    from kvsim.makespan import Clock
+    from kvsim.explain.batching import compare
+    from kvsim.hardware.catalogue import load_gpu, load_host
+    from kvsim.hardware.machine import Machine
+    from kvsim.iteration.makespan import Clock
     from kvsim.models import load_model
-    from kvsim.scenario import default_host
+    from kvsim.plans.derive import PlanTable
+    from kvsim.scenario.scenario_file import default_host
     from policies import Full
 
     card = load_gpu(gpu)

@@ -10,13 +10,13 @@ import typer
 from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_line, print_rich, print_table
 from kvsim.cli.prefill import print_density, print_occupancy, print_schemes
-from kvsim.names import unknown_name
-from kvsim.shares import parse_shares
-from kvsim.units import bounded_tokens, format_bytes, format_count, format_s, parse_params
+from kvsim.scenario.shares import parse_shares
+from kvsim.text.names import unknown_name
+from kvsim.text.units import bounded_tokens, format_bytes, format_count, format_s, parse_params
 from policies.shown import shown
 
 if TYPE_CHECKING:
-    from kvsim.explain import Costs
+    from kvsim.explain.costs import Costs
     from policies import ModelShape
 
 PLAN_OPTIONS = ("plan", "model", "context", "kv_dtype", "weight_dtype", "params")
@@ -115,7 +115,7 @@ def explain(
 ) -> None:
     """Compare what a long context costs under each policy: memory, prefill, decode, and switching between sequences."""
     from kvsim.models import load_model
-    from kvsim.speculation import parse_acceptance, speculation
+    from kvsim.scenario.speculation import parse_acceptance, speculation
 
     contexts = [bounded_tokens("context", part) for part in context.split(",")]
     shape = load_model(model, None if params is None else parse_params(params)).stored_as(weight_dtype, kv_dtype)
@@ -172,9 +172,9 @@ def explain(
 def _paper_rows(
     names: Sequence[str], model: "ModelShape", gpu: str, contexts: Sequence[int], tp: int, batch: int | None
 ) -> list[tuple[str, "Costs"]]:
-    from kvsim.explain import paper_costs
-    from kvsim.fit import misfit
-    from kvsim.hardware import load_gpu
+    from kvsim.explain.costs import paper_costs
+    from kvsim.explain.fit import misfit
+    from kvsim.hardware.catalogue import load_gpu
 
     for name in names:
         if name != "full":
@@ -198,8 +198,8 @@ def _rows(
     options: dict[str, Any],
     shares: dict[str, float],
 ) -> Iterator[tuple[str, "Costs"]]:
-    from kvsim.explain import Explainer
-    from kvsim.hardware import load_gpu, load_host
+    from kvsim.explain.costs import Explainer
+    from kvsim.hardware.catalogue import load_gpu, load_host
     from policies import POLICIES, parse_policy
 
     card, server = load_gpu(gpu), load_host(host)
@@ -271,7 +271,7 @@ def _cells(costs: "Costs", left_out: Sequence[str]) -> list[str]:
 
 def _print_plan(text: str, model: "ModelShape", tokens: int) -> None:
     """Print the plans of the chunk that completes a prompt and of a decode step, once for all layers alike."""
-    from kvsim.plan_tree import plan_tree
+    from kvsim.plans.plan_tree import plan_tree
     from policies import LayerPlan, Step, parse_policy, plan_layer
 
     policy = parse_policy(text)

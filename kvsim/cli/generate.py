@@ -9,9 +9,9 @@ from kvsim.cli.destination import check_takes_a_file
 from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import JsonFlag, print_facts, print_json
 from kvsim.cli.progress import progress_bar
-from kvsim.documents import read_document
-from kvsim.printable import printable
-from kvsim.units import format_bytes, format_s, parse_tokens
+from kvsim.text.documents import read_document
+from kvsim.text.printable import printable
+from kvsim.text.units import format_bytes, format_s, parse_tokens
 
 if TYPE_CHECKING:
     from policies import Policy

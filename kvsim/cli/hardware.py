@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvsim.cli.output import Columns, JsonFlag, print_facts, print_json, print_line, print_table
-from kvsim.names import unknown_name
-from kvsim.units import format_bytes, format_rate, format_s
+from kvsim.text.names import unknown_name
+from kvsim.text.units import format_bytes, format_rate, format_s
 
 if TYPE_CHECKING:
-    from kvsim.hardware import Gpu, Host
+    from kvsim.hardware.catalogue import Gpu, Host
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True)
 @app.command("list")
 def list_hardware(json: JsonFlag = False) -> None:
     """List the GPUs and hosts of the catalogue."""
-    from kvsim.hardware import gpu_names, host_names, load_gpu, load_host
+    from kvsim.hardware.catalogue import gpu_names, host_names, load_gpu, load_host
 
     gpus = [load_gpu(name) for name in gpu_names()]
     hosts = [load_host(name) for name in host_names()]
@@ -73,7 +73,7 @@ def show_hardware(
     json: JsonFlag = False,
 ) -> None:
     """Show a GPU's parameter sets beside each other, or a host, with the source of every figure."""
-    from kvsim.hardware import gpu_names, host_names, load_host
+    from kvsim.hardware.catalogue import gpu_names, host_names, load_host
 
     if as_host or name in host_names():
         _show_host(load_host(name), json=json)
@@ -85,8 +85,8 @@ def show_hardware(
 
 
 def _parameter_sets(name: str) -> list["Gpu"]:
-    from kvsim.gpu_file import PARAMETER_SETS
-    from kvsim.hardware import load_gpu
+    from kvsim.hardware.catalogue import load_gpu
+    from kvsim.hardware.gpu_file import PARAMETER_SETS
 
     if name.endswith(tuple(f"@{parameter_set}" for parameter_set in PARAMETER_SETS)):
         return [load_gpu(name)]

@@ -9,7 +9,7 @@ import typer
 
 from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import JsonFlag, print_facts, print_json, print_line, print_table
-from kvsim.units import format_bytes, format_count, parse_params, parse_tokens
+from kvsim.text.units import format_bytes, format_count, parse_params, parse_tokens
 from policies.model import LayerShape, ModelShape
 
 ParamsOption = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvsim.printable import brief, printable
+from kvsim.text.printable import brief, printable
 
 Columns = Mapping[str, Literal["left", "right"]]
 """How each column is aligned, by its heading."""

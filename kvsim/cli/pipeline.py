@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvsim.cli.output import SCHEMA_VERSION, print_line, print_table
-from kvsim.units import format_bytes, format_count, format_s
+from kvsim.text.units import format_bytes, format_count, format_s
 
 if TYPE_CHECKING:
     from policies import ModelShape
@@ -26,8 +26,8 @@ def print_pipeline(
     json: bool,
 ) -> None:
     """Print one row for each context."""
-    from kvsim.hardware import load_gpu, load_host
-    from kvsim.pipeline import Pipelined
+    from kvsim.explain.pipeline import Pipelined
+    from kvsim.hardware.catalogue import load_gpu, load_host
 
     pipelined = Pipelined(model, load_gpu(gpu), load_host(host), **options)
     if pipelined.misfit:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvsim.cli.output import SCHEMA_VERSION, print_line, print_table
-from kvsim.units import format_bytes, format_count, format_s
+from kvsim.text.units import format_bytes, format_count, format_s
 from policies.shown import shown
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ def print_occupancy(
     model: "ModelShape", gpu: str, host: str, contexts: Sequence[int], batch: int, *, json: bool
 ) -> None:
     """One row for each context, phase and kernel: a layer's blocks on the SMs of one rank, and their time."""
-    from kvsim.hardware import load_gpu, load_host
-    from kvsim.machine import Machine
-    from kvsim.occupancy import KERNELS, Attention
+    from kvsim.explain.occupancy import KERNELS, Attention
+    from kvsim.hardware.catalogue import load_gpu, load_host
+    from kvsim.hardware.machine import Machine
 
     layer = next((shape for shape in model.layers if shape.kind == "full"), None)
     if layer is None:
@@ -85,10 +85,10 @@ def print_density(
     json: bool,
 ) -> None:
     """One row for each policy and context: what its prefill computes, of what a dense one does; on a GPU and host."""
-    from kvsim.density import density, drawn_counts
-    from kvsim.hardware import load_gpu, load_host
-    from kvsim.machine import Machine
-    from kvsim.names import unknown_name
+    from kvsim.explain.density import density, drawn_counts
+    from kvsim.hardware.catalogue import load_gpu, load_host
+    from kvsim.hardware.machine import Machine
+    from kvsim.text.names import unknown_name
     from policies import parse_policy
 
     machine = Machine(gpu=load_gpu(hardware[0]), host=load_host(hardware[1]))
@@ -136,9 +136,9 @@ def print_schemes(
     model: "ModelShape", gpu: str, host: str, contexts: Sequence[int], devices: int, *, json: bool
 ) -> None:
     """For each scheme and context what the busiest device sends for all layers, and the time of the whole prefill."""
-    from kvsim.hardware import load_gpu, load_host
-    from kvsim.machine import Machine
-    from kvsim.sequence_parallel import VOLUMES, Split, prefill_s, volume
+    from kvsim.explain.sequence_parallel import VOLUMES, Split, prefill_s, volume
+    from kvsim.hardware.catalogue import load_gpu, load_host
+    from kvsim.hardware.machine import Machine
 
     card, server = load_gpu(gpu), load_host(host)
     if devices > server.gpus_max:

@@ -11,8 +11,8 @@ from kvsim.cli.destination import check_takes_a_file
 from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import SCHEMA_VERSION, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.progress import progress_bar
-from kvsim.documents import read_document
-from kvsim.units import parse_tokens
+from kvsim.text.documents import read_document
+from kvsim.text.units import parse_tokens
 from kvsim.version import __version__
 from policies.shown import shown
 
@@ -58,7 +58,7 @@ def quality(
         raise ValueError(f"--counts-out takes the counts of one policy, and {len(policy)} are given; run them apart")
     content = read_document(text)
     require_runtime()
-    from kvsim.quality_report import TABLE, caption, cells, quality_page
+    from kvsim.report.quality import TABLE, caption, cells, quality_page
     from policies import parse_policy
     from runtime.loading import load_model, load_tokenizer, model_folder
     from runtime.quality import passages
@@ -116,7 +116,7 @@ def _measured(
 
 
 def _row(policy: str, context_tokens: int, found: "Quality") -> dict[str, Any]:
-    from kvsim.quality_report import FIGURES
+    from kvsim.report.quality import FIGURES
 
     return {
         "policy": policy,
@@ -130,7 +130,7 @@ def _row(policy: str, context_tokens: int, found: "Quality") -> dict[str, Any]:
 
 def _interval(values: list[float]) -> dict[str, Any]:
     """Mean and 95 % interval over the places; of a single one there is none."""
-    from kvsim.intervals import t_interval
+    from kvsim.results.intervals import t_interval
 
     if len(values) == 1:
         return {"mean": values[0], "low": None, "high": None, "places": values}

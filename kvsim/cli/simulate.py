@@ -11,15 +11,15 @@ import typer
 
 from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import JsonFlag, print_line
-from kvsim.shares import parse_shares
-from kvsim.tenants import parse_named
+from kvsim.scenario.shares import parse_shares
+from kvsim.scenario.tenants import parse_named
 from policies.shown import shown
 
 if TYPE_CHECKING:
-    from kvsim.result_folder import Held
-    from kvsim.results import Result
-    from kvsim.scenario import Scenario
-    from kvsim.simulate import Setup
+    from kvsim.results.folder import Held
+    from kvsim.results.summary import Result
+    from kvsim.run.simulate import Setup
+    from kvsim.scenario.scenario_file import Scenario
     from traces import Trace
 
 INTERRUPTED = 130
@@ -180,10 +180,10 @@ def replay(
     json: JsonFlag = False,
 ) -> None:
     """Replay a trace of requests on a simulated cluster."""
+    from kvsim.cli.process import finishing
     from kvsim.cli.simulate_output import print_comparison, print_run, progress_bars
-    from kvsim.parallel import Job, simulate_all
-    from kvsim.process import finishing
-    from kvsim.result_files import write_set
+    from kvsim.results.files import write_set
+    from kvsim.run.parallel import Job, simulate_all
     from policies import describe
 
     several = ctx.info_name == "compare"
@@ -233,7 +233,7 @@ def replay(
 
 def _scenario(ctx: typer.Context, file: Path | None, several: bool, *, allow_code: bool) -> "Scenario":
     """What the command line asks for, on top of the scenario file."""
-    from kvsim.scenario import scenario
+    from kvsim.scenario.scenario_file import scenario
 
     if allow_code and file is None:
         raise ValueError("--allow-code is of --scenario: a policy of the command line runs without it; leave it out")
@@ -278,8 +278,8 @@ def _check_counts(asked: "Scenario", setups: Sequence["Setup"], trace: "Trace") 
     """Refuse counts that no policy draws, and warn of those that no prompt of this trace is long enough for."""
     import numpy as np
 
-    from kvsim.derive import PlanTable
-    from kvsim.names import unknown_name
+    from kvsim.plans.derive import PlanTable
+    from kvsim.text.names import unknown_name
 
     if not asked.counts:
         return
@@ -310,7 +310,7 @@ def _warn_of_positions(setup: "Setup", trace: "Trace") -> None:
 
 
 def _warn_of_unused_caches(setups: Sequence["Setup"]) -> None:
-    from kvsim.setup import CACHE_ROUTERS
+    from kvsim.scenario.setup import CACHE_ROUTERS
     from policies import Reuse, describe, reuse_of
 
     for setup in setups:
@@ -338,7 +338,7 @@ def _warn_of_nothing_seen(asked: "Scenario", result: "Result") -> None:
 
 def _folder(out: Path | None, policies: Sequence[str]) -> AbstractContextManager["Held | None"]:
     """The folder of --out, held from before the run until its results are in it; None where it was not given."""
-    from kvsim.result_files import holding
+    from kvsim.results.files import holding
 
     return nullcontext() if out is None else holding(out, policies)
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvsim.cli.output import Columns, print_facts, print_json, print_line, print_table
-from kvsim.printable import printable
-from kvsim.units import format_bytes, format_count, format_s
+from kvsim.text.printable import printable
+from kvsim.text.units import format_bytes, format_count, format_s
 
 if TYPE_CHECKING:
-    from kvsim.parallel import Show
-    from kvsim.report_runs import Run
-    from kvsim.results import Result
+    from kvsim.report.runs import Run
+    from kvsim.results.summary import Result
+    from kvsim.run.parallel import Show
 
 MISSING = "-"
 SETTING_UP = "setting up (the first run on a machine compiles for some minutes)"
@@ -41,7 +41,7 @@ COMPARED = (
 
 def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, json: bool) -> None:
     """Print one simulation: its summary as JSON, or its main figures."""
-    from kvsim.report_runs import LATENCIES, runs_of
+    from kvsim.report.runs import LATENCIES, runs_of
 
     (run,) = runs_of([result], slo_s, warmup_s)
     if json:
@@ -104,8 +104,8 @@ def print_comparison(
     results: Sequence["Result"], slo_s: Mapping[str, float], warmup_s: float, missing: Sequence[str], *, json: bool
 ) -> None:
     """Print simulations side by side: their summaries as JSON, or one row for each; `missing` had not begun."""
-    from kvsim.report_runs import runs_of
-    from kvsim.result_files import comparison
+    from kvsim.report.runs import runs_of
+    from kvsim.results.files import comparison
 
     runs = runs_of(results, slo_s, warmup_s)
     if json:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kvsim.cli.output import Columns, JsonFlag, print_facts, print_json, print_line, print_table
-from kvsim.units import format_count, format_s, parse_duration_s, parse_tokens
+from kvsim.text.units import format_count, format_s, parse_duration_s, parse_tokens
 
 app = typer.Typer(no_args_is_help=True)
 

@@ -10,7 +10,7 @@ from kvsim.cli import TargetUnmet
 from kvsim.cli.extras import require_runtime
 from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.progress import progress_bar
-from kvsim.units import parse_tokens
+from kvsim.text.units import parse_tokens
 
 if TYPE_CHECKING:
     from policies import Policy
@@ -122,7 +122,7 @@ def _tried(model: Any, texts: Sequence[str] | None) -> Iterator[tuple[str, "Poli
 
 def _row(model: Any, text: str, policy: "Policy", sizes: dict[str, int]) -> Row:
     """Run one policy, replay its recording through the simulator's side, and compare."""
-    from kvsim.replay import replay_held_bytes, replay_moved_bytes
+    from kvsim.plans.replay import replay_held_bytes, replay_moved_bytes
     from policies.plan import Tier
     from runtime.trial import try_policy
 

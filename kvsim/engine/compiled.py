@@ -1,7 +1,7 @@
 """The inner loop compiled: numba turns the plain functions of this package into machine code and keeps it on disk.
 
-It is kept beside the sources, or in the user's cache where that folder cannot be written; `kvsim.kept_code` sees that
-a damaged or missing file costs no more than a compilation.
+It is kept beside the sources, or in the user's cache where that folder cannot be written; `kvsim.engine.kept_code` sees
+that a damaged or missing file costs no more than a compilation.
 """
 
 import inspect
@@ -13,42 +13,42 @@ import numba
 from numba.extending import register_jitable
 
 from kvsim.engine import loop
-from kvsim.kept_code import keep
+from kvsim.engine.kept_code import keep
 
 _KERNELS = (
-    "attribution",
-    "batch",
-    "books",
-    "decoding",
-    "estimate",
-    "eviction",
+    "batch.decoding",
+    "batch.estimate",
+    "batch.iterations",
+    "batch.load",
+    "batch.memory",
+    "batch.neighbours",
+    "batch.plans",
+    "batch.preemption",
+    "batch.pricing",
+    "batch.runs",
+    "batch.scheduling",
+    "batch.settling",
+    "books.causes",
+    "books.replica",
+    "caches.eviction",
+    "caches.held",
+    "caches.index",
+    "caches.links",
+    "caches.prefix_cache",
+    "caches.prompts",
+    "caches.reuse",
+    "caches.window",
     "handoff",
     "inbound",
-    "iteration",
     "loop",
-    "memory",
-    "neighbours",
-    "patience",
     "pipeline",
-    "plans",
-    "preemption",
-    "prefix_cache",
-    "prefix_held",
-    "prefix_index",
-    "prefix_links",
-    "prefix_reuse",
-    "prefix_window",
-    "prefixes",
-    "pricing",
-    "queues",
-    "routing",
-    "runs",
-    "scheduling",
-    "sessions",
+    "requests.arrivals",
+    "requests.patience",
+    "requests.queues",
+    "requests.routing",
+    "requests.tenants",
+    "sessions.between_turns",
     "speculation",
-    "settling",
-    "tenants",
-    "turns",
 )
 
 

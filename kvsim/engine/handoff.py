@@ -7,14 +7,14 @@ memory, until a receiver has room. A link carries the states that a replica send
 
 import math
 
-from kvsim.engine.attribution import leave_batch, taken_in
-from kvsim.engine.books import note_change
-from kvsim.engine.decoding import join, last_generated, target_tokens
+from kvsim.engine.batch.decoding import join, last_generated, target_tokens
+from kvsim.engine.batch.memory import fits, margin_bytes, release, set_need
+from kvsim.engine.batch.plans import DECODE, amounts, find
+from kvsim.engine.books.causes import leave_batch, taken_in
+from kvsim.engine.books.replica import note_change
 from kvsim.engine.inbound import BY_NIC, BY_PEER, bring
-from kvsim.engine.memory import fits, margin_bytes, release, set_need
-from kvsim.engine.plans import DECODE, amounts, find
-from kvsim.engine.queues import push_last, take_out
-from kvsim.engine.state import (
+from kvsim.engine.requests.queues import push_last, take_out
+from kvsim.engine.state.cluster import (
     DECODING,
     HANDING,
     HBM,
@@ -30,7 +30,7 @@ from kvsim.engine.state import (
     Cluster,
     Record,
 )
-from kvsim.machine import NVLINK
+from kvsim.hardware.machine import NVLINK
 
 
 def hands_over(cluster: Cluster, request: Record) -> bool:

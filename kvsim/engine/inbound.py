@@ -1,12 +1,13 @@
 """State on its way to a replica, for which a request waits: when it will be there.
 
 The step fidelity tells that when it sets out, at the rates of that moment. Where somebody else keeps the time, what
-moves competes with all else that does, and the request waits until he says that it has come (`kvsim/op_transfers.py`).
+moves competes with all else that does, and the request waits until he says that it has come
+(`kvsim/run/op/transfers.py`).
 """
 
 import math
 
-from kvsim.engine.state import Cluster
+from kvsim.engine.state.cluster import Cluster
 
 BY_LOADER, BY_PEER, BY_NIC = range(3)  # ways: from the host's DDR, from another GPU of the host, from another host
 

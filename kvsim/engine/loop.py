@@ -6,19 +6,21 @@ what runs next. Each step is whole or not at all, so that after a detour a repli
 
 import math
 
-from kvsim.engine.books import note_now
+from kvsim.engine.batch.iterations import end_iteration, join_completed, launch, stall
+from kvsim.engine.batch.neighbours import share
+from kvsim.engine.batch.preemption import make_room
+from kvsim.engine.batch.runs import begin_run, cut_run, end_run, steps_by
+from kvsim.engine.batch.scheduling import admit, continue_prompts, next_ready_s
+from kvsim.engine.batch.settling import settle
+from kvsim.engine.books.replica import note_now
+from kvsim.engine.caches.prompts import arrived
 from kvsim.engine.handoff import take_in, take_over
-from kvsim.engine.iteration import end_iteration, join_completed, launch, stall
-from kvsim.engine.neighbours import share
-from kvsim.engine.patience import depart, departure_s, drop_departed, has_come, next_departure
-from kvsim.engine.preemption import make_room
-from kvsim.engine.prefixes import arrived
-from kvsim.engine.routing import route
-from kvsim.engine.runs import begin_run, cut_run, end_run, steps_by
-from kvsim.engine.scheduling import admit, continue_prompts, next_ready_s
-from kvsim.engine.sessions import has_arrived, next_arrival
-from kvsim.engine.settling import settle
-from kvsim.engine.state import (
+from kvsim.engine.requests.arrivals import has_arrived, next_arrival
+from kvsim.engine.requests.patience import depart, departure_s, drop_departed, has_come, next_departure
+from kvsim.engine.requests.routing import route
+from kvsim.engine.requests.tenants import begin_turn, queue_newcomer
+from kvsim.engine.sessions.between_turns import state_of
+from kvsim.engine.state.cluster import (
     ADMITTING,
     DECODING,
     FAIR,
@@ -39,8 +41,6 @@ from kvsim.engine.state import (
     Detour,
     Prices,
 )
-from kvsim.engine.tenants import begin_turn, queue_newcomer
-from kvsim.engine.turns import state_of
 
 MOST_NOTES = 8  # of one turn
 

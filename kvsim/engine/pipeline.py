@@ -6,11 +6,11 @@ that decode enter again when their token is out. Of many equal decode iterations
 on the slowest stage, or one of them through all stages.
 """
 
-from kvsim.engine.batch import first_load, prompt_tokens, set_batch, share_of
-from kvsim.engine.books import charge_model, charge_plans
-from kvsim.engine.pricing import price
+from kvsim.engine.batch.load import first_load, prompt_tokens, set_batch, share_of
+from kvsim.engine.batch.pricing import price
+from kvsim.engine.books.replica import charge_model, charge_plans
 from kvsim.engine.speculation import charge_guesses, guess
-from kvsim.engine.state import (
+from kvsim.engine.state.cluster import (
     BOUND,
     BUSY,
     BY_NVLINK,
@@ -23,7 +23,7 @@ from kvsim.engine.state import (
     Prices,
     Record,
 )
-from kvsim.machine import NVLINK
+from kvsim.hardware.machine import NVLINK
 
 
 def price_round(cluster: Cluster, prices: Prices, number: int, now_s: float) -> int:

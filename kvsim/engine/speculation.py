@@ -7,7 +7,7 @@ tokens do, and runs of steps keep their closed form.
 
 import math
 
-from kvsim.engine.state import (
+from kvsim.engine.state.cluster import (
     BY_COMPUTE,
     BY_HBM,
     BY_NVLINK,
@@ -19,8 +19,8 @@ from kvsim.engine.state import (
     Ints,
     Record,
 )
-from kvsim.guessing import ARITHMETIC, COLLECTIVES, EACH, LAUNCH, ONCE, WEIGHTS
-from kvsim.machine import NVLINK, SM
+from kvsim.hardware.machine import NVLINK, SM
+from kvsim.plans.guessing import ARITHMETIC, COLLECTIVES, EACH, LAUNCH, ONCE, WEIGHTS
 
 
 def steps_over(world: Record, tokens: float) -> int:

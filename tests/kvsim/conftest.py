@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvsim.attribution import CAUSES as SPENT_ON
-from kvsim.results import Array, Result
+from kvsim.results.causes import CAUSES as SPENT_ON
+from kvsim.results.summary import Array, Result
 
 GIB = 2**30
 CAUSES = ("plans", "weights", "swaps", "prefix", "collectives")

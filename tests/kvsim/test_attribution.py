@@ -7,11 +7,11 @@ import pytest
 from scenarios import squeezed
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
-from kvsim.attribution import CAUSES, spent_s
-from kvsim.machine import Machine
-from kvsim.makespan import WORK, Clock
-from kvsim.results import summarize
-from kvsim.simulate import simulate
+from kvsim.hardware.machine import Machine
+from kvsim.iteration.makespan import WORK, Clock
+from kvsim.results.causes import CAUSES, spent_s
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
 
 INSIDE = CAUSES[2:]
 

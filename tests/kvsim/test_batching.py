@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim.__main__ import main
-from kvsim.batching import chunks, compare, first_fit_decreasing
-from kvsim.derive import PlanTable
-from kvsim.explain import Explainer
-from kvsim.hardware import load_gpu, load_host
-from kvsim.machine import Machine
-from kvsim.makespan import Clock
+from kvsim.explain.batching import chunks, compare, first_fit_decreasing
+from kvsim.explain.costs import Explainer
+from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim.hardware.machine import Machine
+from kvsim.iteration.makespan import Clock
 from kvsim.models import load_model
+from kvsim.plans.derive import PlanTable
 from policies import Full
 
 MODEL, GPU, HOST = load_model("llama-2-7b"), load_gpu("a100-80g-sxm"), load_host("ddr4-dual-xeon")

@@ -8,12 +8,12 @@ import pytest
 
 import traces
 from kvsim.__main__ import main
-from kvsim.explain import Explainer
-from kvsim.hardware import gpu_names, host_names, load_gpu, load_host
+from kvsim.explain.costs import Explainer
+from kvsim.hardware.catalogue import gpu_names, host_names, load_gpu, load_host
 from kvsim.models import load_model, model_names
-from kvsim.scenario import default_host
-from kvsim.setup import Setup
-from kvsim.simulate import simulate
+from kvsim.run.simulate import simulate
+from kvsim.scenario.scenario_file import default_host
+from kvsim.scenario.setup import Setup
 from policies import Full, ModelShape, OffloadAll
 
 SMALL = load_model("llama-3.2-1b")

@@ -14,11 +14,11 @@ import pytest
 from pyarrow import parquet
 
 import traces
-from kvsim import result_files
 from kvsim.__main__ import main
-from kvsim.results import summarize
-from kvsim.scenario import scenario
-from kvsim.simulate import simulate
+from kvsim.results import files as result_files
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.scenario_file import scenario
 from traces.counts import Drawn, Recording
 
 LONG = "mooncake-synthetic"  # prompts of up to 123,192 tokens, with block ids

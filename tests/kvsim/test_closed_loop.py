@@ -8,8 +8,8 @@ from scenarios import SMALL, TOKEN_BYTES, with_room
 from simulated import setup, trace
 
 import traces
-from kvsim.results import summarize
-from kvsim.simulate import simulate
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
 from traces.sessions import followers
 
 FIDELITIES = ("step", "op")

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from kvsim.__main__ import main
-from kvsim.density import density
-from kvsim.hardware import load_gpu, load_host
-from kvsim.machine import Machine
+from kvsim.explain.density import density
+from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim.hardware.machine import Machine
 from kvsim.models import load_model
 from policies import HiP, LazyLLM, XAttention, parse_policy
 

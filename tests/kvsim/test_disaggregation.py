@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
-from kvsim.derive import PlanTable
-from kvsim.handoff import SentState
-from kvsim.machine import Machine
-from kvsim.makespan import Clock, Load
-from kvsim.results import summarize
-from kvsim.simulate import simulate
-from kvsim.tenants import Tenant
+from kvsim.hardware.machine import Machine
+from kvsim.iteration.makespan import Clock, Load
+from kvsim.plans.derive import PlanTable
+from kvsim.plans.sent_state import SentState
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.tenants import Tenant
 from policies import POLICIES, Step, parse_policy, plan_layer
 from policies.plan import Tier
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import traces
-from kvsim.engine.prefix_state import EVICTIONS
-from kvsim.engine.state import HBM
+from kvsim.engine.caches.state import EVICTIONS
+from kvsim.engine.state.cluster import HBM
 from traces.stats import infinite_cache_hit_ratio
 
 BLOCK = 16

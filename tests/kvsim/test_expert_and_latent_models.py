@@ -3,10 +3,10 @@
 import pytest
 from simulated import setup, trace
 
-from kvsim.handoff import SentState
-from kvsim.hardware import load_gpu
+from kvsim.hardware.catalogue import load_gpu
 from kvsim.models import load_model
-from kvsim.simulate import simulate
+from kvsim.plans.sent_state import SentState
+from kvsim.run.simulate import simulate
 from policies import parse_policy
 
 # Mixtral (arXiv:2401.04088, table 1): 32 layers of 4096, 32 heads of 128, 8 KV heads, 8 experts of 14336, 2 a token.

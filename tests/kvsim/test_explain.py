@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from kvsim.__main__ import main
-from kvsim.explain import Explainer, bound_by, paper_costs
-from kvsim.hardware import load_gpu, load_host
-from kvsim.makespan import BUSY
+from kvsim.explain.costs import Explainer, bound_by, paper_costs
+from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim.iteration.makespan import BUSY
 from kvsim.models import load_model
 from policies import POLICIES, parse_policy
 from traces.counts import Drawn, Recording

@@ -5,9 +5,9 @@ import pytest
 from simulated import setup, trace
 from tenants import mixed, turns
 
-from kvsim.engine.state import WAITING
-from kvsim.simulate import simulate
-from kvsim.tenants import Tenant
+from kvsim.engine.state.cluster import WAITING
+from kvsim.run.simulate import simulate
+from kvsim.scenario.tenants import Tenant
 from traces import Trace
 
 

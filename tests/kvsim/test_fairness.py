@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.fairness import Tenancy, fairness, jain_index
-from kvsim.tenants import Tenant
+from kvsim.results.fairness import Tenancy, fairness, jain_index
+from kvsim.scenario.tenants import Tenant
 
 NAMES = ["a", "b", "c"]
 

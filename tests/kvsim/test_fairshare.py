@@ -5,7 +5,7 @@ import simpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsim.fairshare import FairShare, max_min_rates
+from kvsim.hardware.fairshare import FairShare, max_min_rates
 
 
 def test_equal_flows_share_equally():

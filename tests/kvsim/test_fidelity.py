@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
-from kvsim.derive import PlanTable
-from kvsim.engine import runs
-from kvsim.engine.records import PART, REPLICA
-from kvsim.engine.state import MOST_PARTS, OPEN_SPANS
-from kvsim.machine import Machine
-from kvsim.makespan import Clock, Load
+from kvsim.engine.batch import runs
+from kvsim.engine.state.cluster import MOST_PARTS, OPEN_SPANS
+from kvsim.engine.state.records import PART, REPLICA
+from kvsim.hardware.machine import Machine
+from kvsim.iteration.makespan import Clock, Load
 from kvsim.models import load_model
-from kvsim.results import summarize
-from kvsim.simulate import simulate
+from kvsim.plans.derive import PlanTable
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
 from policies import POLICIES, parse_policy
 
 LATENCIES = ("first_token_s", "finish_s")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from simulated import GPU, HOST, MODEL, setup
 
-from kvsim.finite import first_nan
+from kvsim.scenario.finite import first_nan
 from policies import Full
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from kvsim.__main__ import main
-from kvsim.fit import misfit
-from kvsim.hardware import load_gpu
+from kvsim.explain.fit import misfit
+from kvsim.hardware.catalogue import load_gpu
 
 GPU = load_gpu("a100-80g-sxm")
 BIG = ["--model", "llama-3.1-70b", "--gpu", "a100-80g-sxm"]

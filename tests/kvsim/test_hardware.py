@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.hardware import Host, Rates, gpu_names, host_names, interpolate, load_gpu, load_host
+from kvsim.hardware.catalogue import Host, Rates, gpu_names, host_names, interpolate, load_gpu, load_host
 
 RATES = [field.name for field in fields(Rates)]
 USER_GPU = """

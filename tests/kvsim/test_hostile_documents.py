@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvsim.__main__ import main
-from kvsim.documents import DOCUMENT_BYTES, parse_json, parse_yaml
-from kvsim.yaml_subset import MOST_CHARACTERS
+from kvsim.text.documents import DOCUMENT_BYTES, parse_json, parse_yaml
+from kvsim.text.yaml_subset import MOST_CHARACTERS
 
 SCENARIO = "trace: azure-2023-code\nlimit: 3\nmodel: llama-3.1-8b\ngpu: h100-sxm\n"
 

@@ -11,9 +11,9 @@ import pytest
 
 from kvsim.__main__ import main
 from kvsim.cli.output import print_facts, print_table
-from kvsim.printable import brief, printable
-from kvsim.report import report_html
-from kvsim.results import Result
+from kvsim.report.report import report_html
+from kvsim.results.summary import Result
+from kvsim.text.printable import brief, printable
 
 RED, TITLE, BELL, TURN = "\x1b[31mred\x1b[0m", "\x1b]0;owned\x07", "\x07", "\u202egnp.exe"
 HOSTILE = (RED, TITLE, BELL, TURN, "\x9b31m", "\r\x1b[2K", "\u2066x\u2069", "\U000e0041", "\ud800")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kvsim.intervals import block_length, bootstrap, t_interval, t_quantile
+from kvsim.results.intervals import block_length, bootstrap, t_interval, t_quantile
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,13 @@ from types import ModuleType
 import pytest
 from numba.core import event
 
-from kvsim.kept_code import _CALLBACK
+from kvsim.engine.kept_code import _CALLBACK
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 import numba
-from kvsim.kept_code import is_kept, keep
+from kvsim.engine.kept_code import is_kept, keep
 
 def double(x):
     return x * FACTOR

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scenarios import POLICIES, SMALL, faster, scenarios, squeezes, with_room
 from simulated import GPU, HOST, setup, trace
 
-from kvsim.attribution import spent_s
-from kvsim.setup import CACHE_ROUTERS
-from kvsim.simulate import simulate
-from kvsim.speculation import Speculation
+from kvsim.results.causes import spent_s
+from kvsim.run.simulate import simulate
+from kvsim.scenario.setup import CACHE_ROUTERS
+from kvsim.scenario.speculation import Speculation
 from policies import leaves
 from traces import Trace
 

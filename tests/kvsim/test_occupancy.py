@@ -7,10 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim.__main__ import main
-from kvsim.hardware import load_gpu, load_host
-from kvsim.machine import Machine
-from kvsim.models import load_model
-from kvsim.occupancy import (
+from kvsim.explain.occupancy import (
     KERNELS,
     Attention,
     best_splits,
@@ -19,6 +16,9 @@ from kvsim.occupancy import (
     flash_decoding,
     lean_attention,
 )
+from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim.hardware.machine import Machine
+from kvsim.models import load_model
 
 A100 = Machine(gpu=load_gpu("a100-80g-sxm"), host=load_host("ddr4-dual-xeon"))
 LLAMA = load_model("llama-3-8b").layers[0]  # 32 query heads over 8 KV heads of 128

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
-from kvsim.machine import Machine
-from kvsim.makespan import Clock
-from kvsim.results import summarize
-from kvsim.simulate import simulate
+from kvsim.hardware.machine import Machine
+from kvsim.iteration.makespan import Clock
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
 
 TOKEN_BYTES = 131072  # Llama-3.1-8B, bf16
 HEAD_S = Clock(MODEL, Machine(gpu=GPU, host=HOST)).head_s(1)

@@ -8,9 +8,9 @@ import pytest
 from scenarios import squeezed
 from simulated import MODEL, random_trace, setup, trace
 
-from kvsim import timeline
-from kvsim.perfetto import LANES, MOST_REQUESTS, perfetto_trace
-from kvsim.simulate import simulate
+from kvsim.iteration import timeline
+from kvsim.results.perfetto import LANES, MOST_REQUESTS, perfetto_trace
+from kvsim.run.simulate import simulate
 
 LONG = (0.0, 1e6)
 TOKEN_BYTES = 131072  # Llama-3.1-8B, bf16

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL
 
 from kvsim.__main__ import main
-from kvsim.explain import Explainer
+from kvsim.explain.costs import Explainer
+from kvsim.explain.pipeline import Pipelined, pipeline_s
 from kvsim.models import load_model
-from kvsim.pipeline import Pipelined, pipeline_s
-from kvsim.stages import stage_layers, stage_shape
+from kvsim.plans.stages import stage_layers, stage_shape
 from policies import Full, hf
 
 

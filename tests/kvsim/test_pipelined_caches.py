@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from simulated import GPU, HOST, MODEL, setup, trace
 
-from kvsim.attribution import spent_s
-from kvsim.pipeline import Pipelined, pipeline_s
-from kvsim.simulate import _Cluster, simulate
-from kvsim.speculation import speculation
+from kvsim.explain.pipeline import Pipelined, pipeline_s
+from kvsim.results.causes import spent_s
+from kvsim.run.simulate import _Cluster, simulate
+from kvsim.scenario.speculation import speculation
 
 GIB = 1 << 30
 BLOCK = 512

@@ -7,7 +7,7 @@ import pytest
 from rich.tree import Tree
 
 from kvsim.models import load_model
-from kvsim.plan_tree import plan_text, plan_tree
+from kvsim.plans.plan_tree import plan_text, plan_tree
 from policies import POLICIES, Step, parse_policy, plan_layer
 from policies.plan import Compute, Tier, Work, flops, moved_bytes, stored_bytes
 

@@ -8,9 +8,9 @@ from cached_prompts import Cache, prompts
 from simulated import setup, trace
 
 import traces
-from kvsim.engine.state import HBM
-from kvsim.results import summarize
-from kvsim.simulate import simulate
+from kvsim.engine.state.cluster import HBM
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
 from policies import Reuse
 from traces.stats import infinite_cache_hit_ratio, info, lru_hit_ratio, prefix_lru_hit_ratio
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from simulated import HOST, setup, trace
 
-from kvsim.results import summarize
-from kvsim.simulate import simulate
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
 
 BLOCK = 512
 BLOCK_BYTES = BLOCK * 131072  # Llama-3.1-8B, bf16

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from simulated import setup, trace
 
-from kvsim.prefix_quota import divided, read_quota
-from kvsim.scenario import scenario
-from kvsim.simulate import simulate
+from kvsim.run.simulate import simulate
+from kvsim.scenario.quotas import divided, read_quota
+from kvsim.scenario.scenario_file import scenario
 
 BLOCK = 512
 BLOCK_BYTES = BLOCK * 131072  # Llama-3.1-8B, bf16

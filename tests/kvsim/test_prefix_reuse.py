@@ -12,16 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL, setup, trace
 
-from kvsim.engine import prefixes as service
-from kvsim.engine.prefix_cache import begin, extend, fetch_s, weigh
-from kvsim.engine.prefix_reuse import is_cut
-from kvsim.engine.prefix_state import SLOW
-from kvsim.engine.records import REPLICA, REQUEST
-from kvsim.engine.state import DDR
-from kvsim.hardware import load_gpu
-from kvsim.machine import ALONE
+from kvsim.engine.caches import prompts as service
+from kvsim.engine.caches.prefix_cache import begin, extend, fetch_s, weigh
+from kvsim.engine.caches.reuse import is_cut
+from kvsim.engine.caches.state import SLOW
+from kvsim.engine.state.cluster import DDR
+from kvsim.engine.state.records import REPLICA, REQUEST
+from kvsim.hardware.catalogue import load_gpu
+from kvsim.hardware.machine import ALONE
 from kvsim.models import load_model
-from kvsim.simulate import simulate
+from kvsim.run.simulate import simulate
 
 GIB = 1 << 30
 BLOCK = 512

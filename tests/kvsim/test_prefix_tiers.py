@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import HOST, setup, trace
 
-from kvsim.engine import prefix_cache
-from kvsim.engine.prefix_state import DOWN, PLACES, SLOW, UP
-from kvsim.engine.state import DDR, HBM
-from kvsim.results import summarize
-from kvsim.simulate import simulate
+from kvsim.engine.caches import prefix_cache
+from kvsim.engine.caches.state import DOWN, PLACES, SLOW, UP
+from kvsim.engine.state.cluster import DDR, HBM
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
 
 GIB = 1 << 30
 BLOCK = 512

@@ -6,8 +6,8 @@ from scenarios import SMALL, TOKEN_BYTES, with_room
 from simulated import setup, trace
 from tenants import alone, mixed
 
-from kvsim.simulate import simulate
-from kvsim.tenants import Tenant
+from kvsim.run.simulate import simulate
+from kvsim.scenario.tenants import Tenant
 from traces import Trace
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvsim.process import in_order
+from kvsim.cli.process import in_order
 
 ROOT = Path(__file__).parents[2]
 FULL = "standard output: No space left on device"
@@ -77,7 +77,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
 
 
 def test_no_file_is_taken_for_a_closed_stream(tmp_path: Path) -> None:
-    script = "import os, kvsim.process as p\nwith p.in_order():\n    print(os.open('x', os.O_CREAT), flush=True)"
+    script = "import os, kvsim.cli.process as p\nwith p.in_order():\n    print(os.open('x', os.O_CREAT), flush=True)"
     done = subprocess.run(
         ["/bin/sh", "-c", f'"{sys.executable}" -c "{script}" <&- 2>&-'],
         cwd=tmp_path,

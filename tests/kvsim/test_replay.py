@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvsim.models import load_model
-from kvsim.replay import replay_held_bytes, replay_moved_bytes
+from kvsim.plans.replay import replay_held_bytes, replay_moved_bytes
 from policies import parse_policy
 from policies.plan import Tier
 from traces.counts import Drawn, Recording

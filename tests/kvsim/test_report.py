@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvsim.report import report_html
-from kvsim.report_runs import runs_of
-from kvsim.results import Result, latencies, summarize
-from kvsim.units import format_s
+from kvsim.report.report import report_html
+from kvsim.report.runs import runs_of
+from kvsim.results.summary import Result, latencies, summarize
+from kvsim.text.units import format_s
 
 Make = Callable[..., Result]
 EVIL = "<script>alert(1)</script>"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.attribution import CAUSES
-from kvsim.report_plots import COLOURS, cdf, occupancy, stacked_bytes, stacked_shares, style, thin, total_over_replicas
+from kvsim.report.plots import COLOURS, cdf, occupancy, stacked_bytes, stacked_shares, style, thin, total_over_replicas
+from kvsim.results.causes import CAUSES
 
 GIB = 2**30
 

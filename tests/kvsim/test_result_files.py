@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from kvsim import result_files
-from kvsim.result_files import holding, write, write_set
-from kvsim.results import Result, summarize
+from kvsim.results import files as result_files
+from kvsim.results.files import holding, write, write_set
+from kvsim.results.summary import Result, summarize
 from kvsim.version import __version__
 
 Make = Callable[..., Result]

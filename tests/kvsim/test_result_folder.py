@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from killed_writer import MINE, NEW, OLD, content, earlier, fill, write_new
 
-from kvsim import folder_swap
-from kvsim.process import in_order
-from kvsim.result_folder import hold
+from kvsim.cli.process import in_order
+from kvsim.results import folder_swap
+from kvsim.results.folder import hold
 
 ROOT = Path(__file__).parents[2]
 

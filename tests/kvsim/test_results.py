@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.fairness import Tenancy
-from kvsim.results import Result, latencies, plain, statistics, summarize
-from kvsim.tenants import Tenant
+from kvsim.results.fairness import Tenancy
+from kvsim.results.summary import Result, latencies, plain, statistics, summarize
+from kvsim.scenario.tenants import Tenant
 
 Make = Callable[..., Result]
 NAN = math.nan

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import HOST, MODEL, setup, trace
 
-from kvsim.engine.prefix_state import CANDIDATE
-from kvsim.engine.routing import BALANCE_RATIO, BALANCE_REQUESTS, kv_aware, prefix_affinity
-from kvsim.results import summarize
-from kvsim.simulate import simulate
-from kvsim.tenants import Tenant
+from kvsim.engine.caches.state import CANDIDATE
+from kvsim.engine.requests.routing import BALANCE_RATIO, BALANCE_REQUESTS, kv_aware, prefix_affinity
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.tenants import Tenant
 
 GIB = 1 << 30
 BLOCK = 512

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import traces
-from kvsim.hardware import gpu_names, load_host
+from kvsim.hardware.catalogue import gpu_names, load_host
 from kvsim.models import load_model
-from kvsim.scenario import Scenario, default_host, scenario
-from kvsim.simulate import Setup
-from kvsim.tenants import Tenant
+from kvsim.run.simulate import Setup
+from kvsim.scenario.scenario_file import Scenario, default_host, scenario
+from kvsim.scenario.tenants import Tenant
 
 NEEDED = {"trace": "mooncake-conversation", "model": "llama-3.1-8b", "gpu": "h100-sxm"}
 

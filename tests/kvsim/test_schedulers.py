@@ -5,11 +5,11 @@ import pytest
 from simulated import setup, trace
 from tenants import TIMES, alone, mixed, same, turns
 
-from kvsim.engine.state import Records
-from kvsim.results import summarize
-from kvsim.setup import SCHEDULERS
-from kvsim.simulate import simulate
-from kvsim.tenants import Tenant
+from kvsim.engine.state.cluster import Records
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.setup import SCHEDULERS
+from kvsim.scenario.tenants import Tenant
 from traces import Trace
 
 TIGHT = {"gpu_memory_utilization": 0.21, "max_num_batched_tokens": 1024}

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from kvsim.__main__ import main
-from kvsim.hardware import load_gpu, load_host
-from kvsim.machine import Machine
+from kvsim.explain.sequence_parallel import VOLUMES, Split, attention_s, light_seq_sent, prefill_s, volume
+from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim.hardware.machine import Machine
 from kvsim.models import load_model
-from kvsim.sequence_parallel import VOLUMES, Split, attention_s, light_seq_sent, prefill_s, volume
 
 LLAMA = load_model("llama-3-8b")  # 32 heads over 8 KV heads of 128
 GQA, MHA = LLAMA.layers[0], load_model("llama-2-7b").layers[0]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from simulated import MODEL, random_trace, setup, trace
 
-from kvsim.results import summarize
-from kvsim.simulate import simulate
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
 from policies import POLICIES, Step, parse_policy, plan_layer
 from policies.plan import moved_bytes
 

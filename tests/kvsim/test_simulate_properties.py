@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scenarios import BLOCK, SMALL, TOKEN_BYTES, scenarios, squeezes, with_room
 from simulated import setup, trace
 
-from kvsim.attribution import spent_s
-from kvsim.setup import SCHEDULERS
-from kvsim.simulate import simulate
-from kvsim.tenants import Tenant
+from kvsim.results.causes import spent_s
+from kvsim.run.simulate import simulate
+from kvsim.scenario.setup import SCHEDULERS
+from kvsim.scenario.tenants import Tenant
 
 TERMS = st.builds(
     Tenant,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from simulated import MODEL, random_trace, setup, trace
 
-from kvsim.simulate import simulate
+from kvsim.run.simulate import simulate
 
 
 def one_by_one(n, load, seed):

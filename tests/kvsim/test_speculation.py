@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from kvsim.__main__ import main
-from kvsim.derive import PlanTable
-from kvsim.explain import Explainer
-from kvsim.guessing import Guesser
-from kvsim.hardware import load_gpu, load_host
-from kvsim.machine import Machine
-from kvsim.makespan import Clock, Load
+from kvsim.explain.costs import Explainer
+from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim.hardware.machine import Machine
+from kvsim.iteration.makespan import Clock, Load
 from kvsim.models import load_model
-from kvsim.speculation import Speculation, speculation
+from kvsim.plans.derive import PlanTable
+from kvsim.plans.guessing import Guesser
+from kvsim.scenario.speculation import Speculation, speculation
 from policies import POLICIES, Full, LayerPlan, Step, parse_policy, plan_layer
 from policies.plan import flops
 

@@ -8,15 +8,15 @@ import pytest
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.__main__ import main
-from kvsim.derive import PlanTable
-from kvsim.engine.engine import Engine
-from kvsim.explain import Explainer
-from kvsim.makespan import Clock, Load
-from kvsim.prefix_tiers import PrefixTiers
-from kvsim.results import summarize
-from kvsim.scenario import scenario
-from kvsim.simulate import simulate
-from kvsim.speculation import speculation
+from kvsim.engine.caches.tiers import PrefixTiers
+from kvsim.engine.desk import Engine
+from kvsim.explain.costs import Explainer
+from kvsim.iteration.makespan import Clock, Load
+from kvsim.plans.derive import PlanTable
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.scenario_file import scenario
+from kvsim.scenario.speculation import speculation
 from policies import Full
 
 

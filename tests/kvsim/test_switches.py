@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from kvsim.__main__ import main
-from kvsim.hardware import load_host
+from kvsim.hardware.catalogue import load_host
 
 HOST = """
 gpus_max: 4

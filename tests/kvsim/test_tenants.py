@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from simulated import setup, trace
 
-from kvsim.simulate import simulate
-from kvsim.tenants import Tenant, terms_of
+from kvsim.run.simulate import simulate
+from kvsim.scenario.tenants import Tenant, terms_of
 
 
 def test_a_name_wins_over_patterns_and_the_first_pattern_over_others() -> None:

@@ -5,9 +5,9 @@ import pytest
 from simulated import setup, trace
 from tenants import TIMES, mixed, same
 
-from kvsim.results import summarize
-from kvsim.simulate import _Cluster, simulate
-from kvsim.tenants import Tenant
+from kvsim.results.summary import summarize
+from kvsim.run.simulate import _Cluster, simulate
+from kvsim.scenario.tenants import Tenant
 from traces import Trace
 
 

@@ -5,9 +5,9 @@ import pytest
 from simulated import setup, trace
 from tenants import mixed
 
-from kvsim.results import finished, summarize
-from kvsim.simulate import simulate
-from kvsim.tenants import Tenant
+from kvsim.results.summary import finished, summarize
+from kvsim.run.simulate import simulate
+from kvsim.scenario.tenants import Tenant
 
 TIGHT = {"gpu_memory_utilization": 0.21}
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.hardware import Gpu, Host, gpu_names, load_gpu, load_host
-from kvsim.topology import node_graph, route, transfer_s
+from kvsim.hardware.catalogue import Gpu, Host, gpu_names, load_gpu, load_host
+from kvsim.hardware.topology import node_graph, route, transfer_s
 
 H100, DDR5 = load_gpu("h100-sxm"), load_host("ddr5-dual-xeon")
 

@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.names import nearest_first, unknown_name
-from kvsim.units import format_bytes, format_count, format_rate, format_s, parse_bytes, parse_duration_s, parse_tokens
+from kvsim.text.names import nearest_first, unknown_name
+from kvsim.text.units import (
+    format_bytes,
+    format_count,
+    format_rate,
+    format_s,
+    parse_bytes,
+    parse_duration_s,
+    parse_tokens,
+)
 from policies.shown import shown
 
 

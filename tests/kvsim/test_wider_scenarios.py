@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from scenarios import ENGINES, SMALL, TOKEN_BYTES, faster, with_room
 from simulated import HOST, setup, trace
 
-from kvsim.attribution import spent_s
-from kvsim.setup import SCHEDULERS
-from kvsim.simulate import simulate
-from kvsim.speculation import Speculation
-from kvsim.tenants import Tenant
-from kvsim.turns import SESSION_KVS
+from kvsim.engine.sessions.turns import SESSION_KVS
+from kvsim.results.causes import spent_s
+from kvsim.run.simulate import simulate
+from kvsim.scenario.setup import SCHEDULERS
+from kvsim.scenario.speculation import Speculation
+from kvsim.scenario.tenants import Tenant
 
 PLAIN = ("full", "offload-all")  # these go with all that follows
 OTHERS = ("quest:budget_tokens=256", "shadowkv:budget_tokens=256", "sink-window:window_tokens=200")

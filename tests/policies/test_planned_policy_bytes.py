@@ -11,7 +11,7 @@ from math import lcm
 import pytest
 
 from kvsim.models import load_model
-from kvsim.plan_tree import plan_text
+from kvsim.plans.plan_tree import plan_text
 from policies import LayerPlan, ModelShape, Reuse, Step, parse_policy, plan_layer, reuse_of
 from policies.plan import Compute, Rows, Tier, flops, moved_bytes, stored_bytes
 from policies.retroinfer_index import cluster_counts

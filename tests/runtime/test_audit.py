@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from kvsim.replay import replay_moved_bytes  # noqa: E402
+from kvsim.plans.replay import replay_moved_bytes  # noqa: E402
 from policies import parse_policy  # noqa: E402
 from policies.plan import Tier  # noqa: E402
 from runtime import offload  # noqa: E402

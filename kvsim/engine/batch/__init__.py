@@ -1,0 +1,1 @@
+"""What a replica runs next and what that takes: scheduling, memory, iterations and runs of them."""

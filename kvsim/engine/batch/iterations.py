@@ -1,0 +1,139 @@
+"""One iteration of a replica: chunks of prompts beside all decoding sequences, from its start to its end."""
+
+import math
+
+from kvsim.engine.batch.decoding import advance, join, last_generated, leave, target_tokens
+from kvsim.engine.batch.load import first_load, set_batch
+from kvsim.engine.batch.memory import release
+from kvsim.engine.batch.plans import DECODE, amounts, find
+from kvsim.engine.batch.pricing import price
+from kvsim.engine.books.causes import contend, finish, first_token, note_shared
+from kvsim.engine.books.replica import charge_model, charge_plans, emit, gap, look, note, note_member, note_now
+from kvsim.engine.caches.prompts import completed
+from kvsim.engine.handoff import first_layer_s, hand_over, hands_over
+from kvsim.engine.pipeline import charge_round, price_round
+from kvsim.engine.requests.queues import take_out
+from kvsim.engine.requests.tenants import charge_output
+from kvsim.engine.sessions.between_turns import end_turn
+from kvsim.engine.speculation import charge_guesses, guess
+from kvsim.engine.state.cluster import (
+    BUSY,
+    BY_SWAP,
+    DECODING,
+    ITERATING,
+    NOBODY,
+    PREFILLING,
+    STALLED,
+    TIMED_OUT,
+    TURNS_ANEW,
+    VECTOR,
+    Cluster,
+    Prices,
+)
+
+
+def stall(cluster: Cluster, number: int, now_s: float) -> bool:
+    """Begin the wait for swaps that come before an iteration; whether there is one."""
+    replica = cluster.replicas[number]
+    if replica["stall_s"] == 0:
+        return False
+    note_now(cluster, number, now_s)
+    replica["phase"], replica["began_s"], replica["wake_s"] = STALLED, now_s, now_s + replica["stall_s"]
+    replica["busy_s"][BY_SWAP] += replica["stall_s"]
+    replica["stall_s"] = 0.0
+    return True
+
+
+def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
+    """Price and book an iteration whose swaps are done. May make detours."""
+    replica, world, rows, first = cluster.replicas[number], cluster.world, cluster.rows, first_load(cluster)
+    decoding, piped = replica["length"][DECODING], world["stages"] > 1
+    tokens = logits = prompt_tokens = parts = 0
+    if piped:
+        parts = price_round(cluster, prices, number, now_s)
+        seconds = world["round_s"]
+    else:
+        set_batch(cluster, number, 0, 1)
+        tokens, logits = world["tokens"], world["logits"]
+        on_host, on_switch = replica["on_host"], replica["on_switch"]
+        seconds = price(world, prices, rows, first, 0, 1.0, tokens, logits, on_host, on_switch)
+        prompt_tokens = tokens - decoding * world["step_tokens"]
+        guess_s = guess(world, world["busy_s"], decoding, prompt_tokens)
+        replica["tail_s"] = guess_s + (world["head_s"] + logits * world["logit_s"] if logits else 0.0)
+        seconds += guess_s
+    if replica["phase"] != STALLED:
+        note_now(cluster, number, now_s)
+        replica["began_s"] = now_s
+    if piped:
+        charge_round(cluster, prices, number, now_s, parts)
+    else:
+        for row in range(first, first + world["loads"]):
+            charge_plans(world, replica, prices, rows[row, 0], rows[row], 1)
+        charge_model(world, replica, prices, 1, tokens, logits)
+        charge_guesses(world, replica, 1, decoding, prompt_tokens)
+        for i in range(len(BUSY)):
+            replica["busy_s"][i] += world["busy_s"][i]
+        note_shared(replica, world["busy_s"])
+    replica["decoding_now"] = decoding
+    replica["phase"], replica["wake_s"] = ITERATING, now_s + seconds
+    look(cluster, number, now_s)
+
+
+def end_iteration(cluster: Cluster, number: int, now_s: float) -> None:
+    """Every decoding sequence has emitted a token, and every chunk is done."""
+    replica = cluster.replicas[number]
+    note(cluster, number, now_s, 0)
+    if now_s != replica["wake_s"]:  # whoever keeps the time let others compete with it
+        contend(replica, now_s - replica["wake_s"])
+    emit(cluster, number, now_s - replica["began_s"])
+    advance(cluster, number, 1)
+    index = replica["first"][PREFILLING]
+    while index != NOBODY:
+        request = cluster.requests[index]
+        request["past_tokens"] += request["chunk_tokens"]
+        if request["chunk_tokens"] and math.isnan(request["stream_s"]):
+            request["stream_s"] = first_layer_s(cluster, number, now_s)
+        index = request["after"]
+
+
+def join_completed(cluster: Cluster, number: int, now_s: float) -> None:
+    """Prompts that are complete have emitted a token and decode from now on. May make detours."""
+    replica, requests = cluster.replicas[number], cluster.requests
+    index = replica["first"][PREFILLING]
+    while index != NOBODY:
+        after = requests[index]["after"]
+        done = requests[index]["past_tokens"] == target_tokens(requests[index])
+        if done and requests[index]["chunk_tokens"] and requests[index]["rejected"] != TIMED_OUT:
+            _complete(cluster, number, index, now_s)
+        index = after
+
+
+def _complete(cluster: Cluster, number: int, index: int, now_s: float) -> None:
+    replica, request = cluster.replicas[number], cluster.requests[index]
+    decodes, turns = last_generated(request) > 0, cluster.world["session_kv"] != TURNS_ANEW
+    if decodes or turns:
+        find(cluster.plans, DECODE, target_tokens(request), 1, 0)
+    take_out(cluster.requests, replica, index)
+    charge_output(cluster, number, index)
+    first = math.isnan(request["first_token_s"])
+    if first:
+        first_token(replica, request, now_s)
+    else:
+        gap(cluster, number, request["whose"], now_s - request["last_token_s"], 0.0, 1, 1)
+    if hands_over(cluster, request):
+        hand_over(cluster, number, index, now_s)
+    else:
+        release(cluster, index)
+        if decodes:
+            join(cluster, index, 1.0)
+            note_member(cluster, index, 1)
+        else:
+            finish(replica, request, now_s)
+            leave(cluster, index, now_s)
+            if turns:
+                piece = find(cluster.plans, DECODE, target_tokens(request), 1, 0)
+                amounts(cluster.plans, piece, cluster.rows, VECTOR)
+                end_turn(cluster, index, now_s)
+    request["chunk_tokens"] = 0
+    if first and replica["cached"]:
+        completed(cluster, number, index, now_s)

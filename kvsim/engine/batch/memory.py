@@ -1,0 +1,134 @@
+"""One rank's memory for KV state: what a prompt needs of it, what fits, and how long it takes to move some of it."""
+
+from kvsim.engine.batch.decoding import last_generated, target_tokens
+from kvsim.engine.batch.plans import DECODE, PREFILL, amounts, find
+from kvsim.engine.state.cluster import DECODING, HBM, PREFILLING, STORED, TIERS, VECTOR, Cluster, Record
+
+UP, DOWN = 0, 1
+AMPLE = 8  # where so many times a prompt's need would fit, an output no longer than the prompt need not be examined
+
+
+def set_need(cluster: Cluster) -> None:
+    """Let the need be the bytes of VECTOR."""
+    for tier in range(TIERS):
+        cluster.world["need_bytes"][tier] = cluster.rows[VECTOR, STORED + tier]
+
+
+def fits(world: Record, replica: Record, margin_bytes: int) -> bool:
+    """Whether the need fits beside what the next iteration holds, with a margin of HBM."""
+    for tier in range(TIERS):
+        used_bytes = used(replica, tier) + world["need_bytes"][tier] + (margin_bytes if tier == HBM else 0)
+        if used_bytes > world["capacity_bytes"][tier]:
+            return False
+    return True
+
+
+def fits_alone(cluster: Cluster, index: int, times: int) -> bool:
+    """Whether so many times the need of a request fits an empty memory, and its tenant's quota."""
+    world, request = cluster.world, cluster.requests[index]
+    quota_bytes = cluster.tenants[request["replica"], request["tenant"]]["quota_bytes"]
+    for tier in range(TIERS):
+        capacity_bytes = world["capacity_bytes"][tier]
+        if tier == HBM:
+            capacity_bytes = min(capacity_bytes, quota_bytes)
+        if times * world["need_bytes"][tier] > capacity_bytes:
+            return False
+    return True
+
+
+def margin_bytes(world: Record, replica: Record) -> int:
+    """HBM kept free at admission, so that a newcomer does not force a preemption at once, unless nothing else runs."""
+    if replica["length"][DECODING] or replica["length"][PREFILLING]:
+        return int(world["watermark_bytes"])
+    return 0
+
+
+def set_prefill_need(cluster: Cluster, target: int, past: int, new: int) -> None:
+    """Set the need to the most that a prompt's prefill stores: at its end, after one step or after a last whole chunk.
+
+    `past` and `new` tokens are those of its first step. May make a detour.
+    """
+    if past or new < target:
+        new = min(cluster.world["max_num_batched_tokens"], target - 1)
+        past = target - new
+    piece = find(cluster.plans, PREFILL, target, past, new)
+    amounts(cluster.plans, piece, cluster.rows, VECTOR)
+    set_need(cluster)
+
+
+def never_fits(cluster: Cluster, index: int) -> bool:
+    """Whether a request with this need alone exceeds the capacity or its quota, in prefill or at its last token.
+
+    (One that outgrows the memory although its last token was not examined is rejected then.) May make a detour.
+    """
+    request = cluster.requests[index]
+    target = target_tokens(request)
+    if request["output_tokens"] <= target and fits_alone(cluster, index, AMPLE):
+        return False
+    piece = find(cluster.plans, DECODE, target, max(1, last_generated(request)), 0)
+    if not fits_alone(cluster, index, 1):
+        return True
+    for tier in range(TIERS):
+        cluster.world["asked_bytes"][tier] = cluster.world["need_bytes"][tier]
+    amounts(cluster.plans, piece, cluster.rows, VECTOR)
+    set_need(cluster)
+    outgrows = not fits_alone(cluster, index, 1)
+    for tier in range(TIERS):
+        cluster.world["need_bytes"][tier] = cluster.world["asked_bytes"][tier]
+    return outgrows
+
+
+def copy_s(world: Record, replica: Record, nbytes: int, share: float, direction: int) -> float:
+    """Time to move one contiguous piece between HBM and DDR at a fair share of the host.
+
+    Each stage moves its part, a `share` of it at the most.
+    """
+    floor_s = max(replica["on_host"] / world["ddr_Bps"], replica["on_switch"] / world["switch_Bps"])
+    link_s = world["pcie_up_s"] if direction == UP else world["pcie_down_s"]
+    return float(world["pcie_latency_s"] + nbytes * share * max(link_s, floor_s))
+
+
+def transfer_s(world: Record, replica: Record, nbytes: int, share: float, direction: int) -> float:
+    """The same of something that moves, if anything; it counts as background."""
+    if not nbytes:
+        return 0.0
+    seconds = copy_s(world, replica, nbytes, share, direction)
+    replica["background_s"][direction] += seconds
+    return seconds
+
+
+def swap(world: Record, replica: Record, nbytes: int, direction: int) -> None:
+    """Move a session's HBM bytes; the next iteration waits for it."""
+    replica["stall_s"] += transfer_s(world, replica, nbytes, world["widest_stage"], direction)
+    replica["stalls"] += nbytes > 0
+    replica["stall_bytes"][direction] += nbytes
+    replica["swaps"] += 1
+    if direction == UP:
+        replica["swap_up_bytes"] += nbytes
+    else:
+        replica["swap_down_bytes"] += nbytes
+
+
+def used(replica: Record, tier: int) -> int:
+    """Bytes that the next iteration holds."""
+    return int(replica["held_bytes"][tier] + replica["stored_bytes"][tier])
+
+
+def hold(cluster: Cluster, index: int) -> None:
+    """Reserve the need for a request."""
+    world, request = cluster.world, cluster.requests[index]
+    replica = cluster.replicas[request["replica"]]
+    for tier in range(TIERS):
+        request["held"][tier] = world["need_bytes"][tier]
+        replica["held_bytes"][tier] += world["need_bytes"][tier]
+    cluster.tenants[request["replica"], request["tenant"]]["held_bytes"] += world["need_bytes"][HBM]
+
+
+def release(cluster: Cluster, index: int) -> None:
+    """Give back what is reserved for a request."""
+    request = cluster.requests[index]
+    replica = cluster.replicas[request["replica"]]
+    cluster.tenants[request["replica"], request["tenant"]]["held_bytes"] -= request["held"][HBM]
+    for tier in range(TIERS):
+        replica["held_bytes"][tier] -= request["held"][tier]
+        request["held"][tier] = 0

@@ -1,0 +1,234 @@
+"""Who makes room: sequences that leave for the next iteration, or for a more urgent request, and come back later."""
+
+from kvsim.engine.batch.decoding import generated_tokens, leave, target_tokens, withdraw
+from kvsim.engine.batch.memory import DOWN, fits, fits_alone, hold, margin_bytes, release, set_need, swap, used
+from kvsim.engine.books.causes import preempted, prefix_ready
+from kvsim.engine.requests.queues import take_out
+from kvsim.engine.requests.tenants import pick, put, queue_again
+from kvsim.engine.requests.tenants import used as used_by
+from kvsim.engine.sessions.between_turns import evictable_bytes, make_fit
+from kvsim.engine.state.cluster import (
+    DDR,
+    DECODING,
+    HBM,
+    NOBODY,
+    PREFILLING,
+    PRIORITY,
+    REJECTED,
+    SWAPPED,
+    TIERS,
+    Cluster,
+    Record,
+)
+
+ANY = 1 << 62  # above every priority
+
+
+def make_room(cluster: Cluster, number: int, now_s: float) -> None:
+    """Preempt sequences until the next decode iteration fits, and each tenant's part of it fits its quota."""
+    replica, need_bytes = cluster.replicas[number], cluster.world["need_bytes"]
+    for i in range(cluster.tenants.shape[1]):
+        tenant = cluster.tenants[number, i]
+        while used_by(tenant) > tenant["quota_bytes"] and tenant["decoding"]:
+            _preempt(cluster, replica, _last_of(cluster, replica, i), now_s)
+    while replica["length"][DECODING]:
+        for tier in range(TIERS):
+            need_bytes[tier] = 0
+        if make_fit(cluster, number, 0):
+            break
+        _preempt(cluster, replica, next_victim(cluster, number), now_s)
+
+
+def next_victim(cluster: Cluster, number: int) -> int:
+    """The decoding sequence that makes room: the one that joined last, with `priority` of the least urgent ones."""
+    replica = cluster.replicas[number]
+    if cluster.world["scheduler"] == PRIORITY:
+        return _least_urgent(cluster, number, DECODING, ANY)
+    return int(replica["last"][DECODING])
+
+
+def _least_urgent(cluster: Cluster, number: int, queue: int, below: int) -> int:
+    """The last of a list's requests whose priority is the smallest, when that is below a limit."""
+    chosen, least = NOBODY, below
+    index = cluster.replicas[number]["last"][queue]
+    while index != NOBODY:
+        request = cluster.requests[index]
+        priority = cluster.tenants[number, request["tenant"]]["priority"]
+        if priority < least:
+            chosen, least = index, priority
+        index = request["before"]
+    return int(chosen)
+
+
+def _last_of(cluster: Cluster, replica: Record, tenant: int) -> int:
+    index = replica["last"][DECODING]
+    while cluster.requests[index]["tenant"] != tenant:
+        index = cluster.requests[index]["before"]
+    return int(index)
+
+
+def has_slot(cluster: Cluster, replica: Record) -> bool:
+    """Whether one more sequence may run beside those that do."""
+    return bool(replica["length"][DECODING] + replica["length"][PREFILLING] < cluster.world["max_num_seqs"])
+
+
+def outranks(cluster: Cluster, number: int, index: int) -> bool:
+    """Whether there are sequences that are to make way for a request where it finds no room."""
+    if cluster.world["scheduler"] != PRIORITY:
+        return False
+    priority = cluster.tenants[number, cluster.requests[index]["tenant"]]["priority"]
+    for i in range(cluster.tenants.shape[1]):
+        tenant = cluster.tenants[number, i]
+        if tenant["priority"] < priority and (used_by(tenant) or tenant["length"][SWAPPED]):
+            return True
+    return False
+
+
+def _bytes_below(cluster: Cluster, number: int, priority: int) -> int:
+    """HBM that sequences of a smaller priority hold in the next iteration."""
+    nbytes = 0
+    for i in range(cluster.tenants.shape[1]):
+        if cluster.tenants[number, i]["priority"] < priority:
+            nbytes += used_by(cluster.tenants[number, i])
+    return nbytes
+
+
+def make_way(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
+    """Preempt strictly less urgent sequences until a request may run and its need fits; it stays the need.
+
+    False, with nobody preempted, where all of them together hold too little HBM.
+    """
+    world, replica = cluster.world, cluster.replicas[number]
+    if not outranks(cluster, number, index):
+        return False
+    priority = cluster.tenants[number, cluster.requests[index]["tenant"]]["priority"]
+    kept_bytes = used(replica, HBM) - _bytes_below(cluster, number, priority) - evictable_bytes(cluster, number, HBM)
+    margin = world["watermark_bytes"] if kept_bytes else 0
+    if kept_bytes + world["need_bytes"][HBM] + margin > world["capacity_bytes"][HBM]:
+        return False
+    for tier in range(TIERS):
+        world["asked_bytes"][tier] = world["need_bytes"][tier]
+    while True:
+        for tier in range(TIERS):
+            world["need_bytes"][tier] = world["asked_bytes"][tier]
+        if has_slot(cluster, replica) and make_fit(cluster, number, margin_bytes(world, replica)):
+            return True
+        if not _evict_below(cluster, number, priority, now_s):
+            return has_slot(cluster, replica) and _drop_swapped_below(cluster, number, priority)
+
+
+def _drop_swapped_below(cluster: Cluster, number: int, priority: int) -> bool:
+    """Let less urgent sequences that are swapped out be recomputed instead, where that makes the asked bytes fit.
+
+    So that those who wait for a request never hold what it waits for.
+    """
+    world, replica = cluster.world, cluster.replicas[number]
+    for tier in range(TIERS):
+        freed_bytes = 0
+        for i in range(cluster.tenants.shape[1]):
+            tenant = cluster.tenants[number, i]
+            index = tenant["first"][SWAPPED] if tenant["priority"] < priority else NOBODY
+            while index != NOBODY:
+                freed_bytes += cluster.requests[index]["held"][tier]
+                index = cluster.requests[index]["after"]
+        world["need_bytes"][tier] = world["asked_bytes"][tier] - freed_bytes
+    if not fits(world, replica, margin_bytes(world, replica)):
+        return False
+    for i in range(cluster.tenants.shape[1]):
+        tenant = cluster.tenants[number, i]
+        while tenant["priority"] < priority and tenant["length"][SWAPPED]:
+            index = tenant["last"][SWAPPED]
+            pick(cluster, number, index)
+            release(cluster, index)
+            _begin_anew(cluster, index, cluster.requests[index]["generated_at_join"])
+    for tier in range(TIERS):
+        world["need_bytes"][tier] = world["asked_bytes"][tier]
+    return True
+
+
+def _begin_anew(cluster: Cluster, index: int, generated: float) -> None:
+    """Let a sequence that is in no list wait to be recomputed up to this generated token."""
+    request = cluster.requests[index]
+    request["recomputed_tokens"] += int(generated)
+    _drop(cluster, index, target_tokens(request) - 1)  # without the token that it would have fed next
+
+
+def _drop(cluster: Cluster, index: int, tokens: int) -> None:
+    """Give up the state of so many tokens of a sequence that is in no list, and let it wait to compute them anew."""
+    request = cluster.requests[index]
+    request["dropped_tokens"] = tokens
+    request["past_tokens"] = 0
+    cluster.replicas[request["replica"]]["recomputations"] += 1
+    queue_again(cluster, request["replica"], index)
+
+
+def _evict_below(cluster: Cluster, number: int, priority: int, now_s: float) -> bool:
+    """Preempt one sequence, of the least urgent ones the one begun last; whether there is one below the priority."""
+    prefilling = _least_urgent(cluster, number, PREFILLING, priority)
+    if prefilling != NOBODY:
+        priority = cluster.tenants[number, cluster.requests[prefilling]["tenant"]]["priority"]
+    decoding = _least_urgent(cluster, number, DECODING, priority)
+    if decoding != NOBODY:
+        _preempt(cluster, cluster.replicas[number], decoding, now_s)
+        cluster.replicas[number]["batch_tokens"] += cluster.world["step_tokens"]
+    elif prefilling != NOBODY:
+        _abandon(cluster, number, prefilling, now_s)
+    return decoding != NOBODY or prefilling != NOBODY
+
+
+def take_chunks_below(cluster: Cluster, number: int, priority: int, tokens: int) -> None:
+    """Take tokens of this iteration from less urgent prompts until so many are free, or as many as they have."""
+    replica = cluster.replicas[number]
+    index = replica["last"][PREFILLING]  # the least urgent one
+    while index != NOBODY and replica["batch_tokens"] < tokens:
+        request = cluster.requests[index]
+        if request["chunk_tokens"] and cluster.tenants[number, request["tenant"]]["priority"] < priority:
+            taken = min(request["chunk_tokens"], tokens - replica["batch_tokens"])
+            request["chunk_tokens"] -= taken
+            replica["batch_tokens"] += taken
+            replica["chunks"] -= request["chunk_tokens"] == 0
+        index = request["before"]
+
+
+def _abandon(cluster: Cluster, number: int, index: int, now_s: float) -> None:
+    """Stop a prompt's prefill, to begin it anew."""
+    replica, request = cluster.replicas[number], cluster.requests[index]
+    if request["loading"]:
+        prefix_ready(replica, request, now_s)  # as far as that goes
+    preempted(replica, request, now_s)
+    replica["batch_tokens"] += request["chunk_tokens"]
+    replica["chunks"] -= request["chunk_tokens"] > 0
+    request["chunk_tokens"] = 0
+    request["preemptions"] += 1
+    take_out(cluster.requests, replica, index)
+    release(cluster, index)
+    _drop(cluster, index, request["past_tokens"])
+
+
+def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> None:
+    request, world = cluster.requests[index], cluster.world
+    generated = generated_tokens(world, request, replica["iteration"])
+    withdraw(cluster, index)  # leaves its amounts in VECTOR
+    set_need(cluster)
+    if not fits_alone(cluster, index, 1):
+        reject(cluster, index, now_s)
+        return
+    request["preemptions"] += 1
+    request["last_token_s"] = now_s
+    preempted(replica, request, now_s)
+    hbm_bytes = world["need_bytes"][HBM]
+    world["need_bytes"][HBM] = 0
+    world["need_bytes"][DDR] += hbm_bytes
+    if world["swaps"] and make_fit(cluster, request["replica"], 0):
+        request["generated_at_join"] = generated
+        hold(cluster, index)
+        put(cluster, request["replica"], index, SWAPPED, True)
+        swap(world, replica, hbm_bytes, DOWN)
+    else:
+        _begin_anew(cluster, index, generated)
+
+
+def reject(cluster: Cluster, index: int, now_s: float) -> None:
+    """A request could never run."""
+    cluster.requests[index]["rejected"] = REJECTED
+    leave(cluster, index, now_s)

@@ -1,0 +1,1 @@
+"""Requests before they run: when they come, where they go, how they queue and how long they wait."""

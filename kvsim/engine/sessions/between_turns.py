@@ -1,0 +1,212 @@
+"""What becomes of a session's state between two of its turns: kept in HBM, swapped out to DDR, or computed anew.
+
+Nobody knows whether a turn is the last. What is kept or swapped out lies in a list of its replica, the oldest first,
+and makes room, in that order, for whatever would not fit. The next turn of the session goes where its state is.
+
+`cheapest` weighs seconds when a turn ends. To bring the state back takes the smaller of its transfer up and its prefill
+(Mooncake's inequality, FAST'25, section 2.2). To keep it costs nothing while nobody waits for memory, and otherwise its
+share of the HBM for as long as sessions think on average; that must be worth what it saves where the session goes on.
+What is kept and would rather be transferred than computed is copied to DDR meanwhile, so that nobody waits when it is
+evicted from HBM.
+"""
+
+import math
+
+from kvsim.engine.batch.memory import DOWN, UP, copy_s, fits, set_need, transfer_s, used
+from kvsim.engine.inbound import BY_LOADER, bring
+from kvsim.engine.requests.queues import push_before, push_last, take_out
+from kvsim.engine.state.cluster import (
+    DDR,
+    HBM,
+    KEPT,
+    NOBODY,
+    PARKED,
+    SWAPPED,
+    TIERS,
+    TURNS_ANEW,
+    TURNS_CHEAPEST,
+    TURNS_KEEP,
+    TURNS_SWAP,
+    WAITING,
+    Cluster,
+)
+
+
+def end_turn(cluster: Cluster, index: int, now_s: float) -> None:
+    """A request that is in no list has ended; its state, which is no longer held, amounts to VECTOR."""
+    world, request = cluster.world, cluster.requests[index]
+    if world["session_kv"] == TURNS_ANEW or not request["in_session"]:
+        return
+    number = request["replica"]
+    replica = cluster.replicas[number]
+    set_need(cluster)
+    request["state_bytes"] = world["need_bytes"][HBM]
+    choice = world["session_kv"]
+    if choice == TURNS_CHEAPEST:
+        choice = _cheapest(cluster, index)
+    request["copied"] = choice == TURNS_SWAP or (choice == TURNS_KEEP and _copies(cluster, index))
+    if request["copied"]:
+        world["need_bytes"][DDR] += request["state_bytes"]
+    if choice == TURNS_SWAP:
+        world["need_bytes"][HBM] = 0
+    if choice == TURNS_ANEW or not make_fit(cluster, number, 0):
+        replica["turns_dropped"] += 1
+        return
+    for tier in range(TIERS):
+        request["held"][tier] = world["need_bytes"][tier]
+        replica["held_bytes"][tier] += world["need_bytes"][tier]
+    request["parked_s"] = now_s
+    if request["copied"]:  # behind the iterations: nobody waits for it but the session itself
+        request["parked_s"] += transfer_s(world, replica, request["state_bytes"], world["widest_stage"], DOWN)
+        replica["swap_down_bytes"] += request["state_bytes"]
+        replica["swaps"] += request["state_bytes"] > 0
+    if choice == TURNS_SWAP:
+        replica["turns_swapped"] += 1
+        push_last(cluster.requests, replica, PARKED, index)
+    else:
+        replica["turns_kept"] += 1
+        push_last(cluster.requests, replica, KEPT, index)
+
+
+def _cheapest(cluster: Cluster, index: int) -> int:
+    """What to do with a state of which all is needed."""
+    world, request = cluster.world, cluster.requests[index]
+    replica = cluster.replicas[request["replica"]]
+    up_s = copy_s(world, replica, request["state_bytes"], world["widest_stage"], UP)
+    hold_s = 0.0
+    waits = replica["length"][WAITING] + replica["length"][SWAPPED] > 0
+    if waits or not fits(world, replica, int(world["watermark_bytes"])):
+        hold_s = world["think_s"] * (request["state_bytes"] / world["capacity_bytes"][HBM])
+    if hold_s <= world["return_share"] * min(up_s, request["anew_s"]):
+        return TURNS_KEEP
+    return TURNS_SWAP if up_s < request["anew_s"] else TURNS_ANEW
+
+
+def _copies(cluster: Cluster, index: int) -> bool:
+    """Whether a state that is kept is copied to DDR meanwhile, so that nobody waits when it is evicted."""
+    world, request = cluster.world, cluster.requests[index]
+    replica, nbytes = cluster.replicas[request["replica"]], request["state_bytes"]
+    if (
+        world["session_kv"] != TURNS_CHEAPEST
+        or copy_s(world, replica, nbytes, world["widest_stage"], UP) >= request["anew_s"]
+    ):
+        return False
+    parked_bytes = evictable_bytes(cluster, request["replica"], DDR)
+    ddr_bytes = used(replica, DDR) - parked_bytes + world["need_bytes"][DDR] + nbytes
+    return bool(ddr_bytes <= world["capacity_bytes"][DDR])
+
+
+def make_fit(cluster: Cluster, number: int, margin_bytes: int) -> bool:
+    """Evict states of sessions, the oldest first but never the one that is spared, until the need fits.
+
+    False, with none evicted, where all of them would not do.
+    """
+    world, replica = cluster.world, cluster.replicas[number]
+    if fits(world, replica, margin_bytes):
+        return True
+    for tier in range(TIERS):
+        kept_bytes = used(replica, tier) - evictable_bytes(cluster, number, tier)
+        margin = margin_bytes if tier == HBM else 0
+        if kept_bytes + world["need_bytes"][tier] + margin > world["capacity_bytes"][tier]:
+            return False
+    while not fits(world, replica, margin_bytes):
+        short = used(replica, HBM) + world["need_bytes"][HBM] + margin_bytes > world["capacity_bytes"][HBM]
+        victim = NOBODY
+        if not short:
+            victim = _oldest(cluster, number, PARKED)
+        if victim == NOBODY:
+            victim = _oldest(cluster, number, KEPT)
+        if victim == NOBODY:
+            return False
+        _evict(cluster, victim)
+    return True
+
+
+def evictable_bytes(cluster: Cluster, number: int, tier: int) -> int:
+    """Bytes of a tier that states of sessions take, but for the one that is spared."""
+    nbytes = 0
+    for queue in (KEPT, PARKED):
+        index = cluster.replicas[number]["first"][queue]
+        while index != NOBODY:
+            if index != cluster.world["spared"]:
+                nbytes += cluster.requests[index]["held"][tier]
+            index = cluster.requests[index]["after"]
+    return int(nbytes)
+
+
+def _oldest(cluster: Cluster, number: int, queue: int) -> int:
+    index = cluster.replicas[number]["first"][queue]
+    if index != NOBODY and index == cluster.world["spared"]:
+        index = cluster.requests[index]["after"]
+    return int(index)
+
+
+def _evict(cluster: Cluster, index: int) -> None:
+    """Give up a state, or what of it is in HBM if there is a copy below."""
+    request = cluster.requests[index]
+    replica, nbytes = cluster.replicas[request["replica"]], request["state_bytes"]
+    kept = request["queue"] == KEPT
+    give_up(cluster, index)
+    replica["states_evicted"] += 1
+    if not kept or not request["copied"]:
+        return
+    request["held"][HBM] -= nbytes
+    for tier in range(TIERS):
+        replica["held_bytes"][tier] += request["held"][tier]
+    younger = replica["first"][PARKED]
+    while younger != NOBODY and cluster.requests[younger]["finish_s"] <= request["finish_s"]:
+        younger = cluster.requests[younger]["after"]
+    push_before(cluster.requests, replica, PARKED, index, younger)
+
+
+def give_up(cluster: Cluster, index: int) -> None:
+    """A state is no longer held, because it is dropped or because the session goes on from it."""
+    request = cluster.requests[index]
+    replica = cluster.replicas[request["replica"]]
+    take_out(cluster.requests, replica, index)
+    for tier in range(TIERS):
+        replica["held_bytes"][tier] -= request["held"][tier]
+
+
+def state_of(cluster: Cluster, index: int) -> int:
+    """The turn whose state a request could go on from, at any replica; nobody where there is none."""
+    parent = cluster.requests[index]["parent"]
+    if parent != NOBODY and cluster.requests[parent]["queue"] in (KEPT, PARKED):
+        return int(parent)
+    return NOBODY
+
+
+def state_here(cluster: Cluster, number: int, index: int) -> int:
+    """The same of a request that is to begin at this replica; what was preempted begins anew."""
+    parent = state_of(cluster, index)
+    if parent != NOBODY and math.isnan(cluster.requests[index]["admitted_s"]):
+        return parent if cluster.requests[parent]["replica"] == number else NOBODY
+    return NOBODY
+
+
+def add_state(cluster: Cluster, sign: int) -> None:
+    """Count what the spared state holds among the need, or no more: its session's next turn takes it over."""
+    spared, world = cluster.world["spared"], cluster.world
+    if spared != NOBODY:
+        for tier in range(TIERS):
+            world["need_bytes"][tier] += sign * cluster.requests[spared]["held"][tier]
+
+
+def resume(cluster: Cluster, index: int, parent: int, now_s: float) -> float:
+    """Let a request that has been admitted go on from a state; when all of that is in HBM."""
+    world, request, state = cluster.world, cluster.requests[index], cluster.requests[parent]
+    replica = cluster.replicas[state["replica"]]
+    parked = state["queue"] == PARKED
+    give_up(cluster, parent)
+    replica["turns_resumed"] += 1
+    ready_s = now_s
+    if parked and state["state_bytes"]:
+        tokens = state["prompt_tokens"] + state["output_tokens"]
+        nbytes = -(-state["state_bytes"] * request["shared_tokens"] // tokens)
+        from_s = max(now_s, state["parked_s"])
+        began_s = max(from_s, replica["loader_free_s"])
+        replica["loader_free_s"] = began_s + transfer_s(world, replica, nbytes, world["widest_stage"], UP)
+        ready_s = bring(cluster, index, BY_LOADER, nbytes, from_s, replica["loader_free_s"])
+        replica["swap_up_bytes"] += nbytes
+        replica["swaps"] += 1
+    return float(ready_s)

@@ -1,0 +1,1 @@
+"""The state of a simulation: arrays of records, their fields and their first values."""

@@ -1,0 +1,1 @@
+"""What a long context costs in closed form, without a simulation."""

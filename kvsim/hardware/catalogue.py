@@ -1,0 +1,234 @@
+"""GPUs and hosts: capacities and rates, from the catalogue or from a user's YAML file."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from itertools import pairwise
+from operator import itemgetter
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
+
+from kvsim.hardware.gpu_file import PARAMETER_SETS, read_gpu_file
+from kvsim.hardware.switches import switch_figures
+from kvsim.text.documents import parse_yaml, read_document, validated
+from kvsim.text.names import unknown_name
+from kvsim.text.printable import brief
+from policies.shown import shown
+
+Curve = tuple[tuple[int, float], ...]
+"""Rate in B/s by size of a contiguous row in bytes, ascending."""
+
+_HALVES = ("bf16", "fp16", "fp32")
+_INSTEAD = {"mxfp8": ("fp8", *_HALVES)}
+"""Types to compute in, in order, where a chip has no rate for one; 16 bits, then 32, for all others."""
+
+_CATALOGUE = files("kvsim") / "catalogue"
+
+
+def interpolate(curve: Curve, row_bytes: int) -> float:
+    """The curve at `row_bytes`: linear in the logarithm of the row size, flat beyond both ends."""
+    if row_bytes <= curve[0][0]:
+        return curve[0][1]
+    for (low, low_Bps), (high, high_Bps) in pairwise(curve):
+        if row_bytes <= high:
+            share = math.log(row_bytes / low) / math.log(high / low)
+            return low_Bps + share * (high_Bps - low_Bps)
+    return curve[-1][1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What one GPU does per second, and what an operation costs before it starts, by one parameter set."""
+
+    hbm_Bps: float  # streaming reads, as in decode
+    matmul_flops: tuple[tuple[str, float], ...]  # dense FLOP/s of large GEMMs by dtype
+    attention_flops: float  # prefill attention, 16-bit, causal count
+    elementwise_Bps: float  # softmax and reductions over scores in HBM
+    topk_elements_per_s: float
+    launch_s: float  # one kernel in a CUDA graph or a well filled stream
+    sync_s: float  # host synchronisation, there and back
+    pcie_h2d_Bps: float  # the link to the host: PCIe, or NVLink-C2C
+    pcie_d2h_Bps: float
+    pcie_latency_s: float  # one copy, before its first byte
+    gather_curve: Curve  # a kernel that reads rows straight from pinned host memory
+    gather_sm_share: float  # of the SMs, occupied by such a kernel
+    nvlink_Bps: float  # to the peers, each way; 0: none
+    nvlink_latency_s: float
+
+    def flops(self, dtype: str) -> float:
+        """FLOP/s of large GEMMs in `dtype`; ValueError when this chip has no rate for it."""
+        rates = dict(self.matmul_flops)
+        if dtype not in rates:
+            raise ValueError(f"this GPU has no GEMM rate for dtype {shown(dtype)}; it has {', '.join(rates)}")
+        return rates[dtype]
+
+    def product_flops(self, dtype: str) -> float:
+        """FLOP/s of products with weights of `dtype`, in another type where this chip has no rate for it.
+
+        Weight-only formats multiply in 16 bits. Chips before Ampere have no bf16, and engines serve in fp16 there: vLLM
+        refuses bf16 below compute capability 8.0 and names fp16. ValueError when nothing that stands in has a rate.
+        """
+        rates = dict(self.matmul_flops)
+        for known in (dtype, *_INSTEAD.get(dtype, _HALVES)):
+            if known in rates:
+                return rates[known]
+        return self.flops(dtype)
+
+    def gather_Bps(self, row_bytes: int) -> float:
+        """Rate at which a kernel reads rows of `row_bytes` straight from pinned host memory."""
+        return interpolate(self.gather_curve, row_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU under one parameter set; `sources` says for each figure where it comes from."""
+
+    name: str
+    memory_bytes: int
+    sms: int
+    rates: Rates
+    parameter_set: str
+    parameter_sets: tuple[str, ...]  # all that its file has
+    sources: tuple[tuple[str, str], ...]
+
+
+def _pairs(value: object) -> object:
+    """A mapping, as YAML writes curves and sources, in the order of its keys."""
+    if not isinstance(value, dict):
+        return value
+    alike = len(set(map(type, value))) == 1  # others have no order, and are refused
+    return tuple(sorted(value.items(), key=itemgetter(0)) if alike else value.items())
+
+
+_Count = Annotated[int, Field(gt=0)]
+_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_RowCurve = Annotated[tuple[tuple[_Count, _Rate], ...], BeforeValidator(_pairs), Field(min_length=1)]
+_Sources = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A server: its memory, processors, drives, network and PCIe switches; effective figures of the whole of it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    name: str
+    gpus_max: _Count
+    ddr_bytes: _Count
+    ddr_Bps: _Rate  # reads and writes together
+    cpu_cores: _Count
+    cpu_flops: _Rate  # fp32, all cores
+    random_curve: _RowCurve  # scattered reads by all cores
+    copy_Bps: _Rate  # payload of a memcpy by all cores
+    nvme_bytes: Annotated[int, Field(ge=0)]  # 0: no drive
+    nvme_read_Bps: _Cost
+    nvme_write_Bps: _Cost
+    nvme_latency_s: _Cost
+    nic_Bps: _Cost  # each way; 0: no network
+    nic_latency_s: _Cost
+    gpus_per_switch: _Count
+    switch_Bps: _Rate  # from one PCIe switch to the root complex, each way
+    sources: _Sources = ()
+
+    def __post_init__(self) -> None:
+        if self.nvme_bytes and not (self.nvme_read_Bps and self.nvme_write_Bps):
+            raise ValueError("nvme_read_Bps and nvme_write_Bps must be greater than 0 where nvme_bytes is")
+        names = {field.name for field in fields(self)} - {"name", "sources"}
+        for name, _ in self.sources:
+            if name not in names:
+                raise ValueError(f"sources.{brief(name, 80)} names no figure of a host; write one, such as ddr_Bps")
+
+    def random_Bps(self, row_bytes: int) -> float:
+        """Rate at which all cores together read scattered rows of `row_bytes`."""
+        return interpolate(self.random_curve, row_bytes)
+
+
+_HOST = TypeAdapter(Host)
+
+
+def gpu_names() -> list[str]:
+    """Names of the catalogue's GPUs, sorted."""
+    return _names("gpus")
+
+
+def host_names() -> list[str]:
+    """Names of the catalogue's hosts, sorted."""
+    return _names("hosts")
+
+
+def load_gpu(text: str) -> Gpu:
+    """A GPU by catalogue name or YAML path, then `@datasheet`, `@achievable` (the default) or `@measured`.
+
+    Raises ValueError for an unknown name or parameter set and for a file that is not valid.
+    """
+    where, at, chosen = text.rpartition("@")
+    if not at or "/" in chosen or chosen.endswith((".yaml", ".yml")):
+        where, chosen = text, "achievable"
+    if chosen not in PARAMETER_SETS:
+        raise unknown_name("parameter set", chosen, PARAMETER_SETS)
+    name, data, origin = _document("gpus", "GPU", where, gpu_names())
+    file = read_gpu_file(data, origin)
+    if chosen not in file.parameter_sets:
+        raise ValueError(f"{origin} has no parameter set {shown(chosen)}; it has {', '.join(file.parameter_sets)}")
+    try:
+        figures, sources = file.figures(chosen)
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from None
+    return Gpu(
+        name=name,
+        memory_bytes=file.memory_bytes,
+        sms=file.sms,
+        rates=Rates(**figures),
+        parameter_set=chosen,
+        parameter_sets=file.parameter_sets,
+        sources=tuple(sources.items()),
+    )
+
+
+def load_host(text: str) -> Host:
+    """A host by catalogue name or YAML path; ValueError for an unknown name and for a file that is not valid.
+
+    A file may draw its PCIe switches (`kvsim.hardware.switches`) in place of `gpus_per_switch` and `switch_Bps`.
+    """
+    name, data, origin = _document("hosts", "host", text, host_names())
+    known = [*(field.name for field in fields(Host)), "switches"]
+    return validated(_HOST, {"name": name, **_drawn(data, origin)}, known, origin)
+
+
+def _drawn(data: dict[str, Any], origin: str) -> dict[str, Any]:
+    """A host's figures, those of its switches read off a drawing of them where there is one."""
+    if "switches" not in data:
+        return data
+    figures = {name: value for name, value in data.items() if name != "switches"}
+    if stated := [name for name in ("gpus_per_switch", "switch_Bps") if name in figures]:
+        raise ValueError(f"{origin}: {stated[0]} follows from switches; leave one of them out")
+    gpus_max = figures.get("gpus_max")
+    if not isinstance(gpus_max, int) or not isinstance(data["switches"], dict):
+        raise ValueError(f"{origin}: switches must be a mapping of names, and gpus_max a whole number beside it")
+    return figures | switch_figures(data["switches"], gpus_max, origin)
+
+
+def _names(folder: str) -> list[str]:
+    entries = (_CATALOGUE / folder).iterdir()
+    return sorted(entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml"))
+
+
+@cache
+def _catalogue_text(folder: str, name: str) -> str:
+    return (_CATALOGUE / folder / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _document(folder: str, kind: str, text: str, names: Sequence[str]) -> tuple[str, dict[str, Any], str]:
+    """Name, content and origin (for errors) of a catalogue file or a user's."""
+    if text in names:
+        origin = f"catalogue {kind} {shown(text)}"
+        return text, parse_yaml(_catalogue_text(folder, text), origin), origin
+    path = Path(text).expanduser()
+    if path.suffix not in (".yaml", ".yml") and len(path.parts) <= 1:
+        raise unknown_name(kind, text, names)
+    return path.stem, parse_yaml(read_document(path), str(path)), str(path)

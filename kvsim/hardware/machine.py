@@ -1,0 +1,195 @@
+"""One GPU's place in its node: what each operation of a plan costs there before batches and overlap."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvsim.hardware.catalogue import Gpu, Host
+from policies.model import LayerShape, ModelShape
+from policies.plan import Access, Buffer, Copy, Engine, Op, Processor, Sync, Tier, Work
+
+LANES = ("sm", "h2d", "d2h", "cpu", "nvlink", "host")  # the last: the host thread that waits and launches
+SM, H2D, D2H, CPU, NVLINK, HOST = range(len(LANES))
+QKV_KERNELS, OUT_KERNELS, MLP_KERNELS, HEAD_KERNELS = 3, 1, 4, 2
+
+
+class Cost(NamedTuple):
+    """How an operation turns amounts into time: `fixed_s` + the larger of its work and its bytes, on one lane.
+
+    Rates are those of a GPU alone on its host.
+    """
+
+    lane: int
+    fixed_s: float
+    work_s: float  # seconds per FLOP (or per element searched)
+    streamed_s: float  # seconds per byte of contiguous rows
+    scattered_s: float  # seconds per byte of rows at indices that data decide
+    sm_share: float  # share of the SMs taken meanwhile
+
+
+class Sharing(NamedTuple):
+    """How many GPUs use the host, and the same PCIe switch, at a time; this one included."""
+
+    host: int
+    switch: int
+
+
+ALONE = Sharing(1, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A GPU, its host, and the number of tensor-parallel ranks that it works with."""
+
+    gpu: Gpu
+    host: Host
+    tp: int = 1
+
+    @property
+    def sharing(self) -> Sharing:
+        """What a replica's own ranks share when no other replica is busy."""
+        return Sharing(self.tp, min(self.tp, self.host.gpus_per_switch))
+
+    def copy_Bps(self, op: Copy, src: Buffer, dst: Buffer) -> float:
+        """Rate of a copy between HBM and DDR by its engine, alone on the host."""
+        rates = self.gpu.rates
+        link = rates.pcie_h2d_Bps if dst.tier is Tier.HBM else rates.pcie_d2h_Bps
+        if op.engine is Engine.GATHER:
+            return min(link, rates.gather_Bps(src.row_bytes))
+        if op.engine is Engine.CPU:
+            return 1 / (1 / link + 1 / self.host.random_Bps(src.row_bytes))
+        return link
+
+    def copy_floor_s(self, sharing: Sharing) -> float:
+        """Seconds per byte below which no copy goes: the DDR's and the switch's fair share."""
+        return max(sharing.host / self.host.ddr_Bps, sharing.switch / self.host.switch_Bps)
+
+    def cost(self, op: Op, buffers: Mapping[str, Buffer]) -> Cost:
+        """What one operation costs on this machine.
+
+        Raises ValueError for a copy that does not run between HBM and DDR.
+        """
+        rates = self.gpu.rates
+        if isinstance(op, Sync):
+            return Cost(HOST, rates.sync_s, 0.0, 0.0, 0.0, 0.0)
+        if isinstance(op, Copy):
+            src, dst = buffers[op.src], buffers[op.dst]
+            if {src.tier, dst.tier} != {Tier.HBM, Tier.DDR}:
+                raise ValueError(f"{op.name}: copies run between hbm and ddr, not from {src.tier} to {dst.tier}")
+            byte_s = 1 / self.copy_Bps(op, src, dst)
+            gather = op.engine is Engine.GATHER
+            if op.ids and not gather:  # one descriptor for each row
+                byte_s += rates.pcie_latency_s / src.row_bytes
+            fixed_s = rates.launch_s if gather else rates.pcie_latency_s
+            lane = H2D if dst.tier is Tier.HBM else D2H
+            return Cost(lane, fixed_s, 0.0, byte_s, byte_s, rates.gather_sm_share if gather else 0.0)
+        if op.processor is Processor.CPU:
+            scattered = max(
+                (self._scattered_s(a, buffers) for a in (*op.reads, *op.writes) if a.scattered), default=0.0
+            )
+            return Cost(CPU, 0.0, 1 / self.host.cpu_flops, 1 / self.host.ddr_Bps, scattered, 0.0)
+        byte_s = 1 / (rates.elementwise_Bps if op.work in (Work.ELEMENTWISE, Work.TOPK) else rates.hbm_Bps)
+        return Cost(SM, op.launches * rates.launch_s, self._work_s(op.work), byte_s, byte_s, 0.0)
+
+    def _scattered_s(self, access: Access, buffers: Mapping[str, Buffer]) -> float:
+        return 1 / self.host.random_Bps(buffers[access.buffer].row_bytes)
+
+    def _work_s(self, work: Work) -> float:
+        rates = self.gpu.rates
+        if work is Work.ATTENTION:
+            return 1 / rates.attention_flops
+        if work is Work.MATMUL:
+            return 1 / rates.product_flops("bf16")
+        if work is Work.TOPK:
+            return 1 / rates.topk_elements_per_s
+        return 1 / rates.product_flops("fp32")
+
+    def linear_s(self, weight_bytes: int, work: Sequence[tuple[str, int]], kernels: float) -> float:
+        """Time of dense layers: weights stream in and then multiply; `work` are FLOPs by type of the products.
+
+        The two are added, not overlapped: decode GEMMs of few rows run below either roofline, and the sum reproduces
+        ShadowKV's measured FFN times at batches of 12, 24 and 48 within 10 % (arXiv:2410.21465, table of latencies).
+        """
+        rates = self.gpu.rates
+        return kernels * rates.launch_s + weight_bytes / rates.hbm_Bps + self.products_s(work)
+
+    def products_s(self, work: Sequence[tuple[str, int]]) -> float:
+        """Time of products with weights, given FLOPs by their type."""
+        return sum(flops / self.weight_flops(dtype) for dtype, flops in work if flops)
+
+    def weight_flops(self, dtype: str) -> float:
+        """FLOPs per second of products with weights of `dtype`; weight-only formats multiply in 16 bits."""
+        return self.gpu.rates.product_flops(dtype)
+
+    def layer_s(self, model: ModelShape, layer: LayerShape, tokens: int) -> tuple[float, float, float]:
+        """Times of a layer's own parts for a batch of `tokens`: before the policy, output projection, MLP.
+
+        A block layer's are means over where in its block each sequence is.
+        """
+        share, every = layer.share_run(tokens), layer.tokens_per_run
+
+        def part(nbytes: int, products: Sequence[tuple[str, int]], kernels: int) -> float:
+            work = [(dtype, 2 * params * tokens // every) for dtype, params in by_type(products).items()]
+            return self.linear_s(round(share * nbytes), work, share * kernels)
+
+        qkv_bytes, out_bytes = model.attention_bytes(layer)
+        products = model.products(layer)
+        qkv = part(qkv_bytes, products[:1], QKV_KERNELS)
+        out = part(out_bytes, products[1:2], OUT_KERNELS)
+        if not layer.mlp_params:
+            return qkv, out, 0.0
+        return qkv, out, part(model.mlp_bytes_touched(layer, tokens), products[2:], MLP_KERNELS)
+
+    def head_s(self, model: ModelShape, logits: int) -> float:
+        """Time of the output head for `logits` positions."""
+        work = [(model.head_product, 2 * model.head_params * logits)]
+        return self.linear_s(model.head_bytes, work, HEAD_KERNELS)
+
+    def allreduce_bytes(self, model: ModelShape, tokens: int) -> int:
+        """Bytes that one rank sends in a ring all-reduce of a batch's hidden states."""
+        return 2 * (self.tp - 1) * -(-tokens * model.hidden_dim * 2 // self.tp)
+
+    def allreduce_s(self, model: ModelShape, tokens: int) -> float:
+        """Time of that all-reduce over NVLink, or over PCIe where the GPU has none."""
+        if self.tp == 1:
+            return 0.0
+        latency_s, peer_Bps = self.peer
+        return 2 * latency_s + self.allreduce_bytes(model, tokens) / peer_Bps
+
+    def peer_s(self, nbytes: int) -> float:
+        """Time to send one piece to a peer, over NVLink or, where the GPU has none, over PCIe."""
+        latency_s, peer_Bps = self.peer
+        return latency_s + nbytes / peer_Bps if nbytes else 0.0
+
+    @property
+    def peer(self) -> tuple[float, float]:
+        """Latency and rate of the way to a peer on the host."""
+        rates = self.gpu.rates
+        if rates.nvlink_Bps:
+            return rates.nvlink_latency_s, rates.nvlink_Bps
+        return rates.pcie_latency_s, min(rates.pcie_h2d_Bps, self.host.switch_Bps / self.sharing.switch)
+
+    @property
+    def nic(self) -> tuple[float, float]:
+        """Latency and rate of the way to a GPU of another host: its share of the host's adapters, no more than PCIe."""
+        rates = self.gpu.rates
+        return self.host.nic_latency_s, min(self.host.nic_Bps / self.host.gpus_max, rates.pcie_d2h_Bps)
+
+    def transfer_s(self, nbytes: int, *, to_hbm: bool, sharing: Sharing = ALONE) -> float:
+        """Time to move one contiguous piece between HBM and DDR: a swap, or a cached prefix."""
+        rates = self.gpu.rates
+        link_s = 1 / (rates.pcie_h2d_Bps if to_hbm else rates.pcie_d2h_Bps)
+        return rates.pcie_latency_s + nbytes * max(link_s, self.copy_floor_s(sharing)) if nbytes else 0.0
+
+
+def by_type(products: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Amounts summed by the type they belong to."""
+    totals: dict[str, int] = {}
+    for dtype, amount in products:
+        totals[dtype] = totals.get(dtype, 0) + amount
+    return totals
+
+
+def access_bytes(accesses: tuple[Access, ...], buffers: Mapping[str, Buffer], totals: Mapping[str, int]) -> int:
+    """Bytes of all rows that the accesses name, given the counts."""
+    return sum(a.rows.at(totals) * buffers[a.buffer].row_bytes for a in accesses)

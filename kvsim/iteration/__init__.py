@@ -1,0 +1,1 @@
+"""How long an iteration takes: its operations priced, then put in order on the lanes."""

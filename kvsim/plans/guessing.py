@@ -1,0 +1,152 @@
+"""What guessing costs beside the steps that verify: the draft's weights, cache and runs, or the heads' products."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvsim.hardware.machine import (
+    HEAD_KERNELS,
+    MLP_KERNELS,
+    OUT_KERNELS,
+    QKV_KERNELS,
+    SM,
+    Cost,
+    Machine,
+    access_bytes,
+    by_type,
+)
+from kvsim.plans.symbolic import Polynomial, polynomial_of
+from kvsim.scenario.speculation import Speculation
+from policies import Full, ModelShape, Step, plan_layer
+from policies.plan import Compute, Tier, stored_bytes
+
+ATTENTION_KERNELS = 2  # append, attend
+DECODING, PROMPT = range(2)
+ONCE, EACH = range(2)
+LAUNCH, WEIGHTS, ARITHMETIC, COLLECTIVES = range(4)
+Parts = NDArray[np.float64]
+FIELDS = [  # of the inner loop's state: what stands in a `Guesser`
+    ("guess_parts_s", np.float64, (2, 2, 4)),
+    ("guess_weight_bytes", np.int64, (2,)),
+    ("guess_sent_bytes", np.int64, (2,)),
+]
+
+
+class Guesser:
+    """The costs of one rank of whoever guesses, for a target of which one rank is `target`.
+
+    `parts` are seconds of an iteration: (decoding or prompts, once or for each sequence or prompt token, launches
+    weights arithmetic collectives). They come after the target's own work. The draft's attention is no part of them:
+    what it reads differs from sequence to sequence, so it is an operation of their plans (`amounts`).
+    """
+
+    def __init__(self, speculation: Speculation, target: ModelShape, machine: Machine) -> None:
+        self.speculation = speculation
+        self._machine, self._target = machine, target
+        self._draft: ModelShape | None = None
+        self.parts: Parts = np.zeros((2, 2, 4))
+        self.weight_bytes = 0  # of the rank
+        self.read_bytes = (0, 0)  # of weights, in an iteration that decodes, and more in one with prompts
+        self.sent_bytes = (0, 0)  # in all-reduces, for each sequence that decodes and each token of a prompt
+        if speculation.draft is not None:
+            self._draft = speculation.draft.shard(machine.tp)
+            self._set_draft(self._draft)
+        elif speculation.method != "lookup":
+            self._set_heads()
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a model of its own guesses, with a cache of its own."""
+        return self._draft is not None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """What a further token adds to the draft's cache."""
+        return 0 if self._draft is None else round(self.speculation.draft_share * self._draft.kv_bytes_per_token)
+
+    @property
+    def cost(self) -> Cost:
+        """Of the draft's attention."""
+        rates = self._machine.gpu.rates
+        return Cost(SM, 0.0, 1 / rates.attention_flops, 1 / rates.hbm_Bps, 1 / rates.hbm_Bps, 0.0)
+
+    def seconds(self, sequences: int, prompt_tokens: int) -> Parts:
+        """What an iteration with so many decoding sequences and tokens of prompts takes longer, by cause."""
+        rows = (sequences, prompt_tokens)
+        causes = np.zeros(4)
+        for n, parts in zip(rows, self.parts, strict=True):
+            if n:
+                causes += parts[ONCE] + n * parts[EACH]
+        return causes
+
+    def amounts(self, step: Step) -> tuple[Polynomial, Polynomial, Polynomial]:
+        """FLOPs and bytes of the draft's attention in one step of a sequence, and the bytes of cache that it holds.
+
+        They are polynomials in the step's token counts. Each guess is a run of its own, over all that the cache holds.
+        """
+        model = self._draft
+        if model is None:
+            return {}, {}, {}
+        runs = [step]
+        if not step.prefilling:
+            past, prompt = step.past_tokens, step.prompt_tokens
+            guesses = range(self.speculation.guesses)
+            runs = [Step(prompt_tokens=prompt, past_tokens=past + i, new_tokens=1) for i in guesses]
+        flops = nbytes = 0
+        for run in runs:
+            plans = {shape: plan_layer(Full(), model, run, model.layers.index(shape)) for shape in set(model.layers)}
+            for shape in model.layers:
+                buffers = {buffer.name: buffer for buffer in plans[shape].buffers}
+                for op in plans[shape].ops:
+                    if isinstance(op, Compute):
+                        flops = flops + op.rows.at({}) * op.flops_per_row
+                        nbytes = nbytes + access_bytes((*op.reads, *op.writes), buffers, {})
+        held = stored_bytes([plans[shape].buffers for shape in model.layers])[Tier.HBM]
+        return self._part(flops), self._part(nbytes), self._part(held)
+
+    def _part(self, amount: int) -> Polynomial:
+        """The draft's share of an amount, each coefficient to the nearest whole one."""
+        share = self.speculation.draft_share
+        return {monomial: round(share * k) for monomial, k in polynomial_of(amount).items()}
+
+    def _set_draft(self, draft: ModelShape) -> None:
+        speculation, machine = self.speculation, self._machine
+        share, rates = speculation.draft_share, machine.gpu.rates
+        layer_bytes = sum(draft.layer_bytes_touched(x, 1) for x in draft.layers)
+        kernels = sum(
+            QKV_KERNELS + OUT_KERNELS + ATTENTION_KERNELS + (MLP_KERNELS if x.mlp_params else 0) for x in draft.layers
+        )
+        work = by_type(product for x in draft.layers for product in draft.products(x))
+        layers_s = machine.products_s([(dtype, 2 * params) for dtype, params in work.items()])
+        one_s, many_s = (2 * draft.n_layers * machine.allreduce_s(draft, n) for n in (1, 1025))
+        each_s = (many_s - one_s) / 1024
+        run = np.zeros((2, 4))
+        run[ONCE] = kernels * rates.launch_s, layer_bytes / rates.hbm_Bps, 0.0, one_s - each_s
+        run[EACH] = 0.0, 0.0, layers_s, each_s
+        head = np.zeros((2, 4))
+        head[ONCE, :2] = HEAD_KERNELS * rates.launch_s, draft.head_bytes / rates.hbm_Bps
+        head[EACH, ARITHMETIC] = machine.products_s([(draft.head_product, 2 * draft.head_params)])
+        self.parts[DECODING] = share * speculation.guesses * (run + head)
+        self.parts[PROMPT] = share * run
+        self.weight_bytes = round(share * draft.weight_bytes)
+        self.read_bytes = (
+            round(share * speculation.guesses * (layer_bytes + draft.head_bytes)),
+            round(share * layer_bytes),
+        )
+
+        sent_bytes = share * 2 * draft.n_layers * machine.allreduce_bytes(draft, 1)
+        self.sent_bytes = (round(speculation.guesses * sent_bytes), round(sent_bytes))
+
+    def _set_heads(self) -> None:
+        """One head for each guess, applied to all candidates, since any of them may be the last that holds."""
+        speculation, target, rates = self.speculation, self._target, self._machine.gpu.rates
+        width, guesses = target.hidden_dim, speculation.guesses
+        params, kernels = -(-(width**2) // self._machine.tp), 1
+        if speculation.method == "medusa":
+            params, kernels = params + target.head_params, 2
+        flop_s = 1 / self._machine.weight_flops(target.head_product)
+        self.weight_bytes = guesses * target.bytes_of(params, target.outer_dtype)
+        self.read_bytes = (self.weight_bytes, 0)
+        once, each = self.parts[DECODING]
+        once[LAUNCH] = guesses * kernels * rates.launch_s
+        once[WEIGHTS] = self.weight_bytes / rates.hbm_Bps
+        each[ARITHMETIC] = 2 * guesses * params * (speculation.candidates + 1) * flop_s

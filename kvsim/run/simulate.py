@@ -1,0 +1,113 @@
+"""One simulation: a trace replayed on a cluster of engine replicas, and what came of it."""
+
+import gc
+import time
+from collections.abc import Callable, Generator
+from dataclasses import replace
+
+import numpy as np
+
+from kvsim.engine.caches.tiers import PrefixTiers, apart
+from kvsim.engine.desk import Engine
+from kvsim.iteration.makespan import Clock
+from kvsim.plans.derive import PlanTable
+from kvsim.results.outcome import Outcome
+from kvsim.results.summary import Result
+from kvsim.run.op.fidelity import play_operations
+from kvsim.scenario.setup import Setup
+from policies.shown import shown
+from traces import Trace
+
+__all__ = ["Setup", "simulate"]
+
+TURNS_AT_ONCE = 5000  # between two looks at whether to go on
+
+
+MAX_ARRIVAL_S = 1e10  # three hundred years after 0
+
+
+def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None = None) -> Result:
+    """Replay `trace` on a cluster; `progress` is told how many requests have left, first before any event.
+
+    An interruption (Ctrl-C) from there on ends the replay early: the result is `partial`, and requests that had not
+    finished are reported as such. Raises
+    ValueError for a model that does not fit, for prefix caches where the trace has no block ids, and for arrivals so
+    late that floating-point times would lose latencies.
+    """
+    latest_s = float(trace.arrival_s[-1])
+    if latest_s > MAX_ARRIVAL_S:
+        raise ValueError(
+            f"{trace.name}: a request arrives at {latest_s:g} s; must be at most {MAX_ARRIVAL_S:g} s, where times "
+            "still have microseconds; is the unit of arrivals right?"
+        )
+    began_s = time.perf_counter()
+    cluster = _Cluster(trace, setup)
+    setup_cpu_s = time.process_time()
+    whole = cluster.play(progress)
+    cpu_s = time.process_time() - setup_cpu_s
+    result = cluster.outcome().result(wall_s=time.perf_counter() - began_s, cpu_s=cpu_s, setup_cpu_s=setup_cpu_s)
+    return result if whole else replace(result, partial=True)
+
+
+def compile_loop(trace: Trace, setup: Setup) -> bool:
+    """Have the inner loop compiled, and say whether it is on disk, where processes beside each other find it."""
+    if setup.fidelity != "step":
+        return True
+    _Cluster(trace, setup)
+    from kvsim.engine import compiled
+    from kvsim.engine.kept_code import is_kept
+
+    return is_kept(compiled.play)
+
+
+class _Cluster:
+    def __init__(self, trace: Trace, setup: Setup) -> None:
+        self.trace, self.setup = trace, setup
+        if (trace.session < 0).all():
+            for option, without in (("sessions", "open"), ("session_kv", "recompute")):
+                if getattr(setup, option) != without:
+                    raise ValueError(f"trace {shown(trace.name)} has no sessions; replay it with {option}={without}")
+        machine = setup.machine()
+        guesser = setup.guesser()
+        table = PlanTable(setup.policy, setup.rank, machine, setup.counts, guesser)
+        clock = Clock(setup.rank, machine, guesser)
+        lengths = np.quantile(trace.prompt_tokens, (0.0, 0.25, 0.5, 0.75, 1.0), method="nearest")
+        table.warm([int(n) for n in lengths], setup.max_num_batched_tokens)
+        blocks = (
+            apart(trace) if setup.prefix_cache_sharing == "tenant" and any(setup.prefix_cache_bytes.values()) else trace
+        )
+        self.prefixes = PrefixTiers(blocks, setup)
+        self.engine = Engine(blocks, setup, table, clock, self.prefixes)
+
+    def play(self, progress: Callable[[int], None] | None) -> bool:
+        """Run until nothing is left to happen; False when interrupted before."""
+        steps = self.setup.fidelity == "step"
+        play = _play_steps(self.engine) if steps else play_operations(self.engine, self.setup)
+        gc.freeze()  # what was loaded before is here to stay: collections need not walk it again and again
+        try:
+            if progress is not None:
+                progress(0)
+            for left in play:
+                if progress is not None:
+                    progress(left)
+        except KeyboardInterrupt:
+            return False
+        finally:
+            gc.unfreeze()
+        return True
+
+    def outcome(self) -> Outcome:
+        """What has been recorded so far."""
+        return Outcome(
+            setup=self.setup,
+            trace=self.trace,
+            engine=self.engine,
+            prefixes=self.prefixes,
+        )
+
+
+def _play_steps(engine: Engine) -> Generator[int, None, None]:
+    """The step fidelity: replicas take turns by themselves; says how many requests have left, now and then."""
+    while engine.play(TURNS_AT_ONCE):
+        yield engine.left
+    yield engine.left

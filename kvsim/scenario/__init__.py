@@ -1,0 +1,1 @@
+"""What a simulation is asked for: its options, tenants, quotas and speculation."""

@@ -1,0 +1,340 @@
+"""What a simulation of one policy depends on besides the trace: model, hardware, cluster and engine options."""
+
+import math
+from dataclasses import dataclass, field, fields
+
+from kvsim.engine.caches.state import EVICTIONS, REUSES, SHARINGS, WRITES
+from kvsim.engine.sessions.turns import SESSION_KVS
+from kvsim.hardware.catalogue import Gpu, Host
+from kvsim.hardware.machine import Machine
+from kvsim.plans.guessing import Guesser
+from kvsim.plans.stages import Stages, fitting_bytes, held_shares, stages_of
+from kvsim.scenario.finite import first_nan
+from kvsim.scenario.quotas import Quota, read_quota
+from kvsim.scenario.speculation import Speculation
+from kvsim.scenario.tenants import Tenant, check_classes, check_pins, check_timeout
+from kvsim.text.names import unknown_name
+from kvsim.text.units import format_bytes
+from policies import ModelShape, Policy
+from policies.plan import Tier
+from policies.shown import shown
+
+ROUTERS = ("round-robin", "least-loaded", "prefix-affinity", "kv-aware")
+CACHE_ROUTERS = ROUTERS[2:]  # these look into prefix caches
+SCHEDULERS = ("fcfs", "priority", "fair")
+FIDELITIES = ("step", "op")
+PREEMPTIONS = ("swap", "recompute")
+SESSIONS = ("open", "closed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Everything that a simulation of one policy depends on, besides the trace.
+
+    There are `gpus` / (`tp` x `pp`) engine replicas. Sizes of prefix caches are per host, that of HBM over all its
+    GPUs, and that of the remote pool for all hosts; 0 is off. `counts` replaces the default mean of a data-dependent
+    count, as a share of its maximum. `tenants` are by name or pattern, `slo_classes` bound latencies as
+    {"chat": {"ttft_s": 10}}, and the weights of tokens make up the service that `fair` shares out and results report.
+
+    Raises ValueError for a figure out of its range, an unknown name, and replicas that no host holds.
+    """
+
+    model: ModelShape
+    policy: Policy
+    gpu: Gpu
+    host: Host
+    gpus: int = 1
+    tp: int = 1
+    pp: int = 1  # stages, each of `tp` GPUs
+    prefill_gpus: int = 0  # that only process prompts, for the others to decode; 0: every replica does both
+    fidelity: str = "step"
+    scheduler: str = "fcfs"
+    router: str = "round-robin"
+    preemption: str = "swap"
+    sessions: str = "open"  # closed: a request comes its think time after what its session waited for has ended
+    session_kv: str = "recompute"  # between the turns of a session
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192  # of one iteration, so also the prefill chunk
+    gpu_memory_utilization: float = 0.9
+    host_memory_utilization: float = 0.9
+    prefix_cache_hbm_bytes: int = 0
+    prefix_cache_ddr_bytes: int = 0
+    prefix_cache_nvme_bytes: int = 0
+    prefix_cache_remote_bytes: int = 0  # of all hosts together
+    prefix_cache_eviction: str = "lru"
+    prefix_cache_write: str = "through"
+    prefix_cache_sharing: str = "tenant"
+    prefix_cache_reuse: str = "always"
+    prefix_cache_prefetch: bool = False
+    prefix_cache_quota: Quota = None  # shares of all tiers
+    counts: dict[str, float] = field(default_factory=dict)
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    slo_classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    prompt_token_weight: float = 1.0  # those of arXiv:2401.00588
+    output_token_weight: float = 2.0
+    timeout_s: float | None = None  # for a first token, after which a request leaves; a tenant may have its own
+    speculation: Speculation | None = None  # tokens guessed and verified in each decode step
+    perfetto: tuple[float, float] | None = None  # seconds from and to which every operation is recorded
+
+    def __post_init__(self) -> None:
+        nan = first_nan(self)
+        if nan is not None:
+            raise ValueError(f"{nan}=nan is no number, and neither would be what is computed from it; state one")
+        for name in ("gpus", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, size_bytes in self.prefix_cache_bytes.items():
+            if size_bytes < 0:
+                raise ValueError(f"prefix_cache_{name}_bytes={size_bytes} must not be negative")
+        for name in ("gpu_memory_utilization", "host_memory_utilization"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        for name, known in (
+            ("fidelity", FIDELITIES),
+            ("scheduler", SCHEDULERS),
+            ("router", ROUTERS),
+            ("preemption", PREEMPTIONS),
+            ("sessions", SESSIONS),
+            ("session_kv", SESSION_KVS),
+            ("prefix_cache_eviction", EVICTIONS),
+            ("prefix_cache_write", WRITES),
+            ("prefix_cache_sharing", SHARINGS),
+            ("prefix_cache_reuse", REUSES),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        if self.router in CACHE_ROUTERS and not any(self.prefix_cache_bytes.values()):
+            raise ValueError(
+                f"router={self.router} looks into prefix caches, and there is none; give prefix_cache_hbm or "
+                "prefix_cache_ddr a size, or use router=least-loaded"
+            )
+        if self.gpus % (self.tp * self.pp):
+            what = f"tp={self.tp}" if self.pp == 1 else f"tp={self.tp} x pp={self.pp}"
+            raise ValueError(f"gpus={self.gpus} is not a multiple of {what}; every replica takes so many GPUs")
+        self._check_disaggregation()
+        self._check_session_kv()
+        if self.tp > self.host.gpus_max:
+            raise ValueError(f"tp={self.tp} exceeds the {self.host.gpus_max} GPUs of host {shown(self.host.name)}")
+        self._check_prefix_cache()
+        self._check_speculation()
+        if self.pp > 1:
+            self._check_pipeline()
+        for name in ("prompt_token_weight", "output_token_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
+        check_timeout(self.timeout_s)
+        check_classes(self.tenants, self.slo_classes)
+        check_pins(self.tenants, self.replicas)
+        if self.perfetto is not None and not 0 <= self.perfetto[0] < self.perfetto[1] < math.inf:
+            raise ValueError(f"perfetto={self.perfetto}: a window goes from one second to a later one, such as 10s-12s")
+        for name, share in self.counts.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"counts: {name}={share} must be a share from 0 to 1 of the count's maximum")
+
+    def _check_speculation(self) -> None:
+        if self.speculation is None:
+            return
+        self.speculation.check(self.policy)
+        for what, given in (
+            ("prefill_gpus", self.prefill_gpus),
+            ("a prefix cache", any(self.prefix_cache_bytes.values())),
+        ):
+            if self.speculation.draft is not None and given:
+                raise ValueError(
+                    f"speculate with a draft model and {what}: neither hands over nor caches the draft's own KV; leave "
+                    "one out, or let draft=medusa, hidden-transfer or lookup guess"
+                )
+
+    def _check_prefix_cache(self) -> None:
+        host, nvme_bytes = self.host, self.prefix_cache_nvme_bytes
+        for option in fields(self):
+            name = option.name
+            given = name.startswith("prefix_cache_") and getattr(self, name) != option.default
+            if given and not any(self.prefix_cache_bytes.values()):
+                raise ValueError(f"{name} needs a prefix cache: give prefix_cache_hbm, _ddr, _nvme or _remote a size")
+        if self.prefix_cache_eviction == "belady" and self.sessions == "closed":
+            raise ValueError(
+                "prefix_cache_eviction=belady knows what comes next, which with sessions=closed depends on it; use "
+                "sessions=open or another order"
+            )
+        if nvme_bytes > host.nvme_bytes:
+            has = f"the {format_bytes(host.nvme_bytes)} of NVMe" if host.nvme_bytes else "the NVMe, which is none,"
+            raise ValueError(f"prefix_cache_nvme={format_bytes(nvme_bytes)} exceeds {has} of host {shown(host.name)}")
+        if self.prefix_cache_remote_bytes and not host.nic_Bps:
+            raise ValueError(
+                f"prefix_cache_remote needs a network, and host {shown(host.name)} has none (nic_Bps is 0); choose "
+                "another --host or leave it out"
+            )
+        below = self.prefix_cache_nvme_bytes or self.prefix_cache_remote_bytes
+        if self.prefix_cache_prefetch and not (below and self.prefix_cache_ddr_bytes):
+            raise ValueError(
+                "prefix_cache_prefetch brings blocks from prefix_cache_nvme or prefix_cache_remote up to "
+                "prefix_cache_ddr; give both ends a size, or leave it out"
+            )
+        if read_quota(self.prefix_cache_quota) is not None and self.prefix_cache_sharing == "all":
+            raise ValueError(
+                "prefix_cache_quota gives tenants parts of their own, which prefix_cache_sharing=all denies; use one"
+            )
+
+    def _check_session_kv(self) -> None:
+        caches = [f"prefix_cache_{name}" for name, size_bytes in self.prefix_cache_bytes.items() if size_bytes]
+        others = ["prefill_gpus"] if self.prefill_gpus else caches
+        if self.session_kv != "recompute" and others:
+            raise ValueError(
+                f"session_kv={self.session_kv} holds the state of a session where it was computed, which {others[0]} "
+                "does in its own way; use one of them"
+            )
+
+    def _check_disaggregation(self) -> None:
+        prefill, tp = self.prefill_gpus, self.tp
+        if not 0 <= prefill < self.gpus or prefill % tp:
+            raise ValueError(
+                f"prefill_gpus={prefill} must be a multiple of tp={tp} from 0 to below gpus={self.gpus}; others decode"
+            )
+        limits = [name for name, one in self.tenants.items() if one.quota < 1 or one.replicas is not None]
+        if prefill and (self.scheduler != "fcfs" or limits):
+            what = (
+                f"scheduler={self.scheduler}"
+                if self.scheduler != "fcfs"
+                else f"quota or replicas of {shown(limits[0])}"
+            )
+            raise ValueError(
+                f"prefill_gpus={prefill} works with scheduler=fcfs and no limits to tenants, not with {what}"
+            )
+        if prefill and self.prefix_cache_hbm_bytes:
+            raise ValueError(
+                "prefix_cache_hbm would take memory of the GPUs that decode as well, which look nothing up; "
+                "use prefix_cache_ddr with prefill_gpus"
+            )
+        if prefill and self.replicas > self.host.gpus_max // tp and not self.host.nic_Bps:
+            raise ValueError(
+                f"prefill_gpus={prefill}: host {shown(self.host.name)} has no network to hand state over to another "
+                f"host; use at most its {self.host.gpus_max} GPUs, or a host whose nic_Bps is above 0"
+            )
+
+    def _check_pipeline(self) -> None:
+        others = {
+            "fidelity=op": self.fidelity != "step",
+            "prefill_gpus": self.prefill_gpus,
+            "perfetto": self.perfetto,
+            "a draft model of speculate": self.speculation is not None and self.speculation.draft is not None,
+        }
+        if used := [name for name, given in others.items() if given]:
+            raise ValueError(f"pp={self.pp} does not work with {' and '.join(used)} yet; use pp=1 or leave that out")
+        stages_of(self.model, self.machine(), self.pp)
+
+    @property
+    def prefix_cache_bytes(self) -> dict[str, int]:
+        """Sizes of the tiers for cached prefixes, of a host, and of the remote pool."""
+        return {
+            "hbm": self.prefix_cache_hbm_bytes,
+            "ddr": self.prefix_cache_ddr_bytes,
+            "nvme": self.prefix_cache_nvme_bytes,
+            "remote": self.prefix_cache_remote_bytes,
+        }
+
+    @property
+    def prefill_replicas(self) -> int:
+        """Replicas that only process prompts, the first ones; 0 where every replica does both."""
+        return self.prefill_gpus // self.tp
+
+    @property
+    def replicas(self) -> int:
+        """Engine replicas, each of `tp` x `pp` GPUs."""
+        return self.gpus // (self.tp * self.pp)
+
+    @property
+    def replicas_per_host(self) -> int:
+        """Replicas that share one host, at the most; one where a replica fills several hosts."""
+        return max(1, min(self.replicas, self.host.gpus_max // (self.tp * self.pp)))
+
+    @property
+    def gpus_on_host(self) -> int:
+        """GPUs of a replica on one host, at the most."""
+        return self.tp * min(self.pp, self.host.gpus_max // self.tp)
+
+    @property
+    def stages(self) -> Stages:
+        """The pipeline of a replica; a single stage where there is none."""
+        return stages_of(self.model, self.machine(), self.pp)
+
+    def held_shares(self, tier: Tier) -> tuple[float, ...]:
+        """Which part of a sequence's bytes in a tier each stage holds, at the most."""
+        if self.pp == 1:
+            return (1.0,)
+        shares = held_shares(self.policy, self.rank, self.stages.layers, tier)
+        # What is swapped out lies in DDR as it lay in HBM.
+        return shares if any(shares) else held_shares(self.policy, self.rank, self.stages.layers, Tier.HBM)
+
+    @property
+    def rank(self) -> ModelShape:
+        """The model as one rank holds it."""
+        return self.model.shard(self.tp) if self.tp > 1 else self.model
+
+    @property
+    def activation_bytes(self) -> int:
+        """HBM for one iteration's activations and logits: the widest layer of the largest batch, at 16 and 32 bits."""
+        rank = self.rank
+        mlp_width = max(layer.mlp_active_params for layer in rank.layers) // (3 * rank.hidden_dim)
+        token_bytes = 2 * (4 * rank.hidden_dim + 2 * mlp_width)
+        logits_bytes = 4 * (rank.head_params // rank.hidden_dim) * self.max_num_seqs
+        return self.max_num_batched_tokens * token_bytes + logits_bytes * self.step_tokens
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that a decode step of one sequence takes through the model."""
+        return 1 if self.speculation is None else self.speculation.verified_tokens
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest iteration: a sequence that comes back needs but one of its own to be left."""
+        return max(self.max_num_batched_tokens, self.max_num_seqs * self.step_tokens) + self.step_tokens - 1
+
+    def guesser(self) -> Guesser | None:
+        """What guessing costs a rank; None where nothing is guessed."""
+        return None if self.speculation is None else Guesser(self.speculation, self.rank, self.machine())
+
+    @property
+    def weight_bytes(self) -> list[int]:
+        """Of a GPU of each stage; what guesses stands where the head does, on the last."""
+        guesser, weight_bytes = self.guesser(), [rank.weight_bytes for rank in self.stages.ranks]
+        weight_bytes[-1] += 0 if guesser is None else guesser.weight_bytes
+        return weight_bytes
+
+    def machine(self) -> Machine:
+        """One rank's place in its node."""
+        return Machine(gpu=self.gpu, host=self.host, tp=self.tp)
+
+    def capacity(self) -> tuple[int, int, int]:
+        """Bytes per tier of one rank for KV state, after weights, activations and prefix caches.
+
+        In a pipeline, bytes of whole sequences that fit on every stage. Raises ValueError when the model or a cache
+        leaves nothing.
+        """
+        ranks = self.replicas_per_host * self.gpus_on_host
+        usable = int(self.gpu.memory_bytes * self.gpu_memory_utilization)
+        cached = self.prefix_cache_hbm_bytes // ranks
+        rooms = [usable - weight_bytes - self.activation_bytes - cached for weight_bytes in self.weight_bytes]
+        if min(rooms) <= 0:
+            guesser = self.guesser()
+            parts = [
+                ("weights", max(rank.weight_bytes for rank in self.stages.ranks)),
+                ("draft", 0 if guesser is None else guesser.weight_bytes),
+                ("activations", self.activation_bytes),
+                ("prefix cache", cached),
+            ]
+            needs = " + ".join(f"{format_bytes(n)} {what}" for what, n in parts if n)
+            raise ValueError(
+                f"{self.model.name} does not fit: one of {self.tp * self.pp} x {self.gpu.name} has "
+                f"{format_bytes(usable)} usable (gpu_memory_utilization={self.gpu_memory_utilization}), needed: "
+                f"{needs}; raise --tp, --pp or that share"
+            )
+        ddr = (int(self.host.ddr_bytes * self.host_memory_utilization) - self.prefix_cache_ddr_bytes) // ranks
+        if ddr < 0:
+            raise ValueError(
+                f"prefix_cache_ddr={format_bytes(self.prefix_cache_ddr_bytes)} exceeds the usable "
+                f"{format_bytes(int(self.host.ddr_bytes * self.host_memory_utilization))} of host "
+                f"{shown(self.host.name)}"
+            )
+        hbm = fitting_bytes(rooms, self.held_shares(Tier.HBM))
+        return hbm, fitting_bytes([ddr] * self.pp, self.held_shares(Tier.DDR)), 0
