@@ -125,6 +125,20 @@ def _stacked(
     return {"data": data, "layout": layout}
 
 
+def divergence(measured: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]]) -> Figure:
+    """Loss by context: one line per label, through its contexts in tokens and means in nats, with half intervals."""
+    lines = []
+    for index, (label, (contexts, means, halves)) in enumerate(measured.items()):
+        hover = "%{y:.4f} nats a token after %{x:,} tokens"
+        line = _line(label, style(index), np.array(contexts, np.float64), np.array(means, np.float64), hover)
+        lines.append(line | {"mode": "lines+markers", "error_y": {"type": "data", "array": list(halves)}})
+    layout = _layout("tokens of context (log scale)", "KL (nats a token)")
+    ticks = sorted({context for contexts, _, _ in measured.values() for context in contexts})
+    layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}
+    layout["yaxis"] |= {"rangemode": "tozero"}
+    return {"data": lines, "layout": layout}
+
+
 def total_over_replicas(series: Mapping[str, Array], column: str) -> tuple[Floats, Floats]:
     """Times in s and the sum of `column` over all replicas, exact where the replicas are linear in between.
 

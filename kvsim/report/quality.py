@@ -1,11 +1,10 @@
 """The figures of `kvsim quality` for people: a table in the terminal, and a page with a chart of loss by memory."""
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any, Literal
 
-from kvsim.report.page import Chart, Page, legend, name_cell, number_cell, table, text_cell
-from kvsim.report.plots import Figure, style
+from kvsim.report.page import Cell, Page, name_cell, number_cell, table, text_cell
+from kvsim.report.plots import divergence, style
 from kvsim.text.units import format_bytes
 
 FIGURES = {"kl_nats": "KL (nats)", "nll_nats": "NLL (nats)", "top1_share": "same top-1"}
@@ -31,36 +30,34 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 def quality_page(document: Mapping[str, Any]) -> str:
     """The measurement as a page that loads nothing."""
     rows = document["rows"]
-    page = Page("What policies change in a model's predictions", f"<p>{escape(caption(document))}</p>", {})
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     styles = {policy: style(index) for index, policy in enumerate(policies)}
-    page.section(
-        "Loss",
-        legend((policy, own.css_border) for policy, own in styles.items()),
-        page.charts(
-            Chart(
-                "Divergence by context",
-                "Kullback-Leibler divergence from full attention in nats a token, with 95 % intervals over the places; "
-                "0 loses nothing.",
-                _divergence(rows, policies),
-            )
-        ),
+    page = Page()
+    kl = page.chart(
+        "Divergence by context",
+        "Kullback-Leibler divergence from full attention in nats a token, with 95 % intervals over the places; "
+        "0 loses nothing.",
+        divergence({policy: _by_context(rows, policy) for policy in policies}),
     )
-    page.section(
-        "Every figure",
-        table(
-            "Means with 95 % intervals over the places; bytes of one sequence",
-            ("policy", "context", *(f"{name}, 95 %" for name in FIGURES.values()), *SIZES),
-            (_html_cells(row, styles[row["policy"]].css_border) for row in rows),
-            texts=tuple(f"{name}, 95 %" for name in FIGURES.values()),
-        ),
-        "<p>KL: divergence of the predictions. NLL: by how much the text's own tokens are less likely. Same top-1: "
-        "how often the likeliest token is the same. Moved: to and from host memory, for each token decoded.</p>",
+    figures = tuple(FIGURES.values())
+    means = table(
+        "Means with 95 % intervals over the places; bytes of one sequence",
+        ("policy", "context", *figures, *SIZES),
+        (_page_cells(row, styles[row["policy"]].css_border) for row in rows),
+        texts=figures,
     )
-    return page.html()
+    return page.html(
+        "quality",
+        "What policies change in a model's predictions",
+        {},
+        measured=caption(document),
+        policies=[(policy, own.css_border) for policy, own in styles.items()],
+        divergence=[kl],
+        means=means,
+    )
 
 
-def _html_cells(row: Mapping[str, Any], css_border: str) -> list[str]:
+def _page_cells(row: Mapping[str, Any], css_border: str) -> list[Cell]:
     sizes = [number_cell(n, format_bytes) for n in _sizes(row)]
     figures = [text_cell(_shown(name, row[name])) for name in FIGURES]
     return [
@@ -71,31 +68,12 @@ def _html_cells(row: Mapping[str, Any], css_border: str) -> list[str]:
     ]
 
 
-def _divergence(rows: list[Mapping[str, Any]], policies: list[str]) -> Figure:
-    lines = []
-    for index, policy in enumerate(policies):
-        own = [row for row in rows if row["policy"] == policy]
-        kl = [row["kl_nats"] for row in own]
-        reach = [0 if of["high"] is None else of["high"] - of["mean"] for of in kl]
-        lines.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": escape(policy),
-                "x": [row["context_tokens"] for row in own],
-                "y": [of["mean"] for of in kl],
-                "error_y": {"type": "data", "array": reach},
-                "line": {"color": style(index).colour, "dash": style(index).dash},
-            }
-        )
-    layout = {
-        "xaxis": {"title": {"text": "tokens of context"}, "type": "log"},
-        "yaxis": {"title": {"text": "KL (nats a token)"}, "rangemode": "tozero"},
-        "showlegend": False,
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-    }
-    return {"data": lines, "layout": layout}
+def _by_context(rows: list[Mapping[str, Any]], policy: str) -> tuple[list[int], list[float], list[float]]:
+    """Contexts, mean divergences and half their intervals (0 where there is none) of one policy's rows."""
+    own = [row for row in rows if row["policy"] == policy]
+    kl = [row["kl_nats"] for row in own]
+    halves = [0.0 if of["high"] is None else of["high"] - of["mean"] for of in kl]
+    return [row["context_tokens"] for row in own], [of["mean"] for of in kl], halves
 
 
 def _shown(name: str, interval: Mapping[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """The report page of a simulation or a comparison: what came out, how the policies differ, and what was assumed."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
+from typing import Any
 
 from kvsim.report import tables
-from kvsim.report.page import Chart, Page, legend
+from kvsim.report.page import Chart, Page
 from kvsim.report.plots import COLOURS, cdf, occupancy, stacked_bytes, stacked_shares, total_over_replicas
 from kvsim.report.runs import Run, runs_of
 from kvsim.results.causes import CAUSES
@@ -12,6 +12,7 @@ from kvsim.results.summary import Floats, Result, finished, latencies
 from kvsim.text.units import format_bytes, format_s
 
 _CAUSES = ("plans", "weights", "swaps", "prefix", "collectives", "handoff")  # first, so that their colours stay
+_FACTS = ("Trace", "Requests", "Model", "GPU", "GPUs", "TP", "Host")
 _TITLED = 3  # more policies than this are counted in the title, not named
 
 
@@ -32,22 +33,34 @@ def report_html(
         raise ValueError("there are 0 results to report; a report needs at least 1")
     runs = runs_of(results, slo, warmup_s)
     policies = " vs ".join(run.label for run in runs) if len(runs) <= _TITLED else f"{len(runs)} policies"
-    page = Page(f"{_named(runs, 'trace')}: {policies}", _lead(runs, missing), identity or {})
-    several = len(runs) > 1
-    key = legend((run.label, run.style.css_border) for run in runs) if several else ""
-    page.section("Comparison" if several else "Result", tables.comparison(runs), tables.busy(runs))
-    page.section("Latency", key, page.charts(_cdf(runs, "ttft_s", warmup_s), _cdf(runs, "tpot_s", warmup_s)))
-    page.section("What the latency was spent on", _spent(runs, page), tables.spent(runs))
-    if any(run.summary["uncertainty"] for run in runs):
-        page.section("Uncertainty", tables.uncertainty(runs))
-    page.section("Memory over time", key, page.charts(*(_occupancy(runs, tier) for tier in ("hbm", "ddr"))))
-    page.section("Where the bytes live", _places(runs, page), tables.places(runs), tables.cache(runs))
-    page.section("What moves over each link", _links(runs, page), tables.links(runs))
-    if any(len(run.summary["tenants"]) > 1 for run in runs):
-        page.section("Tenants", tables.tenants(runs), tables.fairness(runs))
-    page.section("Inputs", tables.inputs(runs))
-    page.section("Notes", _notes(runs, slo or {}, warmup_s, identity or {}))
-    return page.html()
+    page = Page()
+    content = {
+        "facts": {name: _named(runs, name.lower()) for name in _FACTS},
+        "interrupted": _interrupted(runs, missing),
+        "finding": _finding(runs),
+        "runs": [(run.label, run.style.css_border) for run in runs],
+        "compared": tables.comparison(runs),
+        "busy": tables.busy(runs),
+        "latency": [_cdf(page, runs, name, warmup_s) for name in ("ttft_s", "tpot_s")],
+        "causes": _coloured(CAUSES),
+        "spent_shares": _spent(page, runs),
+        "spent": tables.spent(runs),
+        "estimated": list(
+            dict.fromkeys(run.summary["uncertainty"]["method"] for run in runs if run.summary["uncertainty"])
+        ),
+        "intervals": tables.intervals(runs),
+        "memory": [_occupancy(page, runs, tier) for tier in ("hbm", "ddr")],
+        **_places(page, runs),
+        "places": tables.places(runs),
+        "cache": tables.cache(runs),
+        **_traffic(page, runs),
+        "links": tables.links(runs),
+        "tenants": tables.tenants(runs) if any(len(run.summary["tenants"]) > 1 for run in runs) else None,
+        "fairness": tables.fairness(runs),
+        "inputs": tables.inputs(runs),
+        "notes": _notes(runs, slo or {}, warmup_s, identity or {}),
+    }
+    return page.html("simulation", f"{_named(runs, 'trace')}: {policies}", identity or {}, **content)
 
 
 def _named(runs: Sequence[Run], key: str) -> str:
@@ -55,13 +68,9 @@ def _named(runs: Sequence[Run], key: str) -> str:
     return ", ".join(dict.fromkeys(str(run.summary["inputs"].get(key, "not stated")) for run in runs))
 
 
-def _lead(runs: Sequence[Run], missing: Sequence[str]) -> str:
-    facts = {name: _named(runs, name.lower()) for name in ("Trace", "Requests", "Model", "GPU", "GPUs", "TP", "Host")}
-    shown = "".join(f"<div><dt>{name}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
-    partial = [f"{run.label} is partial" for run in runs if run.result.partial]
-    partial += [f"{policy} had not begun" for policy in missing]
-    interrupted = f'<p class="finding">Interrupted: {escape("; ".join(partial))}.</p>' if partial else ""
-    return f'<dl class="facts">{shown}</dl>{interrupted}<p class="finding">{escape(_finding(runs))}</p>'
+def _interrupted(runs: Sequence[Run], missing: Sequence[str]) -> list[str]:
+    """What an interruption left unfinished."""
+    return [f"{run.label} is partial" for run in runs if run.result.partial] + [f"{x} had not begun" for x in missing]
 
 
 def _finding(runs: Sequence[Run]) -> str:
@@ -85,7 +94,7 @@ def _tokens_per_s(run: Run) -> float:
     return float(run.summary["output_tokens_per_s"])
 
 
-def _cdf(runs: Sequence[Run], name: str, warmup_s: float) -> Chart:
+def _cdf(page: Page, runs: Sequence[Run], name: str, warmup_s: float) -> Chart:
     samples: dict[str, Floats] = {}
     for run in runs:
         values = latencies(run.result)[name]
@@ -95,48 +104,52 @@ def _cdf(runs: Sequence[Run], name: str, warmup_s: float) -> Chart:
         "ttft_s": ("Time to first token", "Further left is better; the upper end of a line is its slowest request."),
         "tpot_s": ("Time per output token", "Mean over a request's tokens after the first; further left is better."),
     }[name]
-    return Chart(title, caption, cdf(samples, title.lower()))
+    return page.chart(title, caption, cdf(samples, title.lower()))
 
 
-def _spent(runs: Sequence[Run], page: Page) -> str:
+def _spent(page: Page, runs: Sequence[Run]) -> list[Chart]:
     charts = []
     for phase, title in (("ttft", "Time to first token"), ("decode", "From the first token to the last")):
         shares = {run.label: run.summary["attribution"][phase]["mean_share"] for run in runs}
         bars = {label: causes for label, causes in shares.items() if causes["queue"] is not None}
         caption = "Mean over the finished requests of the share of each cause."
-        charts.append(Chart(title, caption, stacked_shares(bars, CAUSES)))
-    return _coloured(CAUSES) + page.charts(*charts)
+        charts.append(page.chart(title, caption, stacked_shares(bars, CAUSES)))
+    return charts
 
 
-def _occupancy(runs: Sequence[Run], tier: str) -> Chart:
+def _occupancy(page: Page, runs: Sequence[Run], tier: str) -> Chart:
     curves = {run.label: total_over_replicas(run.result.series, f"{tier}_bytes") for run in runs}
     capacities = [run.tier_bytes(tier, "capacity_bytes") or 0.0 for run in runs]
     caption = f"Sum over all replicas; capacity {' or '.join(map(format_bytes, dict.fromkeys(capacities)))}."
-    return Chart(f"{tier.upper()} in use", caption, occupancy(curves, max(capacities)))
+    return page.chart(f"{tier.upper()} in use", caption, occupancy(curves, max(capacities)))
 
 
-def _places(runs: Sequence[Run], page: Page) -> str:
+def _places(page: Page, runs: Sequence[Run]) -> dict[str, Any]:
+    """The chart of what each tier holds at its peak, and its legend."""
     tiers = list(dict.fromkeys(tier for run in runs for tier in run.tiers()))
     bars = {run.label: {tier: run.tier_bytes(tier, "peak_bytes") or 0.0 for tier in tiers} for run in runs}
     caption = "Each tier at its own peak, summed over its memories."
-    return _coloured(tiers) + page.charts(Chart("Bytes at the peak", caption, stacked_bytes(bars, tiers)))
+    chart = page.chart("Bytes at the peak", caption, stacked_bytes(bars, tiers))
+    return {"tiers": _coloured(tiers), "peaks": [chart]}
 
 
-def _links(runs: Sequence[Run], page: Page) -> str:
+def _traffic(page: Page, runs: Sequence[Run]) -> dict[str, Any]:
+    """A chart of the bytes by cause for each kind of link, and their legend."""
     kinds = list(dict.fromkeys(kind for run in runs for kind in run.link_kinds()))
     bars = {kind: {run.label: run.cause_bytes(run.link_kinds().get(kind, ())) for run in runs} for kind in kinds}
     moved = [cause for of_runs in bars.values() for causes in of_runs.values() for cause in causes]
     causes = list(dict.fromkeys((*_CAUSES, *moved)))
-    charts = [Chart(kind, "Bytes over the whole run, by cause.", stacked_bytes(bars[kind], causes)) for kind in kinds]
-    return _coloured(causes) + page.charts(*charts)
+    caption = "Bytes over the whole run, by cause."
+    charts = [page.chart(kind, caption, stacked_bytes(bars[kind], causes)) for kind in kinds]
+    return {"traffic_causes": _coloured(causes), "traffic": charts}
 
 
-def _coloured(parts: Sequence[str]) -> str:
-    """The legend of stacked bars."""
-    return legend((part, f"solid {COLOURS[index % len(COLOURS)]}") for index, part in enumerate(parts))
+def _coloured(parts: Sequence[str]) -> list[tuple[str, str]]:
+    """The legend of stacked bars: each part, and its colour as a CSS border."""
+    return [(part, f"solid {COLOURS[index % len(COLOURS)]}") for index, part in enumerate(parts)]
 
 
-def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float, identity: Mapping[str, str]) -> str:
+def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float, identity: Mapping[str, str]) -> list[str]:
     bounds = (
         " with " + ", ".join(f"{name} ≤ {bound_s:g}" for name, bound_s in slo.items()) if slo else "; no SLO is set"
     )
@@ -164,4 +177,4 @@ def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float, ident
         notes.append(
             "The files of this page share " + ", ".join(f"{name} {own}" for name, own in identity.items()) + "."
         )
-    return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+    return notes

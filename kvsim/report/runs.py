@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kvsim.report.page import MISSING, name_cell
+from kvsim.report.page import MISSING, Cell, name_cell
 from kvsim.report.plots import Style, style
 from kvsim.results.causes import WAITS
 from kvsim.results.summary import Result, summarize
@@ -23,8 +23,8 @@ class Run(NamedTuple):
     summary: dict[str, Any]
 
     @property
-    def name_cell(self) -> str:
-        """The run as the name of a table's row, in HTML."""
+    def name_cell(self) -> Cell:
+        """The run as the name of a table's row."""
         return name_cell(self.label, self.style.css_border)
 
     def tier_bytes(self, tier: str, figure: str) -> float | None:

@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from html import escape
 from typing import Any, NamedTuple
 
-from kvsim.report.page import MISSING, name_cell, number_cell, table, text_cell
+from kvsim.report.page import MISSING, Cell, Table, name_cell, number_cell, table, text_cell
 from kvsim.report.runs import Run, format_rate
 from kvsim.results.causes import CAUSES
 from kvsim.results.intervals import CONFIDENCE
@@ -50,7 +49,7 @@ COMPARED = (
 )
 
 
-def comparison(runs: Sequence[Run]) -> str:
+def comparison(runs: Sequence[Run]) -> Table:
     """The main table: one row per run, the best of each column bold when there are several."""
     columns = [_cells(column, runs) for column in COMPARED]
     rows = [
@@ -62,7 +61,7 @@ def comparison(runs: Sequence[Run]) -> str:
     return table(caption, ["policy", *(column.heading for column in COMPARED), "bottleneck"], rows, ["bottleneck"])
 
 
-def busy(runs: Sequence[Run]) -> str:
+def busy(runs: Sequence[Run]) -> Table:
     """How much of the time each resource worked."""
 
     def busiest(run: Run) -> str | None:
@@ -80,7 +79,7 @@ def busy(runs: Sequence[Run]) -> str:
     return table(caption, ["policy", *resources], rows)
 
 
-def spent(runs: Sequence[Run]) -> str:
+def spent(runs: Sequence[Run]) -> Table:
     """How long a request waited for what, in the mean, and the mean latency that this adds up to."""
     rows = []
     for run in runs:
@@ -91,20 +90,18 @@ def spent(runs: Sequence[Run]) -> str:
     return table(caption, ["policy", *CAUSES, "end to end"], rows)
 
 
-def uncertainty(runs: Sequence[Run]) -> str:
-    """Means and confidence intervals, where they were asked for; the method of each run below the table."""
+def intervals(runs: Sequence[Run]) -> Table | None:
+    """Means and confidence intervals, where they were asked for; None where none is known."""
     rows = [
         [run.name_cell, text_cell(name), *(number_cell(value, show) for value in interval)]
         for run in runs
         for name, show, interval in run.intervals()
     ]
-    found = [run.summary["uncertainty"] for run in runs if run.summary["uncertainty"]]
-    methods = "".join(f"<p>{escape(text)}</p>" for text in dict.fromkeys(each["method"] for each in found))
     caption = f"Means and {CONFIDENCE:.0%} confidence intervals."
-    return (table(caption, ["policy", "figure", "mean", "from", "to"], rows, ["figure"]) if rows else "") + methods
+    return table(caption, ["policy", "figure", "mean", "from", "to"], rows, ["figure"]) if rows else None
 
 
-def places(runs: Sequence[Run]) -> str:
+def places(runs: Sequence[Run]) -> Table:
     """What each tier holds at its peak, of how much."""
     tiers = list(dict.fromkeys(tier for run in runs for tier in run.tiers()))
     rows = []
@@ -115,8 +112,8 @@ def places(runs: Sequence[Run]) -> str:
     return table("Bytes held in each tier when it was fullest.", ["policy", *headings], rows)
 
 
-def cache(runs: Sequence[Run]) -> str:
-    """What the prefix caches were asked for and had; nothing where none was asked."""
+def cache(runs: Sequence[Run]) -> Table | None:
+    """What the prefix caches were asked for and had; None where none was asked."""
     rows = [
         [
             run.name_cell,
@@ -129,10 +126,10 @@ def cache(runs: Sequence[Run]) -> str:
         if blocks["lookup_blocks"]
     ]
     caption = "Prefix cache: blocks looked up in each tier, and found there."
-    return table(caption, ["policy", "tier", "lookups", "hits", "hit ratio"], rows, ["tier"]) if rows else ""
+    return table(caption, ["policy", "tier", "lookups", "hits", "hit ratio"], rows, ["tier"]) if rows else None
 
 
-def links(runs: Sequence[Run]) -> str:
+def links(runs: Sequence[Run]) -> Table:
     """Bytes and utilization of each kind of link."""
     rows = []
     for run in runs:
@@ -154,7 +151,7 @@ def links(runs: Sequence[Run]) -> str:
     return table(caption, ["policy", "link", "links", "bytes", "mean utilization", "highest"], rows, ["link"])
 
 
-def tenants(runs: Sequence[Run]) -> str:
+def tenants(runs: Sequence[Run]) -> Table:
     """Each tenant's requests, rates and latencies in each run, those with most requests first."""
     rows = []
     for run in runs:
@@ -184,7 +181,7 @@ def tenants(runs: Sequence[Run]) -> str:
     return table(caption, headings, rows, ["tenant", "SLO class"])
 
 
-def fairness(runs: Sequence[Run]) -> str:
+def fairness(runs: Sequence[Run]) -> Table:
     """How evenly the tenants of each run were served."""
     rows = [
         [run.name_cell, *(number_cell(index, _index) for index in run.summary["fairness"].values())] for run in runs
@@ -193,7 +190,7 @@ def fairness(runs: Sequence[Run]) -> str:
     return table(caption, ["policy", "whole run", "while tenants contend"], rows)
 
 
-def inputs(runs: Sequence[Run]) -> str:
+def inputs(runs: Sequence[Run]) -> list[Table]:
     """Every resolved input: those that all runs share, then a column for each run where they differ."""
     given = [dict(_flat(run.summary["inputs"])) for run in runs]
     keys = list(dict.fromkeys(key for values in given for key in values))
@@ -202,14 +199,15 @@ def inputs(runs: Sequence[Run]) -> str:
     differing = [
         [name_cell(key), *(text_cell(values.get(key, MISSING)) for values in given)] for key in keys if key not in same
     ]
-    tables = table("Inputs" + (" that all runs share." if differing else "."), ["input", "value"], shared, ["value"])
+    caption = "Inputs that all runs share." if differing else "Inputs."
+    tables = [table(caption, ["input", "value"], shared, ["value"])]
     if differing:
         labels = [run.label for run in runs]
-        tables += table("Inputs that differ.", ["input", *labels], differing, labels)
+        tables.append(table("Inputs that differ.", ["input", *labels], differing, labels))
     return tables
 
 
-def _cells(column: Column, runs: Sequence[Run]) -> list[str]:
+def _cells(column: Column, runs: Sequence[Run]) -> list[Cell]:
     values = [column.value(run) for run in runs]
     known = [value for value in values if value is not None]
     best = column.best(known) if column.best and len(set(known)) > 1 else None
