@@ -10,9 +10,9 @@ import argparse
 import sys
 from statistics import fmean
 
-from kvsim.engine.sessions.turns import SESSION_KVS
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
+from kvsim.scenario.choices import SESSION_KVS
 from kvsim.scenario.scenario_file import scenario
 
 BASE = {"trace": "agentic-coding", "model": "llama-3.1-8b", "gpu": "h100-sxm", "sessions": "closed"}

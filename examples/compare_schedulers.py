@@ -8,8 +8,8 @@ from pathlib import Path
 
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
+from kvsim.scenario.choices import SCHEDULERS
 from kvsim.scenario.scenario_file import scenario
-from kvsim.scenario.setup import SCHEDULERS
 from kvsim.text.units import format_s
 
 SHOWN = 8

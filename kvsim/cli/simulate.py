@@ -182,7 +182,8 @@ def replay(
     """Replay a trace of requests on a simulated cluster."""
     from kvsim.cli.process import finishing
     from kvsim.cli.simulate_output import print_comparison, print_run, progress_bars
-    from kvsim.results.files import write_set
+    from kvsim.report.written import write_held
+    from kvsim.results.repeats import gather
     from kvsim.run.parallel import Job, simulate_all
     from policies import describe
 
@@ -207,7 +208,7 @@ def replay(
             found, interrupted = simulate_all(jobs, show)
         missing = [label for index, label in enumerate(labels) if index not in found]
         asked_for = range(len(setups) if interrupted else len(jobs))
-        results = asked.gather([found[i] for i in asked_for if i in found], len(setups), whole=not interrupted)
+        results = gather(asked, [found[i] for i in asked_for if i in found], len(setups), whole=not interrupted)
         if not any((result.requests["status"] == "finished").any() for result in results) and interrupted:
             print_line("interrupted before a request had finished: there are no results", err=True)
             raise typer.Exit(INTERRUPTED)
@@ -216,7 +217,7 @@ def replay(
         try:
             if folder is not None:
                 with finishing() as late:
-                    write_set(results, folder, missing=missing, slo=asked.slo_s, warmup_s=asked.warmup)
+                    write_held(results, folder, missing=missing, slo=asked.slo_s, warmup_s=asked.warmup)
         finally:  # what took so long to find is shown, whether or not it could be written
             if several:
                 print_comparison(results, asked.slo_s, asked.warmup, missing, json=json)
@@ -310,7 +311,7 @@ def _warn_of_positions(setup: "Setup", trace: "Trace") -> None:
 
 
 def _warn_of_unused_caches(setups: Sequence["Setup"]) -> None:
-    from kvsim.scenario.setup import CACHE_ROUTERS
+    from kvsim.scenario.choices import CACHE_ROUTERS
     from policies import Reuse, describe, reuse_of
 
     for setup in setups:

@@ -13,7 +13,7 @@ from kvsim.hardware.catalogue import Gpu, Host
 from kvsim.hardware.machine import Machine
 from kvsim.iteration.makespan import Clock, Load
 from kvsim.plans.derive import TIERS, PlanTable
-from kvsim.plans.stages import stages_of
+from kvsim.scenario.stages import stages_of
 from policies import Full, ModelShape
 from policies.shown import shown
 

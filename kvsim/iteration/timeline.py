@@ -1,15 +1,15 @@
 """Every operation within a window of simulated time: on which lane of which replica it ran, from when to when."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvsim.hardware.machine import LANES, SM, Sharing
 from kvsim.iteration.makespan import Clock, Load
 from kvsim.iteration.program import Floats, Program
 from kvsim.plans.derive import Structure
-from kvsim.results.summary import Array
 
 MOST_OPERATIONS = 250_000  # a viewer takes more, but not with ease
 BESIDE = ("stall", "load", "store", "handoff")  # lanes beside those of the machine; all but the first only in `op`
@@ -67,7 +67,7 @@ class Timeline:
             )
         self._rows.append((number, lane, self._names.setdefault(name, len(self._names)), layer, begin_s, end_s))
 
-    def columns(self) -> dict[str, Array]:
+    def columns(self) -> dict[str, NDArray[Any]]:
         """What has been recorded, in order of replica, lane and time: replica, lane, operation, layer, times."""
         for number in [*self._spans]:
             self._close(number, np.inf)

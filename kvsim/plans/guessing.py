@@ -15,6 +15,7 @@ from kvsim.hardware.machine import (
     by_type,
 )
 from kvsim.plans.symbolic import Polynomial, polynomial_of
+from kvsim.scenario.setup import Setup
 from kvsim.scenario.speculation import Speculation
 from policies import Full, ModelShape, Step, plan_layer
 from policies.plan import Compute, Tier, stored_bytes
@@ -31,6 +32,11 @@ FIELDS = [  # of the inner loop's state: what stands in a `Guesser`
 ]
 
 
+def guesser_of(setup: Setup) -> "Guesser | None":
+    """What guessing costs a rank of a replica; None where nothing is guessed."""
+    return None if setup.speculation is None else Guesser(setup.speculation, setup.rank, setup.machine())
+
+
 class Guesser:
     """The costs of one rank of whoever guesses, for a target of which one rank is `target`.
 
@@ -44,7 +50,7 @@ class Guesser:
         self._machine, self._target = machine, target
         self._draft: ModelShape | None = None
         self.parts: Parts = np.zeros((2, 2, 4))
-        self.weight_bytes = 0  # of the rank
+        self.weight_bytes = speculation.weight_bytes(target, machine.tp)  # of the rank
         self.read_bytes = (0, 0)  # of weights, in an iteration that decodes, and more in one with prompts
         self.sent_bytes = (0, 0)  # in all-reduces, for each sequence that decodes and each token of a prompt
         if speculation.draft is not None:
@@ -127,7 +133,6 @@ class Guesser:
         head[EACH, ARITHMETIC] = machine.products_s([(draft.head_product, 2 * draft.head_params)])
         self.parts[DECODING] = share * speculation.guesses * (run + head)
         self.parts[PROMPT] = share * run
-        self.weight_bytes = round(share * draft.weight_bytes)
         self.read_bytes = (
             round(share * speculation.guesses * (layer_bytes + draft.head_bytes)),
             round(share * layer_bytes),
@@ -139,12 +144,9 @@ class Guesser:
     def _set_heads(self) -> None:
         """One head for each guess, applied to all candidates, since any of them may be the last that holds."""
         speculation, target, rates = self.speculation, self._target, self._machine.gpu.rates
-        width, guesses = target.hidden_dim, speculation.guesses
-        params, kernels = -(-(width**2) // self._machine.tp), 1
-        if speculation.method == "medusa":
-            params, kernels = params + target.head_params, 2
+        guesses, params = speculation.guesses, speculation.head_params(target, self._machine.tp)
+        kernels = 2 if speculation.method == "medusa" else 1
         flop_s = 1 / self._machine.weight_flops(target.head_product)
-        self.weight_bytes = guesses * target.bytes_of(params, target.outer_dtype)
         self.read_bytes = (self.weight_bytes, 0)
         once, each = self.parts[DECODING]
         once[LAUNCH] = guesses * kernels * rates.launch_s

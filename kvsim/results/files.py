@@ -5,9 +5,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from kvsim.report.report import report_html
 from kvsim.results.folder import Held, hold
 from kvsim.results.identity import IDENTITY, joint_identity
 from kvsim.results.perfetto import perfetto_trace
@@ -18,6 +17,20 @@ _OF_A_RUN = ("summary.json", "requests.parquet", "series.parquet", "trace.perfet
 _ON_TOP = (*_OF_A_RUN, "report.html")
 
 
+class Page(Protocol):
+    """What makes the page about some results."""
+
+    def __call__(
+        self,
+        results: Sequence[Result],
+        *,
+        slo: Mapping[str, float] | None,
+        warmup_s: float,
+        identity: Mapping[str, str],
+        missing: Sequence[str],
+    ) -> str: ...
+
+
 @contextmanager
 def holding(out: Path, policies: Sequence[str] = ()) -> Iterator[Held]:
     """The folder `out`, ready for the results of these policies before a long run, as `hold` has it."""
@@ -25,27 +38,23 @@ def holding(out: Path, policies: Sequence[str] = ()) -> Iterator[Held]:
         yield folder
 
 
-def write(results: Sequence[Result], out: Path, *, slo: Mapping[str, float] | None = None, warmup_s: float = 0) -> None:
-    """Write the results, with the statistics of `summarize`, into the folder `out`, which is made when missing.
-
-    One result gives `summary.json`, `requests.parquet`, `series.parquet`, `trace.perfetto.json` and `report.html`.
-    Several give one `report.html`, a `summary.json` whose `runs` are their summaries, and the others in a folder for
-    each run, named by its policy. They take the place of earlier results as one set, or not at all. Raises ValueError
-    as `hold` and `summarize` do, OSError when they cannot be written.
-    """
-    with holding(out, [str(result.inputs["policy"]) for result in results]) as folder:
-        write_set(results, folder, slo=slo, warmup_s=warmup_s)
-
-
 def write_set(
     results: Sequence[Result],
     folder: Held,
+    page: Page,
     *,
     missing: Sequence[str] = (),
     slo: Mapping[str, float] | None = None,
     warmup_s: float = 0,
 ) -> None:
-    """As `write`, into a folder that is held already; `missing` are the policies that an interruption left no time."""
+    """Write the results, with the statistics of `summarize`, into a folder that is held.
+
+    One result gives `summary.json`, `requests.parquet`, `series.parquet`, `trace.perfetto.json` and `report.html`.
+    Several give one `report.html`, a `summary.json` whose `runs` are their summaries, and the others in a folder for
+    each run, named by its policy. They take the place of earlier results as one set, or not at all. `missing` are the
+    policies that an interruption left no time. Raises ValueError as `summarize` does and for no results at all,
+    OSError when they cannot be written.
+    """
     if not results:
         raise ValueError("there are 0 results to write; a report needs at least 1")
     summaries = [summarize(result, slo, warmup_s) for result in results]
@@ -60,8 +69,8 @@ def write_set(
             _write_json(summary, new / "summary.json")
         else:
             _write_run(results[0], summary, new)
-        page = report_html(results, slo=slo, warmup_s=warmup_s, identity=_identity(summary), missing=missing)
-        (new / "report.html").write_bytes(page.encode("utf-8", "backslashreplace"))
+        html = page(results, slo=slo, warmup_s=warmup_s, identity=_identity(summary), missing=missing)
+        (new / "report.html").write_bytes(html.encode("utf-8", "backslashreplace"))
 
     folder.replace(fill)
 

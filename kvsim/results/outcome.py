@@ -16,6 +16,7 @@ from kvsim.engine.state.cluster import NOBODY, REJECTED, TIMED_OUT
 from kvsim.hardware.machine import CPU, D2H, H2D, NVLINK
 from kvsim.iteration.makespan import HBM, WORK
 from kvsim.plans.derive import LINKS, TIERS
+from kvsim.plans.guessing import guesser_of
 from kvsim.results.causes import columns
 from kvsim.results.curves import peak_and_mean
 from kvsim.results.fairness import Tenancy
@@ -119,7 +120,7 @@ class Outcome:
 
     def _speculation(self, requests: dict[str, Array], steps: int) -> dict[str, float] | None:
         """`steps` are those of single sequences; each is one wait for tokens."""
-        guesser = self.setup.guesser()
+        guesser = guesser_of(self.setup)
         if guesser is None:
             return None
         later = requests["output_tokens"][requests["status"] == "finished"] - 1

@@ -13,6 +13,7 @@ from kvsim.results.fairness import Tenancy, fairness
 from kvsim.results.identity import identity
 from kvsim.results.token_gaps import TenantGaps
 from kvsim.results.uncertainty import over_blocks, over_seeds
+from kvsim.scenario.choices import LATENCIES
 from kvsim.text.names import unknown_name
 
 SCHEMA_VERSION = 1
@@ -22,9 +23,6 @@ Floats: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.bool_]
 Statistics: TypeAlias = dict[str, float | None]
 """`mean`, `p50`, `p90`, `p99` and `max` of a sample; all None when it is empty."""
-
-LATENCIES = ("ttft_s", "tpot_s", "e2e_s", "queue_s")
-"""The latencies that each finished request has; `itl_s` belongs to tokens instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,6 +11,7 @@ from kvsim.engine.caches.tiers import PrefixTiers, apart
 from kvsim.engine.desk import Engine
 from kvsim.iteration.makespan import Clock
 from kvsim.plans.derive import PlanTable
+from kvsim.plans.guessing import guesser_of
 from kvsim.results.outcome import Outcome
 from kvsim.results.summary import Result
 from kvsim.run.op.fidelity import play_operations
@@ -68,7 +69,7 @@ class _Cluster:
                 if getattr(setup, option) != without:
                     raise ValueError(f"trace {shown(trace.name)} has no sessions; replay it with {option}={without}")
         machine = setup.machine()
-        guesser = setup.guesser()
+        guesser = guesser_of(setup)
         table = PlanTable(setup.policy, setup.rank, machine, setup.counts, guesser)
         clock = Clock(setup.rank, machine, guesser)
         lengths = np.quantile(trace.prompt_tokens, (0.0, 0.25, 0.5, 0.75, 1.0), method="nearest")

@@ -1,7 +1,7 @@
 """A scenario: everything that a simulation is asked for, as flags and scenario files say it."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -10,9 +10,9 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 import traces
 from kvsim.hardware.catalogue import load_gpu, load_host
 from kvsim.models import load_model
-from kvsim.results.summary import LATENCIES, Result
-from kvsim.run.simulate import Setup
+from kvsim.scenario.choices import LATENCIES
 from kvsim.scenario.quotas import Quota, read_quota
+from kvsim.scenario.setup import Setup
 from kvsim.scenario.shares import measured_shares
 from kvsim.scenario.speculation import parse_acceptance, speculation
 from kvsim.scenario.tenants import Tenant, parse_tenant
@@ -203,20 +203,6 @@ class Scenario(BaseModel):
         for setup in setups:
             setup.capacity()
         return setups
-
-    def gather(self, results: Sequence[Result], policies: int, *, whole: bool) -> list[Result]:
-        """For each policy its result on the first trace, which carries those on further ones if all are `whole`.
-
-        `results` are those of all policies on the first trace, then on the second, and so on.
-        """
-        known = [
-            replace(result, inputs={**result.inputs, **self.resolved(), "seed": self.seed + index // policies})
-            for index, result in enumerate(results)
-        ]
-        if self.seeds == 1 or not whole:
-            return known[:policies]
-        repeats = [replace(result, series={}) for result in known[policies:]]  # nothing reads a repeat's series
-        return [replace(known[i], repeats=tuple(repeats[i::policies])) for i in range(policies)]
 
     def resolved(self) -> dict[str, Any]:
         """What `Setup` does not know of, for the `inputs` of a result."""

@@ -3,28 +3,31 @@
 import math
 from dataclasses import dataclass, field, fields
 
-from kvsim.engine.caches.state import EVICTIONS, REUSES, SHARINGS, WRITES
-from kvsim.engine.sessions.turns import SESSION_KVS
 from kvsim.hardware.catalogue import Gpu, Host
 from kvsim.hardware.machine import Machine
-from kvsim.plans.guessing import Guesser
-from kvsim.plans.stages import Stages, fitting_bytes, held_shares, stages_of
+from kvsim.scenario.choices import (
+    CACHE_ROUTERS,
+    EVICTIONS,
+    FIDELITIES,
+    PREEMPTIONS,
+    REUSES,
+    ROUTERS,
+    SCHEDULERS,
+    SESSION_KVS,
+    SESSIONS,
+    SHARINGS,
+    WRITES,
+)
 from kvsim.scenario.finite import first_nan
 from kvsim.scenario.quotas import Quota, read_quota
 from kvsim.scenario.speculation import Speculation
+from kvsim.scenario.stages import Stages, fitting_bytes, held_shares, stages_of
 from kvsim.scenario.tenants import Tenant, check_classes, check_pins, check_timeout
 from kvsim.text.names import unknown_name
 from kvsim.text.units import format_bytes
 from policies import ModelShape, Policy
 from policies.plan import Tier
 from policies.shown import shown
-
-ROUTERS = ("round-robin", "least-loaded", "prefix-affinity", "kv-aware")
-CACHE_ROUTERS = ROUTERS[2:]  # these look into prefix caches
-SCHEDULERS = ("fcfs", "priority", "fair")
-FIDELITIES = ("step", "op")
-PREEMPTIONS = ("swap", "recompute")
-SESSIONS = ("open", "closed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,15 +293,16 @@ class Setup:
         """Tokens of the largest iteration: a sequence that comes back needs but one of its own to be left."""
         return max(self.max_num_batched_tokens, self.max_num_seqs * self.step_tokens) + self.step_tokens - 1
 
-    def guesser(self) -> Guesser | None:
-        """What guessing costs a rank; None where nothing is guessed."""
-        return None if self.speculation is None else Guesser(self.speculation, self.rank, self.machine())
+    @property
+    def draft_weight_bytes(self) -> int:
+        """What guessing adds to the weights of a rank."""
+        return 0 if self.speculation is None else self.speculation.weight_bytes(self.rank, self.tp)
 
     @property
     def weight_bytes(self) -> list[int]:
         """Of a GPU of each stage; what guesses stands where the head does, on the last."""
-        guesser, weight_bytes = self.guesser(), [rank.weight_bytes for rank in self.stages.ranks]
-        weight_bytes[-1] += 0 if guesser is None else guesser.weight_bytes
+        weight_bytes = [rank.weight_bytes for rank in self.stages.ranks]
+        weight_bytes[-1] += self.draft_weight_bytes
         return weight_bytes
 
     def machine(self) -> Machine:
@@ -316,10 +320,9 @@ class Setup:
         cached = self.prefix_cache_hbm_bytes // ranks
         rooms = [usable - weight_bytes - self.activation_bytes - cached for weight_bytes in self.weight_bytes]
         if min(rooms) <= 0:
-            guesser = self.guesser()
             parts = [
                 ("weights", max(rank.weight_bytes for rank in self.stages.ranks)),
-                ("draft", 0 if guesser is None else guesser.weight_bytes),
+                ("draft", self.draft_weight_bytes),
                 ("activations", self.activation_bytes),
                 ("prefix cache", cached),
             ]

@@ -75,6 +75,19 @@ class Speculation:
         tokens = self.candidates + 1
         return tokens * (self.guesses + 1) if self.method == "hidden-transfer" else tokens
 
+    def head_params(self, target: ModelShape, tp: int) -> int:
+        """Weights of one head, of those that guess with heads of the model's own; `target` is one of `tp` ranks."""
+        square = -(-(target.hidden_dim**2) // tp)
+        return square + (target.head_params if self.method == "medusa" else 0)
+
+    def weight_bytes(self, target: ModelShape, tp: int) -> int:
+        """What guessing adds to the weights of each of `tp` ranks, of which `target` is one."""
+        if self.draft is not None:
+            return round(self.draft_share * self.draft.shard(tp).weight_bytes)
+        if self.method == LOOKUP:
+            return 0
+        return self.guesses * target.bytes_of(self.head_params(target, tp), target.outer_dtype)
+
     def described(self) -> dict[str, Any]:
         """As the `inputs` of a result say it."""
         return {

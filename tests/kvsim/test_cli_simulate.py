@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 import traces
 from kvsim.__main__ import main
-from kvsim.results import files as result_files
+from kvsim.report import written
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
 from kvsim.scenario.scenario_file import scenario
@@ -412,7 +412,7 @@ def test_an_interruption_leaves_whole_results(
 def test_an_interruption_while_results_are_written_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = result_files.report_html
+    real = written.report_html
     pressed: list[int] = []
 
     def press(*args: Any, **options: Any) -> str:
@@ -420,7 +420,7 @@ def test_an_interruption_while_results_are_written_waits(
             signal.raise_signal(number)
         return real(*args, **options)
 
-    monkeypatch.setattr(result_files, "report_html", press)
+    monkeypatch.setattr(written, "report_html", press)
     small = ["simulate", *BASE, "--limit", "3", "--out", str(tmp_path / "out"), "--json"]
     pressed.append(signal.SIGINT)
     assert main(small) == 130

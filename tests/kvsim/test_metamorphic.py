@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from scenarios import POLICIES, SMALL, faster, scenarios, squeezes, with_room
 from simulated import GPU, HOST, setup, trace
 
+from kvsim.plans.guessing import guesser_of
 from kvsim.results.causes import spent_s
 from kvsim.run.simulate import simulate
-from kvsim.scenario.setup import CACHE_ROUTERS
+from kvsim.scenario.choices import CACHE_ROUTERS
 from kvsim.scenario.speculation import Speculation
 from policies import leaves
 from traces import Trace
@@ -45,7 +46,7 @@ def scheduled(s, scheduler, router, draft):
             guesses=2, acceptance=(0.6, 0.5), candidates=2, method=method, draft=model, draft_share=0.25
         )
         guessing = replace(s, speculation=guesses)
-        taken = guessing.activation_bytes - s.activation_bytes + guessing.guesser().weight_bytes
+        taken = guessing.activation_bytes - s.activation_bytes + guesser_of(guessing).weight_bytes
         larger = replace(s.gpu, memory_bytes=s.gpu.memory_bytes + math.ceil(taken / s.gpu_memory_utilization))
         s = replace(guessing, gpu=larger)
     return s

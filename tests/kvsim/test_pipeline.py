@@ -14,7 +14,7 @@ from kvsim.__main__ import main
 from kvsim.explain.costs import Explainer
 from kvsim.explain.pipeline import Pipelined, pipeline_s
 from kvsim.models import load_model
-from kvsim.plans.stages import stage_layers, stage_shape
+from kvsim.scenario.stages import stage_layers, stage_shape
 from policies import Full, hf
 
 

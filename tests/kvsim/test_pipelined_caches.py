@@ -8,6 +8,7 @@ import pytest
 from simulated import GPU, HOST, MODEL, setup, trace
 
 from kvsim.explain.pipeline import Pipelined, pipeline_s
+from kvsim.plans.guessing import guesser_of
 from kvsim.results.causes import spent_s
 from kvsim.run.simulate import _Cluster, simulate
 from kvsim.scenario.speculation import speculation
@@ -176,7 +177,7 @@ def test_heads_stand_on_the_last_stage():
         s = setup(gpus=4, pp=4, speculation=guessing(draft, acceptance=1.0), max_num_batched_tokens=16_000)
         results[draft] = simulate(trace([0.0] * 8, 2000, 41), s)
         assert s.weight_bytes[:3] == [rank.weight_bytes for rank in s.stages.ranks[:3]]
-    heads_s = guesser_s(setup(speculation=guessing("medusa")).guesser(), 2)
+    heads_s = guesser_s(guesser_of(setup(speculation=guessing("medusa"))), 2)
     decode_s = {
         draft: (r.requests["finish_s"] - r.requests["first_token_s"]).max() / 10 for draft, r in results.items()
     }

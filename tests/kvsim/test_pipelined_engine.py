@@ -13,9 +13,9 @@ from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 from kvsim.__main__ import main
 from kvsim.explain.pipeline import Pipelined, pipeline_s
 from kvsim.models import load_model
-from kvsim.plans.stages import held_shares, stage_layers
 from kvsim.results.causes import spent_s
 from kvsim.run.simulate import simulate
+from kvsim.scenario.stages import held_shares, stage_layers
 from policies import Full, Step, parse_policy, resolve
 from policies.plan import Tier, stored_bytes
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from pyarrow import parquet
 
-from kvsim.results import files as result_files
-from kvsim.results.files import holding, write, write_set
+from kvsim.report import written
+from kvsim.report.written import write, write_held
+from kvsim.results.files import holding
 from kvsim.results.summary import Result, summarize
 from kvsim.version import __version__
 
@@ -19,7 +20,7 @@ FILES = {"summary.json", "requests.parquet", "series.parquet", "trace.perfetto.j
 
 @pytest.fixture(autouse=True)
 def short_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(result_files, "report_html", lambda results, **_: f"<p>{len(results)} results ≤ ∞</p>")
+    monkeypatch.setattr(written, "report_html", lambda results, **_: f"<p>{len(results)} results ≤ ∞</p>")
 
 
 def names(folder: Path) -> set[str]:
@@ -192,7 +193,7 @@ def test_what_is_no_number_is_null(make_result: Make, tmp_path: Path) -> None:
 
 def test_what_was_left_no_time_is_missing(make_result: Make, tmp_path: Path) -> None:
     with holding(tmp_path) as folder:
-        write_set([make_result(partial=True)], folder, missing=["quest"])
+        write_held([make_result(partial=True)], folder, missing=["quest"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["partial"], summary["missing"], len(summary["runs"])) == (True, ["quest"], 1)
     assert summary["runs"][0]["partial"]

@@ -8,7 +8,7 @@ from tenants import TIMES, alone, mixed, same, turns
 from kvsim.engine.state.cluster import Records
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
-from kvsim.scenario.setup import SCHEDULERS
+from kvsim.scenario.choices import SCHEDULERS
 from kvsim.scenario.tenants import Tenant
 from traces import Trace
 

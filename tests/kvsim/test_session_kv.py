@@ -9,10 +9,11 @@ from simulated import GPU, HOST, setup, trace
 from tenants import TIMES
 
 from kvsim.__main__ import main
-from kvsim.engine.sessions.turns import SESSION_KVS, find_turns
+from kvsim.engine.sessions.turns import find_turns
 from kvsim.engine.state.cluster import KEPT, PARKED
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import _Cluster, simulate
+from kvsim.scenario.choices import SESSION_KVS
 from traces import Trace
 
 TOKEN_BYTES = 131072  # of llama-3.1-8b, bf16

@@ -12,7 +12,7 @@ from simulated import setup, trace
 
 from kvsim.results.causes import spent_s
 from kvsim.run.simulate import simulate
-from kvsim.scenario.setup import SCHEDULERS
+from kvsim.scenario.choices import SCHEDULERS
 from kvsim.scenario.tenants import Tenant
 
 TERMS = st.builds(

@@ -13,6 +13,7 @@ from kvsim.engine.desk import Engine
 from kvsim.explain.costs import Explainer
 from kvsim.iteration.makespan import Clock, Load
 from kvsim.plans.derive import PlanTable
+from kvsim.plans.guessing import guesser_of
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
 from kvsim.scenario.scenario_file import scenario
@@ -46,7 +47,7 @@ def test_alone_a_request_takes_its_steps_one_by_one():
     result = simulate(trace([0.0], prompt, output), setup("full", speculation=SHARED))
     decoding_s = float(result.requests["finish_s"][0] - result.requests["first_token_s"][0])
     own = setup("full", speculation=SHARED)
-    guesser = own.guesser()
+    guesser = guesser_of(own)
     table, clock = PlanTable(Full(), MODEL, own.machine(), {}, guesser), Clock(MODEL, own.machine())
 
     def step_s(generated):
@@ -91,7 +92,7 @@ def test_memory_is_freed_and_output_credited():
     """Whatever fractions of tokens steps end at, a tenant is credited with those that its requests got."""
     requests = random_trace(3, 20, prompts=(500, 9000), outputs=(1, 200))
     own = setup("full", speculation=SHARED, scheduler="fair", max_num_batched_tokens=2048)
-    guesser, machine = own.guesser(), own.machine()
+    guesser, machine = guesser_of(own), own.machine()
     table, clock = PlanTable(own.policy, MODEL, machine, {}, guesser), Clock(MODEL, machine, guesser)
     engine = Engine(requests, own, table, clock, PrefixTiers(requests, own))
     while engine.play(5000):

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from scenarios import ENGINES, SMALL, TOKEN_BYTES, faster, with_room
 from simulated import HOST, setup, trace
 
-from kvsim.engine.sessions.turns import SESSION_KVS
 from kvsim.results.causes import spent_s
 from kvsim.run.simulate import simulate
-from kvsim.scenario.setup import SCHEDULERS
+from kvsim.scenario.choices import SCHEDULERS, SESSION_KVS
 from kvsim.scenario.speculation import Speculation
 from kvsim.scenario.tenants import Tenant
 

@@ -5,16 +5,13 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.engine.state.arrays import Floats, Ints, Record, Records
+from kvsim.scenario.choices import EVICTIONS
 
 TIER_NAMES = ("hbm", "ddr", "nvme", "remote")
 PLACES = len(TIER_NAMES)
 NVME, REMOTE = 2, 3
 SLOW = 2  # the first place below DDR
-EVICTIONS = ("lru", "lfu", "fifo", "belady", "scheduler-aware")
 LRU, LFU, FIFO, BELADY, AWARE = range(len(EVICTIONS))
-WRITES = ("through", "back")
-SHARINGS = ("tenant", "all")  # who may hit a block: its tenant alone, lest latency tells others of it, or everybody
-REUSES = ("always", "cheaper")
 UP, DOWN = range(2)
 UNSEEN, BEYOND, WITHIN, GONE = range(4)  # where a request stands towards a look-ahead window
 KNOWN, PRESENT, MISSING, ADDED = range(4)

@@ -12,7 +12,6 @@ from kvsim.engine.caches.state import (
     CHAIN,
     DOWN,
     ENTRY,
-    EVICTIONS,
     HELD,
     HIT,
     LINK,
@@ -29,6 +28,7 @@ from kvsim.engine.state.cluster import NOBODY
 from kvsim.hardware.catalogue import Host
 from kvsim.hardware.machine import ALONE
 from kvsim.plans.derive import TIERS
+from kvsim.scenario.choices import EVICTIONS
 from kvsim.scenario.quotas import divided
 from kvsim.scenario.setup import Setup
 from kvsim.text.units import format_bytes

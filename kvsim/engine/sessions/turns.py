@@ -10,8 +10,6 @@ from kvsim.engine.state.cluster import NOBODY, Ints
 from traces import Trace
 from traces.sessions import followers
 
-SESSION_KVS = ("recompute", "keep", "swap", "cheapest")  # what becomes of a turn's state, in the engine's order
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turns:

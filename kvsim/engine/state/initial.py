@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from kvsim.engine.caches.tiers import PrefixTiers
-from kvsim.engine.sessions.turns import SESSION_KVS, find_turns
+from kvsim.engine.sessions.turns import find_turns
 from kvsim.engine.state.cluster import (
     IDLE,
     MOST_PARTS,
@@ -24,7 +24,8 @@ from kvsim.hardware.machine import HEAD_KERNELS
 from kvsim.iteration.makespan import Clock
 from kvsim.iteration.prefill_estimate import PrefillEstimate
 from kvsim.plans.sent_state import SentState
-from kvsim.scenario.setup import ROUTERS, SCHEDULERS, Setup
+from kvsim.scenario.choices import ROUTERS, SCHEDULERS, SESSION_KVS
+from kvsim.scenario.setup import Setup
 from kvsim.scenario.tenants import Tenant, terms_of
 from policies import Reuse, reuse_of
 from policies.plan import Tier

@@ -9,7 +9,7 @@ import numpy as np
 from kvsim.engine.state.cluster import BOUNDS, BUSY, LINKS, QUEUES, TENANT_QUEUES, TIERS
 from kvsim.hardware.machine import LANES
 from kvsim.plans.guessing import FIELDS as GUESSING
-from kvsim.plans.stages import MOST_STAGES
+from kvsim.scenario.stages import MOST_STAGES
 
 
 def _ints(*names: str) -> list[Any]:
