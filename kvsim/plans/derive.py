@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from kvsim.hardware.machine import Cost, Machine, access_bytes
 from kvsim.plans.guessing import Guesser
-from kvsim.plans.symbolic import Condition, Floor, Monomial, Polynomial, Tape, evaluate, polynomial_of, total
 from policies import LayerPlan, ModelShape, Policy, Step, plan_end, plan_layer
 from policies.plan import Buffer, Compute, Copy, Op, Processor, Tier, Work, stored_bytes
+from policies.symbolic import Condition, Floor, Monomial, Polynomial, Tape, evaluate, polynomial_of, total
 
 Vector = NDArray[np.int64]
 AMOUNTS = 3  # columns of an operation: work, contiguous bytes, scattered bytes

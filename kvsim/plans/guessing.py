@@ -14,11 +14,11 @@ from kvsim.hardware.machine import (
     access_bytes,
     by_type,
 )
-from kvsim.plans.symbolic import Polynomial, polynomial_of
 from kvsim.scenario.setup import Setup
 from kvsim.scenario.speculation import Speculation
 from policies import Full, ModelShape, Step, plan_layer
 from policies.plan import Compute, Tier, stored_bytes
+from policies.symbolic import Polynomial, polynomial_of
 
 ATTENTION_KERNELS = 2  # append, attend
 DECODING, PROMPT = range(2)

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from kvsim.plans.derive import TIERS, Piece, Structure
-from kvsim.plans.symbolic import Tape, polynomial_of
 from policies import ModelShape, Policy, Step, plan_layer
 from policies.plan import Buffer
+from policies.symbolic import Tape, polynomial_of
 
 _NOTHING = Structure((), (), ())
 

@@ -11,7 +11,7 @@ from kvsim.iteration.makespan import Clock
 from kvsim.iteration.program import Slot
 from kvsim.plans.derive import Piece, Structure
 from kvsim.plans.guessing import Guesser
-from kvsim.plans.symbolic import Polynomial
+from policies.symbolic import Polynomial
 
 
 def plan_arrays(pieces: Sequence[Piece], structures: Mapping[int, int], world: Record) -> Plans:

@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvsim.models import load_model
-from kvsim.plans.symbolic import Symbol, Tape, evaluate, polynomial_of
 from policies import POLICIES, LayerPlan, Step, parse_policy, plan_layer
 from policies.plan import Compute, Copy, Op, Rows
+from policies.symbolic import Symbol, Tape, evaluate, polynomial_of
 
 Program = Callable[[int, int], int]
 LEAF = "leaf"
