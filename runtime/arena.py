@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ class Arena:
         self.device, self.batch, self.footprint = device, batch, footprint or Footprint()
         self.allocated_bytes: Counter[Tier] = Counter()
         weakref.finalize(self, self.footprint.drop, self.allocated_bytes).atexit = False
+        self.revision = 0  # grows whenever a tensor comes or goes, so that whoever keeps tensors knows
         self._own: dict[int, dict[str, _Held]] = {}
         self._rings: dict[tuple[Tier, str], list[_Held]] = {}
         self._passing: list[tuple[int, str]] = []  # (layer, name) of what only the prompt needs
@@ -55,14 +56,18 @@ class Arena:
                 if passing:
                     self._passing.append((layer, buffer.name))
 
-    def tensors(self, layer: int, buffers: Iterable[Buffer]) -> Mapping[str, torch.Tensor]:
+    def tensors(self, layer: int, buffers: Iterable[Buffer]) -> dict[str, torch.Tensor]:
         """A layer's tensors by buffer name; of each ring its turn, in the shape that this step's `buffers` say."""
         tensors = self.kept(layer)
         for buffer in buffers:
             if buffer.ring and not buffer.view:
-                ring = self._rings[buffer.tier, buffer.name]
-                tensors[buffer.name] = self._shaped(ring[layer % len(ring)].tensor, buffer)
+                tensors[buffer.name] = self.ring(layer, buffer)
         return tensors
+
+    def ring(self, layer: int, buffer: Buffer) -> torch.Tensor:
+        """A layer's turn of a ring, in the shape that `buffer` says."""
+        ring = self._rings[buffer.tier, buffer.name]
+        return self._shaped(ring[layer % len(ring)].tensor, buffer)
 
     def kept(self, layer: int) -> dict[str, torch.Tensor]:
         """What a layer keeps from step to step."""
@@ -86,6 +91,7 @@ class Arena:
         """Zero host memory, so that one sequence's cache is never readable by the next, and drop everything."""
         self.footprint.drop(self.allocated_bytes.copy())
         self.allocated_bytes.clear()
+        self.revision += 1
         for held in self._all():
             self._erase(held)
         for table in (self._own, self._rings, self._passing, self._passing_rings):
@@ -149,11 +155,13 @@ class Arena:
             device="cpu" if on_host else self.device,
             pin_memory=on_host and self.device.type == "cuda",
         )
+        self.revision += 1
         self.allocated_bytes[tier] += tensor.nbytes
         self.footprint.add(tier, tensor.nbytes)
         return _Held(tensor, tier)
 
     def _free(self, held: "_Held") -> None:
+        self.revision += 1
         self.allocated_bytes[held.tier] -= held.tensor.nbytes
         self.footprint.drop({held.tier: held.tensor.nbytes})
         self._erase(held)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-from policies import Full, LayerPlan, ModelShape, Policy, Step, plan_ends, plan_layer, settle
+from policies import Full, ModelShape, Policy, Step, plan_ends, plan_layer, settle
 from policies.plan import Buffer, Tier, stored_bytes
 from runtime.arena import DTYPES, Arena
+from runtime.bound import Bound, BoundLayer
 from runtime.call import Call, Handed, Method
 from runtime.dense import hand_back
+from runtime.derived import Plans
 from runtime.executor import Executor
 from runtime.footprint import Footprint
 from runtime.heard import Heard
@@ -45,6 +47,7 @@ class Terms:
     shape: ModelShape
     seen: tuple[SeenLayer, ...]
     policy: Policy
+    plans: Plans
     max_new_tokens: int
     mover: Mover
     recorder: Recorder
@@ -72,6 +75,7 @@ class TieredCache(Cache):
         self.progress: Callable[[Step], None] | None = None  # told each step that a layer has done
         self.rotaries: dict[int, Rotary] = {}  # by layer; layers that share angles share one
         self._extended: list[tuple[torch.Tensor, Rotary]] = []  # in this step
+        self._bound: dict[int, BoundLayer] = {}  # by layer
         self._last_calls: dict[int, Call] = {}  # of the prompt, for whole-model work
         self._first_sequence = 0
         self._real: torch.Tensor | None = None  # which tokens are no padding, bool (batch, tokens); None: all
@@ -278,6 +282,7 @@ class TieredCache(Cache):
         """Decide a layer's policy by its first prompt, and allocate what it keeps; what only the prompt needs."""
         layer.prompt_tokens = layer.first_prompt_tokens = prompt
         layer.leaf, layer.method = _leaf(self.terms, prompt, layer.index)
+        self._bound.pop(layer.index, None)
         if layer.index == self.own[0]:
             self._say_if_dense(layer, prompt)
         if layer.method.unrotates and self.terms.seen[layer.index].rotation == UNROTATED:
@@ -292,7 +297,7 @@ class TieredCache(Cache):
             self.executor.settle()
             self.arena.release()
         self.arena = Arena(self.device, 0, self.terms.footprint)
-        for table in (self.rotaries, self._extended, self._last_calls, self._awaited):
+        for table in (self.rotaries, self._extended, self._bound, self._last_calls, self._awaited):
             table.clear()
         self._real, self._read, self._pending, self._under_way = None, None, None, False
 
@@ -317,6 +322,7 @@ class TieredCache(Cache):
         with self.at_work():
             before = self.arena
             self.arena = self._taken(before, rows)
+            self._bound.clear()  # they hold tensors of the arena before
             before.release()
             self._take_rest(rows)
         self._first_sequence = self.terms.recorder.admit(len(rows))
@@ -339,6 +345,7 @@ class TieredCache(Cache):
                 heard=self.heard.copy(),
                 progress=None,
                 _extended=[],
+                _bound={},
                 _last_calls={},
                 _awaited=set(),
                 _lock=threading.RLock(),
@@ -491,14 +498,11 @@ class TieredCache(Cache):
             self._check_positions(past + new)
 
     def _step(self, layer: TieredLayer, step: Step, handed: Handed) -> torch.Tensor:
-        plan = plan_layer(layer.leaf, self.terms.shape, step, layer.index)
-        if step.prefilling:  # a ring may have to grow with the chunk
-            self.arena.allocate(layer.index, [b for b in plan.buffers if b.ring])
-        call = self._call(layer, plan, step, handed)
-        self.executor.run(plan, layer.method, call)
-        self.terms.recorder.note(
-            At(self._first_sequence, self.arena.batch, layer.index, layer.first_prompt_tokens), step, plan, call.counts
-        )
+        bound = self._bound_of(layer).at(step, self.arena)
+        call = self._call(layer, bound, step, handed)
+        self.executor.run(bound, call)
+        at = At(self._first_sequence, self.arena.batch, layer.index, layer.first_prompt_tokens)
+        self.terms.recorder.note(at, step, bound.counted.counts, call.counts)
         if step.last_chunk:
             self._finish(layer, step, call)
         if self.progress:
@@ -506,11 +510,17 @@ class TieredCache(Cache):
         assert call.out is not None  # noqa: S101 - the executor has checked it
         return call.out
 
-    def _call(self, layer: TieredLayer, plan: LayerPlan, step: Step, handed: Handed) -> Call:
+    def _bound_of(self, layer: TieredLayer) -> BoundLayer:
+        if layer.index not in self._bound:
+            plans = self.terms.plans.of(layer.leaf, layer.index)
+            self._bound[layer.index] = BoundLayer(plans, layer.method, layer.index)
+        return self._bound[layer.index]
+
+    def _call(self, layer: TieredLayer, bound: Bound, step: Step, handed: Handed) -> Call:
         return Call(
             shape=self.terms.shape.layers[layer.index],
             step=step,
-            state=self.arena.tensors(layer.index, plan.buffers),
+            state=bound.state,
             rotary=self.rotaries.get(layer.index),
             **handed._asdict(),
         )
@@ -519,9 +529,10 @@ class TieredCache(Cache):
         """Let the next layer's copies begin that wait for nothing of its own."""
         after = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
         if isinstance(after, TieredLayer) and after.is_initialized and after.tokens == step.past_tokens:
-            plan = plan_layer(after.leaf, self.terms.shape, step, after.index)
-            nothing = Handed(handed.q[:, :, :0], handed.new_k[:, :, :0], handed.new_v[:, :, :0], None, handed.scale)
-            self.executor.run_ahead(plan, after.method, self._call(after, plan, step, nothing))
+            bound = self._bound_of(after).at(step, self.arena)
+            if bound.leading:
+                nothing = Handed(handed.q[:, :, :0], handed.new_k[:, :, :0], handed.new_v[:, :, :0], None, handed.scale)
+                self.executor.run_ahead(bound, self._call(after, bound, step, nothing))
 
     def _finish(self, layer: TieredLayer, step: Step, call: Call) -> None:
         """The prompt is complete on this layer: after the last one comes whole-model work, and what passes is freed."""

@@ -14,6 +14,7 @@ from policies import Full, Policy, Step, plan_layer
 from policies.plan import Copy, Tier, flops
 from runtime.binding import bound, decoder_of
 from runtime.cache import LONG_PROMPT, Terms, TieredCache, own_layers
+from runtime.derived import Plans
 from runtime.footprint import Footprint
 from runtime.methods import method_of
 from runtime.mover import Mover
@@ -42,6 +43,7 @@ class Offload:
             shape=self.shape,
             seen=self.seen,
             policy=policy,
+            plans=Plans(self.shape),
             max_new_tokens=max_new_tokens,
             mover=self.mover,
             recorder=self.recorder,

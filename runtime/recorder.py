@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from policies import LayerPlan, Step
+from policies import Step
+from policies.plan import Count
 from traces.counts import COLUMNS, Drawn, Recording
 
 
@@ -38,12 +39,12 @@ class Recorder:
             first, self._sequences = self._sequences, self._sequences + sequences
         return first
 
-    def note(self, at: At, step: Step, plan: LayerPlan, counts: dict[str, torch.Tensor]) -> None:
+    def note(self, at: At, step: Step, declared: Sequence[Count], counts: dict[str, torch.Tensor]) -> None:
         """One layer has done one step.
 
         Raises RuntimeError when a count that the plan declares was not drawn, or has another number of heads.
         """
-        for count in plan.counts:
+        for count in declared:
             value = counts.get(count.name)
             if value is None or tuple(value.shape) != (at.sequences, count.heads):
                 shape = None if value is None else tuple(value.shape)
@@ -51,7 +52,7 @@ class Recorder:
                     f"count {count.name!r} has shape {shape} where its plan has {(at.sequences, count.heads)}"
                 )
         with self._lock:
-            for count in plan.counts:
+            for count in declared:
                 drawn = self._drawn.setdefault(count.name, [])
                 drawn.append((len(self._steps), counts[count.name], count.maximum))
             self._steps.append((at, step))

@@ -5,6 +5,7 @@ import torch
 from policies import Step, plan_layer
 from policies.model import LayerShape, ModelShape
 from runtime.arena import Arena
+from runtime.bound import Bound
 from runtime.call import Call
 from runtime.executor import Executor
 from runtime.methods import method_of
@@ -73,7 +74,7 @@ class OneLayer:
             new_k=self.k[:, :, at], new_v=self.v[:, :, at], mask=mask, scale=self.q.shape[3] ** -0.5,
             softcap=self.softcap, sinks=self.sinks, rotary=self.rotary,
         )  # fmt: skip
-        self.executor.run(plan, method_of(self.policy), call)
+        self.executor.run(Bound(plan, method_of(self.policy), self.arena, 0), call)
         return call
 
     def prefill(self, *chunks):

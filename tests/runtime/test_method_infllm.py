@@ -12,6 +12,7 @@ from policies.model import LayerShape, ModelShape  # noqa: E402
 from policies.plan import Tier, moved_bytes, stored_bytes  # noqa: E402
 from runtime import offload  # noqa: E402
 from runtime.arena import Arena  # noqa: E402
+from runtime.bound import Bound  # noqa: E402
 from runtime.call import Call  # noqa: E402
 from runtime.executor import Executor  # noqa: E402
 from runtime.methods import method_of  # noqa: E402
@@ -137,7 +138,7 @@ class Run:
             shape=self.shape.layers[0], step=step, state=self.arena.tensors(0, plan.buffers), q=self.q[:, :, at],
             new_k=self.k[:, :, at], new_v=self.v[:, :, at], mask=mask, scale=DIM**-0.5, rotary=self.rotary,
         )  # fmt: skip
-        self.executor.run(plan, self.method, call)
+        self.executor.run(Bound(plan, self.method, self.arena, 0), call)
         return call
 
 

@@ -7,6 +7,7 @@ torch = pytest.importorskip("torch")
 from policies import Quest, Step, plan_layer  # noqa: E402
 from policies.model import LayerShape, ModelShape  # noqa: E402
 from runtime.arena import Arena  # noqa: E402
+from runtime.bound import Bound  # noqa: E402
 from runtime.call import Call  # noqa: E402
 from runtime.executor import Executor  # noqa: E402
 from runtime.methods import method_of  # noqa: E402
@@ -72,7 +73,7 @@ def steps(policy, shape, q, k, v, prompt):
             shape=shape.layers[0], step=step, state=arena.tensors(0, plan.buffers), q=q[:, :, at], new_k=k[:, :, at],
             new_v=v[:, :, at], mask=None, scale=DIM**-0.5,
         )  # fmt: skip
-        executor.run(plan, method_of(policy), call)
+        executor.run(Bound(plan, method_of(policy), arena, 0), call)
         yield past, plan, call
 
 

@@ -12,6 +12,7 @@ from policies.model import LayerShape, ModelShape  # noqa: E402
 from policies.plan import moved_bytes, part_of, stored_bytes  # noqa: E402
 from runtime import offload  # noqa: E402
 from runtime.arena import Arena  # noqa: E402
+from runtime.bound import Bound  # noqa: E402
 from runtime.call import Call  # noqa: E402
 from runtime.executor import Executor  # noqa: E402
 from runtime.methods import method_of  # noqa: E402
@@ -68,7 +69,7 @@ class Run:
             q=self.q[layer, :, :, at], new_k=self.k[layer, :, :, at], new_v=self.v[layer, :, :, at], mask=mask,
             scale=self.q.shape[-1] ** -0.5,
         )  # fmt: skip
-        self.executor.run(plan, self.method, call)
+        self.executor.run(Bound(plan, self.method, self.arena, layer), call)
         return call
 
 
