@@ -12,9 +12,12 @@ from kvsim.cli import TargetUnmet
 from kvsim.cli.app import app
 from kvsim.cli.process import OutputLost, discard_output, in_order
 from kvsim.text.printable import brief, printable
-from policies.shown import MOST_SHOWN, shown
 
-LONGEST_WORD, LONGEST_MESSAGE = 1024, 560  # a value that typer or the system quotes whole may have megabytes
+LONGEST_WORD, SHORTENED_WORD, LONGEST_MESSAGE = (
+    1024,
+    80,
+    560,
+)  # a value that typer or the system quotes whole may have megabytes
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -61,13 +64,15 @@ def _explain(error: ValueError | OSError | MemoryError) -> str:
     if isinstance(error, MemoryError) and not (type(error) is MemoryError and error.args):  # where no words are ours
         return "this takes more memory than there is; ask for fewer requests (--limit), seeds, GPUs or tokens"
     if isinstance(error, UnicodeEncodeError):
+        from policies.shown import shown  # with it come all policies, which help texts do not need
+
         return f"{shown(error.object)} holds lone surrogates or bytes that are no Unicode text; write it in UTF-8"
     return str(error) or type(error).__name__
 
 
 def _fail(message: str, code: int) -> int:
     if message:  # empty when typer has printed the help in place of a message
-        words = (word if len(word) <= LONGEST_WORD else f"{word[:MOST_SHOWN]}..." for word in message.split())
+        words = (word if len(word) <= LONGEST_WORD else f"{word[:SHORTENED_WORD]}..." for word in message.split())
         with suppress(OSError):  # nobody is there to be told
             sys.stderr.write(f"error: {brief(printable(' '.join(words)), LONGEST_MESSAGE)}\n")
             sys.stderr.flush()

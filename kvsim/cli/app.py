@@ -1,25 +1,60 @@
 """The `kvsim` program: its commands and command groups. A new one is a line here and a file beside this one."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from kvsim.cli import batching, explain, generate, hardware, model, quality, simulate, trace, validate
+from kvsim.cli.deferred import Deferred
 from kvsim.version import __version__
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
-app.command("explain")(explain.explain)
-app.command("simulate", help="Replay a trace of requests under one policy, on a simulated cluster.")(simulate.replay)
-app.command("compare", help="Replay a trace under several policies, and set their results side by side.")(
-    simulate.replay
-)
-app.command("generate")(generate.generate)
-app.command("quality")(quality.quality)
-app.command("validate")(validate.validate)
-trace.app.command("batching")(batching.batching)
-app.add_typer(trace.app, name="trace", help="Request traces: bundled, generated and converted ones.")
-app.add_typer(hardware.app, name="hardware", help="The catalogue of GPUs and hosts.")
-app.add_typer(model.app, name="model", help="The catalogue of model shapes.")
+COMMANDS = {  # where each stands, and what it does
+    "explain": (
+        "kvsim.cli.explain:explain",
+        (
+            "Compare what a long context costs under each policy: memory, prefill, decode, and switching between "
+            "sequences."
+        ),
+    ),
+    "simulate": (
+        "kvsim.cli.simulate:replay",
+        "Replay a trace of requests under one policy, on a simulated cluster.",
+    ),
+    "compare": (
+        "kvsim.cli.simulate:replay",
+        "Replay a trace under several policies, and set their results side by side.",
+    ),
+    "generate": (
+        "kvsim.cli.generate:generate",
+        "Continue a text greedily under a policy; then print its latency, its memory, and the bytes that it moved.",
+    ),
+    "quality": (
+        "kvsim.cli.quality:quality",
+        (
+            "Feed a text to a model with full attention and under policies, and compare what it predicts: the quality "
+            "lost."
+        ),
+    ),
+    "validate": (
+        "kvsim.cli.validate:validate",
+        "Run policies on a model and compare every byte with the simulator's: the exit code is 3 when they disagree.",
+    ),
+    "trace": ("kvsim.cli.trace:app", "Request traces: bundled, generated and converted ones."),
+    "hardware": ("kvsim.cli.hardware:app", "The catalogue of GPUs and hosts."),
+    "model": ("kvsim.cli.model:app", "The catalogue of model shapes."),
+}
+
+
+class Program(TyperGroup):
+    """The group of all commands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for name, (source, does) in COMMANDS.items():
+            self.add_command(Deferred(name, source, does))
+
+
+app = typer.Typer(cls=Program, no_args_is_help=True, add_completion=False)
 
 
 def _print_version(wanted: bool) -> None:

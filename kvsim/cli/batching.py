@@ -6,7 +6,7 @@ import typer
 
 from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
-from kvsim.cli.trace import LimitOption, SeedOption, SkipOption, TraceArgument
+from kvsim.cli.trace_options import LimitOption, SeedOption, SkipOption, TraceArgument
 from kvsim.text.units import bounded_tokens, format_count, format_s, parse_duration_s, parse_params
 from policies.shown import shown
 

@@ -1,7 +1,5 @@
 """`kvsim simulate` and `kvsim compare`: replay a trace under one policy, or under several beside each other."""
 
-# ruff: noqa: ARG001 - the options of a scenario are read from the context, those given alone
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,11 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvsim.cli.model import ParamsOption
+from kvsim.cli.options import given_options, with_options
 from kvsim.cli.output import JsonFlag, print_line
-from kvsim.scenario.shares import parse_shares
-from kvsim.scenario.tenants import parse_named
-from policies.shown import shown
 
 if TYPE_CHECKING:
     from kvsim.results.folder import Held
@@ -23,161 +18,38 @@ if TYPE_CHECKING:
     from traces import Trace
 
 INTERRUPTED = 130
-OF_THE_COMMAND = ("scenario", "allow_code", "out", "json")  # every other option belongs to the scenario
 
 
+def _print_schema(wanted: bool) -> None:
+    from json import dumps
+
+    from kvsim.scenario.scenario_file import schema
+
+    if wanted:
+        typer.echo(dumps(schema(), indent=2))
+        raise typer.Exit
+
+
+@with_options
 def replay(
     ctx: typer.Context,
-    trace: Annotated[
-        str | None, typer.Option(metavar="TRACE", help="A bundled trace, or a file, also a server's log.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="A name of the catalogue, a config.json's path, or ORG/NAME of the local Hugging Face cache.",
-        ),
-    ] = None,
-    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="A GPU of the catalogue or a YAML file.")] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option(metavar="POLICY", help="name or name:key=value,...; compare takes several.")
-    ] = None,
     scenario: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML with any of these options; what is given here wins.")
     ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let that file name policies as module:Class, whose code is run.")
     ] = False,
-    limit: Annotated[str | None, typer.Option(metavar="N", help="Replay the first N requests only.")] = None,
-    rate_scale: Annotated[float | None, typer.Option(metavar="X", help="Let requests arrive X times as fast.")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of traces that are drawn at random.")] = None,
-    seeds: Annotated[
-        int | None, typer.Option(metavar="N", help="So many from --seed on, or resample: adds 95 % intervals.")
-    ] = None,
-    skip_bad_rows: Annotated[
-        bool | None, typer.Option("--skip-bad-rows", help="Count malformed rows instead of refusing them.")
-    ] = None,
-    gpus: Annotated[int | None, typer.Option(metavar="N", help="All GPUs; the replicas are gpus / (tp x pp).")] = None,
-    tp: Annotated[int | None, typer.Option(metavar="N", help="GPUs that share every layer of a replica.")] = None,
-    pp: Annotated[int | None, typer.Option(metavar="N", help="Stages of tp GPUs that layers are split into.")] = None,
-    prefill_gpus: Annotated[
-        int | None, typer.Option(metavar="N", help="GPUs that only process prompts; the others decode. Default: none.")
-    ] = None,
-    host: Annotated[
-        str | None, typer.Option(metavar="HOST", help="A host of the catalogue or a YAML file. Default: by the GPU.")
-    ] = None,
-    fidelity: Annotated[str | None, typer.Option(metavar="step|op", help="op: every operation, links shared.")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option(metavar="fcfs|priority|fair", help="Whose request is admitted next.")
-    ] = None,
-    router: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="round-robin, least-loaded, prefix-affinity or kv-aware (Mooncake)."),
-    ] = None,
-    preemption: Annotated[str | None, typer.Option(metavar="swap|recompute", help="When memory runs out.")] = None,
-    sessions: Annotated[
-        str | None, typer.Option(metavar="open|closed", help="closed: a session waits for its answers, then thinks.")
-    ] = None,
-    session_kv: Annotated[
-        str | None,
-        typer.Option(metavar="recompute|keep|swap|cheapest", help="What becomes of a session's KV between turns."),
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(metavar="N", help="Sequences that run at a time.")] = None,
-    max_num_batched_tokens: Annotated[
-        str | None, typer.Option(metavar="N", help="Tokens of an iteration, which bound the prefill chunk.")
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="What an engine may use of HBM.")
-    ] = None,
-    host_memory_utilization: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="What all engines of a host may use of DDR.")
-    ] = None,
-    prefix_cache_hbm: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="HBM of each host for cached prefixes. Default: none.")
-    ] = None,
-    prefix_cache_ddr: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="DDR of each host for cached prefixes. Default: none.")
-    ] = None,
-    prefix_cache_nvme: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="NVMe of each host for cached prefixes. Default: none.")
-    ] = None,
-    prefix_cache_remote: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="A pool of all hosts over RDMA for them. Default: none.")
-    ] = None,
-    prefix_cache_eviction: Annotated[
-        str | None, typer.Option(metavar="NAME", help="lru, lfu, fifo, belady (knows the future), scheduler-aware.")
-    ] = None,
-    prefix_cache_write: Annotated[
-        str | None, typer.Option(metavar="through|back", help="To every tier, or to the next one when evicted.")
-    ] = None,
-    prefix_cache_sharing: Annotated[
-        str | None, typer.Option(metavar="tenant|all", help="Whose prompts hit a cached block. Default: its tenant's.")
-    ] = None,
-    prefix_cache_reuse: Annotated[
-        str | None, typer.Option(metavar="always|cheaper", help="cheaper: compute anew what would take longer to load.")
-    ] = None,
-    prefix_cache_prefetch: Annotated[
-        bool | None, typer.Option("--prefix-cache-prefetch", help="Fetch a waiting prompt's blocks up to DDR.")
-    ] = None,
-    prefix_cache_quota: Annotated[
-        str | None, typer.Option(metavar="SHARE|NAME=SHARE,...", help="Of every tier, a tenant's own. Default: none.")
-    ] = None,
-    timeout: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="Leave when the first token has not come by then. Default: never."),
-    ] = None,
-    speculate: Annotated[
-        int | None, typer.Option(metavar="K", help="Guess K tokens ahead and verify them in one step. Default: none.")
-    ] = None,
-    acceptance: Annotated[
-        str | None, typer.Option(metavar="P|P,P,...", help="That a guess holds if those before it did.")
-    ] = None,
-    tree: Annotated[
-        int | None, typer.Option(metavar="N", help="Guesses verified at once. Default: K, a chain.")
-    ] = None,
-    draft: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Who guesses: a model, medusa, hidden-transfer or lookup.")
-    ] = None,
-    draft_share: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Or what a run of a draft takes of one of the model.")
-    ] = None,
-    perfetto: Annotated[
-        str | None, typer.Option(metavar="FROM-TO", help="Record every operation in this window, as 10s-10.5s.")
-    ] = None,
-    kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
-    weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of all weights.")] = None,
-    params: ParamsOption = None,
-    counts: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=SHARE,...|FILE", help="What data decide, as shares of its maximum, or a recording."),
-    ] = None,
-    slo: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=TIME,...", help="Bounds that goodput counts: ttft=10s,tpot=100ms.")
-    ] = None,
-    tenant: Annotated[
-        list[str] | None,
+    _schema: Annotated[
+        bool,
         typer.Option(
-            metavar="NAME:KEY=VALUE,...",
-            help="A tenant's weight, priority (larger first), slo_class, quota, replicas, timeout; NAME may hold *.",
+            "--schema", callback=_print_schema, is_eager=True, help="Print the JSON Schema of such files and exit."
         ),
-    ] = None,
-    slo_class: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME:LATENCY=TIME,...", help="Bounds of the tenants of a class, in place of --slo."),
-    ] = None,
-    prompt_token_weight: Annotated[
-        float | None, typer.Option(metavar="X", help="Service of a prompt's token, for scheduler fair. Default: 1.")
-    ] = None,
-    output_token_weight: Annotated[
-        float | None, typer.Option(metavar="X", help="Service of an output's token. Default: 2.")
-    ] = None,
-    warmup: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Leave requests that arrive earlier out of the latencies.")
-    ] = None,
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write summary, tables and report.html into this folder.")
     ] = None,
     json: JsonFlag = False,
+    **_options: object,  # those of the scenario, which are read from the context
 ) -> None:
     """Replay a trace of requests on a simulated cluster."""
     from kvsim.cli.process import finishing
@@ -192,12 +64,12 @@ def replay(
     setups = asked.setups()
     for note in setups[0].model.notes:
         _warn(note)
-    if asked.perfetto and out is None:
-        window = "-".join(f"{end_s:g}" for end_s in asked.perfetto)
+    if setups[0].perfetto and out is None:
+        window = "-".join(f"{end_s:g}" for end_s in setups[0].perfetto)
         raise ValueError(f"perfetto={window} is written to trace.perfetto.json in the folder of --out; add --out DIR")
     drawn = asked.load_traces()
     requests = drawn[0]
-    _check_counts(asked, setups, requests)
+    _check_counts(setups, requests)
     _warn_of_positions(setups[0], requests)
     _warn_of_unused_caches(setups)
     jobs = [Job(each, setup) for each in drawn for setup in setups]
@@ -238,18 +110,8 @@ def _scenario(ctx: typer.Context, file: Path | None, several: bool, *, allow_cod
 
     if allow_code and file is None:
         raise ValueError("--allow-code is of --scenario: a policy of the command line runs without it; leave it out")
-    given = {
-        name: value for name, value in ctx.params.items() if name not in OF_THE_COMMAND and _on_command_line(ctx, name)
-    }
-    if "counts" in given:
-        given["counts"] = parse_shares(given["counts"])
-    if "slo" in given:
-        given["slo"] = _bounds(given["slo"])
-    for flag, key in (("tenant", "tenants"), ("slo_class", "slo_classes")):
-        if flag in given:
-            given[key] = parse_named(f"--{flag.replace('_', '-')}", given.pop(flag))
-    asked = scenario(given, file, allow_code=allow_code)
-    if several and "policy" not in asked.model_fields_set:
+    asked = scenario(given_options(ctx), file, allow_code=allow_code)
+    if several and "policy" not in asked.given:
         raise ValueError(
             "compare needs policies: name each with --policy, or under the key policy of a --scenario file"
         )
@@ -258,31 +120,14 @@ def _scenario(ctx: typer.Context, file: Path | None, several: bool, *, allow_cod
     return asked
 
 
-def _on_command_line(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def _bounds(texts: Sequence[str]) -> dict[str, str]:
-    bounds: dict[str, str] = {}
-    for item in ",".join(texts).split(","):
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ValueError(f"--slo {shown(item)} must be written name=value")
-        if name in bounds:
-            raise ValueError(f"--slo gives {shown(name)} twice; say it once")
-        bounds[name] = value
-    return bounds
-
-
-def _check_counts(asked: "Scenario", setups: Sequence["Setup"], trace: "Trace") -> None:
+def _check_counts(setups: Sequence["Setup"], trace: "Trace") -> None:
     """Refuse counts that no policy draws, and warn of those that no prompt of this trace is long enough for."""
     import numpy as np
 
     from kvsim.plans.derive import PlanTable
     from kvsim.text.names import unknown_name
 
-    if not asked.counts:
+    if not setups[0].counts:
         return
     lengths = np.unique(np.quantile(trace.prompt_tokens, np.linspace(0, 1, 9), method="nearest")).tolist()
     met: set[str] = set()
@@ -293,7 +138,7 @@ def _check_counts(asked: "Scenario", setups: Sequence["Setup"], trace: "Trace") 
         met |= table.drawn
         table.warm([setup.model.max_positions], setup.max_num_batched_tokens)
         known |= table.drawn
-    for name in asked.counts:
+    for name in setups[0].counts:
         if name not in known:
             raise unknown_name("count", name, sorted(known))
         if name not in met:

@@ -6,22 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from kvsim.cli.batching import batching
 from kvsim.cli.output import Columns, JsonFlag, print_facts, print_json, print_line, print_table
+from kvsim.cli.trace_options import LimitOption, SeedOption, SkipOption, TraceArgument
 from kvsim.text.units import format_count, format_s, parse_duration_s, parse_tokens
 
 app = typer.Typer(no_args_is_help=True)
 
-TraceArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="TRACE", help="A bundled trace (name or name:key=value,...), or a file, also a server's log."
-    ),
-]
-LimitOption = Annotated[
-    int | None, typer.Option("--limit", metavar="N", parser=parse_tokens, help="Read the first N requests only.")
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of traces that are drawn at random.")]
-SkipOption = Annotated[bool, typer.Option("--skip-bad-rows", help="Count malformed rows instead of refusing them.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the file when it exists.")]
 
 
@@ -144,6 +135,9 @@ def synthesize_trace(
         block_tokens=block_tokens,
     )
     traces.write(trace, out, overwrite=overwrite)
+
+
+app.command("batching")(batching)
 
 
 def _facts(statistics: Mapping[str, Any]) -> dict[str, str]:

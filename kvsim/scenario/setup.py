@@ -1,24 +1,13 @@
 """What a simulation of one policy depends on besides the trace: model, hardware, cluster and engine options."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 from kvsim.hardware.catalogue import Gpu, Host
 from kvsim.hardware.machine import Machine
-from kvsim.scenario.choices import (
-    CACHE_ROUTERS,
-    EVICTIONS,
-    FIDELITIES,
-    PREEMPTIONS,
-    REUSES,
-    ROUTERS,
-    SCHEDULERS,
-    SESSION_KVS,
-    SESSIONS,
-    SHARINGS,
-    WRITES,
-)
+from kvsim.scenario import choices, kinds
 from kvsim.scenario.finite import first_nan
+from kvsim.scenario.options import CACHE, CLUSTER, ENGINE, MODEL, RESULTS, SESSIONS, TENANTS, option, options_of
 from kvsim.scenario.quotas import Quota, read_quota
 from kvsim.scenario.speculation import Speculation
 from kvsim.scenario.stages import Stages, fitting_bytes, held_shares, stages_of
@@ -46,67 +35,98 @@ class Setup:
     policy: Policy
     gpu: Gpu
     host: Host
-    gpus: int = 1
-    tp: int = 1
-    pp: int = 1  # stages, each of `tp` GPUs
-    prefill_gpus: int = 0  # that only process prompts, for the others to decode; 0: every replica does both
-    fidelity: str = "step"
-    scheduler: str = "fcfs"
-    router: str = "round-robin"
-    preemption: str = "swap"
-    sessions: str = "open"  # closed: a request comes its think time after what its session waited for has ended
-    session_kv: str = "recompute"  # between the turns of a session
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192  # of one iteration, so also the prefill chunk
-    gpu_memory_utilization: float = 0.9
-    host_memory_utilization: float = 0.9
-    prefix_cache_hbm_bytes: int = 0
-    prefix_cache_ddr_bytes: int = 0
-    prefix_cache_nvme_bytes: int = 0
-    prefix_cache_remote_bytes: int = 0  # of all hosts together
-    prefix_cache_eviction: str = "lru"
-    prefix_cache_write: str = "through"
-    prefix_cache_sharing: str = "tenant"
-    prefix_cache_reuse: str = "always"
-    prefix_cache_prefetch: bool = False
-    prefix_cache_quota: Quota = None  # shares of all tiers
-    counts: dict[str, float] = field(default_factory=dict)
-    tenants: dict[str, Tenant] = field(default_factory=dict)
-    slo_classes: dict[str, dict[str, float]] = field(default_factory=dict)
-    prompt_token_weight: float = 1.0  # those of arXiv:2401.00588
-    output_token_weight: float = 2.0
-    timeout_s: float | None = None  # for a first token, after which a request leaves; a tenant may have its own
+    # More than these GPUs would outgrow the memory of the machine that simulates them.
+    gpus: int = option(
+        1, kinds.WHOLE.bounded(most=65_536), CLUSTER, "All GPUs; the replicas are gpus / (tp x pp).", least=1
+    )
+    tp: int = option(1, kinds.WHOLE, CLUSTER, "GPUs that share every layer of a replica.", least=1)
+    pp: int = option(1, kinds.WHOLE, CLUSTER, "Stages of tp GPUs that layers are split into.", least=1)
+    prefill_gpus: int = option(
+        0, kinds.WHOLE.bounded(least=0), CLUSTER, "GPUs that only process prompts; the others decode. Default: none."
+    )
+    fidelity: str = option("step", kinds.choice(choices.FIDELITIES), ENGINE, "op: every operation, links shared.")
+    scheduler: str = option("fcfs", kinds.choice(choices.SCHEDULERS), ENGINE, "Whose request is admitted next.")
+    router: str = option(
+        "round-robin",
+        kinds.choice(choices.ROUTERS, "NAME"),
+        ENGINE,
+        "round-robin, least-loaded, prefix-affinity or kv-aware (Mooncake).",
+    )
+    preemption: str = option("swap", kinds.choice(choices.PREEMPTIONS), ENGINE, "When memory runs out.")
+    sessions: str = option(
+        "open", kinds.choice(choices.SESSIONS), SESSIONS, "closed: a session waits for its answers, then thinks."
+    )
+    session_kv: str = option(
+        "recompute", kinds.choice(choices.SESSION_KVS), SESSIONS, "What becomes of a session's KV between turns."
+    )
+    max_num_seqs: int = option(256, kinds.WHOLE, ENGINE, "Sequences that run at a time.", least=1)
+    max_num_batched_tokens: int = option(
+        8192, kinds.NUMBER, ENGINE, "Tokens of an iteration, which bound the prefill chunk.", least=1
+    )
+    gpu_memory_utilization: float = option(0.9, kinds.SHARE, ENGINE, "What an engine may use of HBM.")
+    host_memory_utilization: float = option(0.9, kinds.SHARE, ENGINE, "What all engines of a host may use of DDR.")
+    prefix_cache_hbm_bytes: int = option(0, kinds.SIZE, CACHE, "HBM of each host for cached prefixes. Default: none.")
+    prefix_cache_ddr_bytes: int = option(0, kinds.SIZE, CACHE, "DDR of each host for cached prefixes. Default: none.")
+    prefix_cache_nvme_bytes: int = option(0, kinds.SIZE, CACHE, "NVMe of each host for cached prefixes. Default: none.")
+    prefix_cache_remote_bytes: int = option(0, kinds.SIZE, CACHE, "A pool of all hosts, over RDMA. Default: none.")
+    prefix_cache_eviction: str = option(
+        "lru",
+        kinds.choice(choices.EVICTIONS, "NAME"),
+        CACHE,
+        "lru, lfu, fifo, scheduler-aware, belady (knows the future).",
+    )
+    prefix_cache_write: str = option(
+        "through", kinds.choice(choices.WRITES), CACHE, "To every tier, or to the next one when evicted."
+    )
+    prefix_cache_sharing: str = option(
+        "tenant", kinds.choice(choices.SHARINGS), CACHE, "Whose prompts hit a cached block: its tenant's alone, or all."
+    )
+    prefix_cache_reuse: str = option(
+        "always", kinds.choice(choices.REUSES), CACHE, "cheaper: compute anew what would take longer to load."
+    )
+    prefix_cache_prefetch: bool = option(False, kinds.SWITCH, CACHE, "Fetch a waiting prompt's blocks up to DDR.")
+    prefix_cache_quota: Quota = option(None, kinds.QUOTA, CACHE, "Of every tier, a tenant's own. Default: none.")
+    counts: dict[str, float] = option(
+        dict, kinds.COUNTS, MODEL, "What data decide, as shares of its maximum, or a recording."
+    )
+    tenants: dict[str, Tenant] = option(
+        dict,
+        kinds.TENANTS,
+        TENANTS,
+        "A tenant's weight, priority (larger first), slo_class, quota, replicas, timeout; NAME may hold *.",
+        flag="tenant",
+    )
+    slo_classes: dict[str, dict[str, float]] = option(
+        dict, kinds.CLASSES, TENANTS, "Bounds of the tenants of a class, in place of --slo.", flag="slo_class"
+    )
+    # The weights of arXiv:2401.00588.
+    prompt_token_weight: float = option(1.0, kinds.FACTOR, TENANTS, "Service of a prompt's token, for scheduler fair.")
+    output_token_weight: float = option(2.0, kinds.FACTOR, TENANTS, "Service of an output's token.")
+    timeout_s: float | None = option(
+        None, kinds.TIMEOUT, ENGINE, "Leave when the first token has not come by then. Default: never."
+    )  # a tenant may have its own
     speculation: Speculation | None = None  # tokens guessed and verified in each decode step
-    perfetto: tuple[float, float] | None = None  # seconds from and to which every operation is recorded
+    perfetto: tuple[float, float] | None = option(
+        None, kinds.WINDOW, RESULTS, "Record every operation in this window, as 10s-10.5s."
+    )
 
     def __post_init__(self) -> None:
         nan = first_nan(self)
         if nan is not None:
             raise ValueError(f"{nan}=nan is no number, and neither would be what is computed from it; state one")
-        for name in ("gpus", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for one in options_of(Setup):
+            value = getattr(self, one.name)
+            if one.least is not None and value < one.least:
+                raise ValueError(f"{one.name}={value} must be at least {one.least}")
+            if one.kind.choices and value not in one.kind.choices:
+                raise unknown_name(one.name, value, one.kind.choices)
         for name, size_bytes in self.prefix_cache_bytes.items():
             if size_bytes < 0:
                 raise ValueError(f"prefix_cache_{name}_bytes={size_bytes} must not be negative")
         for name in ("gpu_memory_utilization", "host_memory_utilization"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
-        for name, known in (
-            ("fidelity", FIDELITIES),
-            ("scheduler", SCHEDULERS),
-            ("router", ROUTERS),
-            ("preemption", PREEMPTIONS),
-            ("sessions", SESSIONS),
-            ("session_kv", SESSION_KVS),
-            ("prefix_cache_eviction", EVICTIONS),
-            ("prefix_cache_write", WRITES),
-            ("prefix_cache_sharing", SHARINGS),
-            ("prefix_cache_reuse", REUSES),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
-        if self.router in CACHE_ROUTERS and not any(self.prefix_cache_bytes.values()):
+        if self.router in choices.CACHE_ROUTERS and not any(self.prefix_cache_bytes.values()):
             raise ValueError(
                 f"router={self.router} looks into prefix caches, and there is none; give prefix_cache_hbm or "
                 "prefix_cache_ddr a size, or use router=least-loaded"
@@ -150,9 +170,9 @@ class Setup:
 
     def _check_prefix_cache(self) -> None:
         host, nvme_bytes = self.host, self.prefix_cache_nvme_bytes
-        for option in fields(self):
-            name = option.name
-            given = name.startswith("prefix_cache_") and getattr(self, name) != option.default
+        for one in options_of(Setup):
+            name = one.name
+            given = name.startswith("prefix_cache_") and getattr(self, name) != one.default
             if given and not any(self.prefix_cache_bytes.values()):
                 raise ValueError(f"{name} needs a prefix cache: give prefix_cache_hbm, _ddr, _nvme or _remote a size")
         if self.prefix_cache_eviction == "belady" and self.sessions == "closed":

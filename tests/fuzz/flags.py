@@ -134,6 +134,7 @@ def commands() -> tuple[Command, ...]:
 
 
 def _found(command: Any, words: tuple[str, ...]) -> list[Command]:
+    command = getattr(command, "loaded", command)
     if inner := getattr(command, "commands", None):
         return [found for name, one in inner.items() for found in _found(one, (*words, name))]
     flags = {max(p.opts, key=len): not p.is_flag for p in command.params if p.param_type_name == "option"}
