@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from kvsim.hardware.machine import Machine
-from kvsim.iteration.makespan import Clock, Load
+from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import AMOUNTS, TIERS, PlanTable, Structure, Vector
 from policies import ModelShape, parse_policy
 from policies.plan import Tier

@@ -39,7 +39,7 @@ def batching(
     from kvsim.explain.batching import compare
     from kvsim.hardware.catalogue import load_gpu, load_host
     from kvsim.hardware.machine import Machine
-    from kvsim.iteration.makespan import Clock
+    from kvsim.iteration.clock import Clock
     from kvsim.models import load_model
     from kvsim.plans.derive import PlanTable
     from kvsim.scenario.scenario_file import default_host

@@ -50,14 +50,15 @@ _KERNELS = (
     "sessions.between_turns",
     "speculation",
 )
+_PRICES = ("kvsim.hardware.machine", "kvsim.iteration.busy", "kvsim.iteration.price")
 
 
 def _functions(module: ModuleType) -> list[Any]:
     return [f for f in vars(module).values() if inspect.isfunction(f) and f.__module__ == module.__name__]
 
 
-for _name in _KERNELS:
-    for _function in _functions(import_module(f"kvsim.engine.{_name}")):
+for _name in (*_PRICES, *(f"kvsim.engine.{name}" for name in _KERNELS)):
+    for _function in _functions(import_module(_name)):
         register_jitable(_nrt=False, no_cpython_wrapper=True, no_cfunc_wrapper=True)(_function)
 play: Any = numba.njit(_nrt=False)(loop.play)  # type: ignore[call-overload]  # an option without a type
 keep(play)

@@ -13,7 +13,6 @@ from kvsim.engine.loop import arrive, play
 from kvsim.engine.requests.arrivals import next_arrival
 from kvsim.engine.requests.patience import depart, departure_s, next_departure
 from kvsim.engine.state.cluster import (
-    BOUNDS,
     COUNT,
     INCOMING,
     NOBODY,
@@ -33,10 +32,8 @@ from kvsim.engine.state.cluster import (
 )
 from kvsim.engine.state.initial import initial_cluster, set_turns
 from kvsim.engine.state.records import NOTE
-from kvsim.engine.state.tables import model_arrays, plan_arrays, price_arrays
-from kvsim.hardware.machine import Sharing
-from kvsim.iteration.makespan import Clock, Load
-from kvsim.iteration.prefill_estimate import prefill_estimate
+from kvsim.engine.state.tables import own_arrays, plan_arrays
+from kvsim.iteration.clock import Clock, Load
 from kvsim.iteration.timeline import Span, Timeline
 from kvsim.plans.derive import PlanTable, Structure
 from kvsim.scenario.setup import Setup
@@ -59,13 +56,12 @@ class Engine:
         self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
         self._stages = setup.stages.layers
         self._clocks = [Clock(rank, clock.machine) for rank in setup.stages.ranks] if setup.pp > 1 else [clock]
-        self._model, self._model_s = model_arrays(clock, setup.most_tokens, setup.pp)
+        self._own, self._own_s = own_arrays(clock, setup.most_tokens, setup.pp)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
         self._wanted = self.cluster.world["wanted"]
         self._lay_out_plans()
         self._lay_out_prices()
-        alone_s = prefill_estimate(table, clock, setup.max_num_batched_tokens)
-        set_turns(self.cluster, trace, setup, alone_s if setup.pp == 1 else self.prefill_s)
+        set_turns(self.cluster, trace, setup)
         for number in range(setup.replicas):
             note_now(self.cluster, number, 0.0)
         if setup.fidelity == "step":
@@ -227,12 +223,9 @@ class Engine:
             self._lay_out_prices()
         elif wanted == WANT_TIMES:
             tokens = arguments[0]
-            self._model_s[tokens], *_ = self.clock.own_layers(tokens)
+            self._own_s[tokens] = self.clock.own_layers(tokens).times_s
             for stage, clock in enumerate(self._clocks):
-                _, busy_s, weight_bytes = clock.own_layers(tokens)
-                busy_s = np.concatenate([busy_s, clock.own_bounds_s(tokens), np.zeros(len(BOUNDS) - 2)])
-                row = tokens * len(self._clocks) + stage
-                self._model[row] = (1, weight_bytes, clock.collective_bytes(tokens), busy_s)
+                self._own[tokens * len(self._clocks) + stage] = clock.own_layers(tokens).record
         elif wanted == WANT_ROWS:
             for written, rows in zip(self._written, self._filled(), strict=True):
                 written.append(rows)
@@ -247,7 +240,7 @@ class Engine:
         if self.timeline is None:
             raise RuntimeError("a replica is looked at, and nobody looks")
         cluster, replica, began_s = self.cluster, self.cluster.replicas[number], float(self.cluster.world["look_s"])
-        sharing = Sharing(int(replica["on_host"]), int(replica["on_switch"]))
+        sharing = replica["sharing"].copy()
         if replica["phase"] == RUNNING:
             sums, tokens = cluster.sums[number], int(replica["decoding_now"] * cluster.world["step_tokens"])
             used = np.flatnonzero(sums[:, 0, COUNT])
@@ -285,6 +278,4 @@ class Engine:
         self.cluster = self.cluster._replace(sums=sums, rows=rows)
 
     def _lay_out_prices(self) -> None:
-        self._prices = price_arrays(
-            self.clock, self._stages, self._structures, self._combinations, self._model, self._model_s
-        )
+        self._prices = self.clock.prices(self._stages, self._structures, self._combinations, self._own, self._own_s)

@@ -19,7 +19,7 @@ from kvsim.engine.requests.arrivals import has_arrived, next_arrival
 from kvsim.engine.requests.patience import depart, departure_s, drop_departed, has_come, next_departure
 from kvsim.engine.requests.routing import route
 from kvsim.engine.requests.tenants import begin_turn, queue_newcomer
-from kvsim.engine.sessions.between_turns import state_of
+from kvsim.engine.sessions.between_turns import price_anew, state_of
 from kvsim.engine.state.cluster import (
     ADMITTING,
     DECODING,
@@ -128,6 +128,7 @@ def arrive(cluster: Cluster, prices: Prices, index: int, now_s: float) -> int:
 
     May make a detour.
     """
+    price_anew(cluster, prices, index)
     number, request = _route(cluster, prices, index, now_s), cluster.requests[index]
     has_arrived(cluster, index)
     has_come(cluster, index)

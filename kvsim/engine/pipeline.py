@@ -7,23 +7,12 @@ on the slowest stage, or one of them through all stages.
 """
 
 from kvsim.engine.batch.load import first_load, prompt_tokens, set_batch, share_of
-from kvsim.engine.batch.pricing import price
+from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.books.replica import charge_model, charge_plans
 from kvsim.engine.speculation import charge_guesses, guess
-from kvsim.engine.state.cluster import (
-    BOUND,
-    BUSY,
-    BY_NVLINK,
-    DECODING,
-    NOBODY,
-    PREFILLING,
-    WANT_TIMES,
-    Cluster,
-    Detour,
-    Prices,
-    Record,
-)
-from kvsim.hardware.machine import NVLINK
+from kvsim.engine.state.cluster import DECODING, NOBODY, PREFILLING, WANT_TIMES, Cluster, Detour, Prices, Record
+from kvsim.hardware.machine import NVLINK, share_evenly
+from kvsim.iteration.busy import BOUND, BUSY, BY_NVLINK
 
 
 def price_round(cluster: Cluster, prices: Prices, number: int, now_s: float) -> int:
@@ -102,7 +91,7 @@ def circulate(cluster: Cluster, prices: Prices, number: int) -> None:
     world, decoding = cluster.world, cluster.replicas[number]["length"][DECODING]
     size, parts = micro_batches(world, decoding)
     tokens, last = size * world["step_tokens"], (decoding - (parts - 1) * size) * world["step_tokens"]
-    if not prices.model[last * world["stages"]]["known"]:  # for the books
+    if not prices.own[last * world["stages"]]["known"]:  # for the books
         world["wanted"][0], world["wanted"][1] = WANT_TIMES, last
         raise Detour
     _clear(world)
@@ -207,8 +196,9 @@ def _price_stage(
     own_switch = min(own, world["gpus_per_switch"])
     on_host = replica["on_host"] - idle
     on_switch = replica["on_switch"] - own_switch + min(own_switch, own - idle)
+    share_evenly(world["sharing"], on_host, on_switch, world["ddr_Bps"], world["switch_Bps"])
     first = first_load(cluster)
-    seconds = price(world, prices, cluster.rows, first, stage, share, tokens, logits, on_host, on_switch)
+    seconds = price_batch(world, prices, cluster.rows, first, stage, share, tokens, logits, world["sharing"])
     for i in range(len(BUSY)):
         world["round_busy_s"][i] += world["busy_s"][i]
     return seconds

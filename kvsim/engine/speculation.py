@@ -7,20 +7,8 @@ tokens do, and runs of steps keep their closed form.
 
 import math
 
-from kvsim.engine.state.cluster import (
-    BY_COMPUTE,
-    BY_HBM,
-    BY_NVLINK,
-    HBM_BUSY,
-    SLOPE,
-    VECTOR,
-    WORK,
-    Floats,
-    Ints,
-    Record,
-)
-from kvsim.hardware.machine import NVLINK, SM
-from kvsim.plans.guessing import ARITHMETIC, COLLECTIVES, EACH, LAUNCH, ONCE, WEIGHTS
+from kvsim.engine.state.cluster import SLOPE, VECTOR, Floats, Ints, Record
+from kvsim.iteration.busy import add_guesses
 
 
 def steps_over(world: Record, tokens: float) -> int:
@@ -43,27 +31,9 @@ def guess(world: Record, busy: Floats, sequences: int, prompt_tokens: int) -> fl
     """Seconds that guessing adds to an iteration, after all else; sets `guess_s` and adds to what `busy` has."""
     total_s = 0.0
     if world["step_tokens"] > 1:
-        for i in range(2):
-            n = prompt_tokens if i else sequences
-            if n:
-                total_s += _part(busy, world["guess_parts_s"][i], n)
+        total_s = add_guesses(world["guess_parts_s"], busy, sequences, prompt_tokens)
     world["guess_s"] = total_s
     return total_s
-
-
-def _part(busy: Floats, parts: Floats, n: int) -> float:
-    launch_s = parts[ONCE, LAUNCH] + n * parts[EACH, LAUNCH]
-    weights_s = parts[ONCE, WEIGHTS] + n * parts[EACH, WEIGHTS]
-    arithmetic_s = parts[ONCE, ARITHMETIC] + n * parts[EACH, ARITHMETIC]
-    collectives_s = parts[ONCE, COLLECTIVES] + n * parts[EACH, COLLECTIVES]
-    busy[SM] += launch_s + weights_s + arithmetic_s
-    busy[NVLINK] += collectives_s
-    busy[HBM_BUSY] += weights_s
-    busy[WORK] += arithmetic_s
-    busy[BY_HBM] += weights_s
-    busy[BY_COMPUTE] += arithmetic_s
-    busy[BY_NVLINK] += collectives_s
-    return float(launch_s + weights_s + arithmetic_s + collectives_s)
 
 
 def charge_guesses(world: Record, replica: Record, iterations: int, sequences: int, prompt_tokens: int) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvsim.iteration.makespan import Clock, Load
+from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import AMOUNTS, TIERS, PlanTable
 
 

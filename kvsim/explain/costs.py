@@ -8,15 +8,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-
 from kvsim.explain.fit import misfit, usable_bytes
 from kvsim.hardware.catalogue import Gpu, Host
-from kvsim.hardware.machine import NVLINK, SM, Machine
-from kvsim.iteration.makespan import BUSY, HBM, WORK, Clock, Load
-from kvsim.iteration.program import Floats
+from kvsim.hardware.machine import CPU, D2H, H2D, NVLINK, SM, Machine
+from kvsim.iteration.arrays import Floats
+from kvsim.iteration.busy import HBM_BUSY, OVERHEAD, WORK, add_guesses
+from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import TIERS, PlanTable
-from kvsim.plans.guessing import ARITHMETIC, COLLECTIVES, WEIGHTS, Guesser
+from kvsim.plans.guessing import Guesser
 from kvsim.scenario.speculation import Speculation
 from policies import ModelShape, Policy
 from policies.shown import shown
@@ -142,28 +141,23 @@ class Explainer:
         seconds, busy = self.clock.iteration([load], tokens=tokens, logits=logits)
         if self._guesser is None:
             return seconds, busy
-        causes = self._guesser.seconds(sequences, 0 if sequences else tokens)
-        busy[SM] += causes.sum() - causes[COLLECTIVES]
-        busy[HBM] += causes[WEIGHTS]
-        busy[WORK] += causes[ARITHMETIC]
-        busy[NVLINK] += causes[COLLECTIVES]
-        return seconds + float(causes.sum()), busy
+        seconds += add_guesses(self._guesser.parts, busy, sequences, 0 if sequences else tokens)
+        return seconds, busy
 
 
 def bound_by(busy: Floats) -> str:
-    """What a step keeps occupied longest: hbm, compute, pcie, cpu, nvlink or launch.
+    """What a step keeps busy longest: compute, hbm, pcie, nvlink, cpu or overhead, as `kvsim.results.causes` has them.
 
-    `busy` is that of `Clock.iteration`. `pcie` is the busier direction; `launch` is the time of the SMs that neither
-    arithmetic nor HBM traffic explains: kernel launches and host synchronisation.
+    `busy` is that of `Clock.iteration`. Of the two directions of PCIe the busier one counts; `overhead` is the time
+    of the SMs that neither arithmetic nor HBM traffic explains, kernel launches.
     """
-    of = dict(zip(BUSY, np.asarray(busy).tolist(), strict=True))
     seconds = {
-        "hbm": of["hbm"],
-        "compute": of["work"],
-        "pcie": max(of["h2d"], of["d2h"]),
-        "cpu": of["cpu"],
-        "nvlink": of["nvlink"],
-        "launch": of["sm"] - of["hbm"] - of["work"],
+        "hbm": float(busy[HBM_BUSY]),
+        "compute": float(busy[WORK]),
+        "pcie": float(max(busy[H2D], busy[D2H])),
+        "cpu": float(busy[CPU]),
+        "nvlink": float(busy[NVLINK]),
+        OVERHEAD: float(busy[SM] - busy[HBM_BUSY] - busy[WORK]),
     }
     return max(seconds, key=lambda name: seconds[name])
 

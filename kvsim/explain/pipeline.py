@@ -11,7 +11,7 @@ from itertools import pairwise
 from kvsim.explain.fit import misfit, usable_bytes
 from kvsim.hardware.catalogue import Gpu, Host
 from kvsim.hardware.machine import Machine
-from kvsim.iteration.makespan import Clock, Load
+from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import TIERS, PlanTable
 from kvsim.scenario.stages import stages_of
 from policies import Full, ModelShape

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvsim.hardware.catalogue import Gpu, Host
 from policies.model import LayerShape, ModelShape
 from policies.plan import Access, Buffer, Copy, Engine, Op, Processor, Sync, Tier, Work
@@ -11,6 +14,8 @@ from policies.plan import Access, Buffer, Copy, Engine, Op, Processor, Sync, Tie
 LANES = ("sm", "h2d", "d2h", "cpu", "nvlink", "host")  # the last: the host thread that waits and launches
 SM, H2D, D2H, CPU, NVLINK, HOST = range(len(LANES))
 QKV_KERNELS, OUT_KERNELS, MLP_KERNELS, HEAD_KERNELS = 3, 1, 4, 2
+FLOOR, SLOWDOWN = range(2)  # rows of what a GPU has of a host that others use, by lane (`share_evenly`)
+Floats = NDArray[np.float64]
 
 
 class Cost(NamedTuple):
@@ -27,14 +32,20 @@ class Cost(NamedTuple):
     sm_share: float  # share of the SMs taken meanwhile
 
 
-class Sharing(NamedTuple):
-    """How many GPUs use the host, and the same PCIe switch, at a time; this one included."""
-
-    host: int
-    switch: int
+def copy_floor_s(on_host: int, on_switch: int, ddr_Bps: float, switch_Bps: float) -> float:
+    """Seconds per byte below which no copy goes: a fair share of the DDR, which so many GPUs use, and of the switch."""
+    return max(on_host / ddr_Bps, on_switch / switch_Bps)
 
 
-ALONE = Sharing(1, 1)
+def share_evenly(sharing: Floats, on_host: int, on_switch: int, ddr_Bps: float, switch_Bps: float) -> None:
+    """Set what a GPU has of a host that so many use, and its PCIe switch, all the time: itself among them.
+
+    `sharing` is (2, lanes): the FLOOR of seconds per byte of each lane, and its SLOWDOWN, a factor of all its work.
+    """
+    for lane in range(len(LANES)):
+        sharing[FLOOR, lane], sharing[SLOWDOWN, lane] = 0.0, 1.0
+    sharing[FLOOR, H2D] = sharing[FLOOR, D2H] = copy_floor_s(on_host, on_switch, ddr_Bps, switch_Bps)
+    sharing[SLOWDOWN, CPU] = on_host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +57,15 @@ class Machine:
     tp: int = 1
 
     @property
-    def sharing(self) -> Sharing:
-        """What a replica's own ranks share when no other replica is busy."""
-        return Sharing(self.tp, min(self.tp, self.host.gpus_per_switch))
+    def on_switch(self) -> int:
+        """How many ranks are on one PCIe switch."""
+        return min(self.tp, self.host.gpus_per_switch)
+
+    def sharing(self, on_host: int, on_switch: int) -> Floats:
+        """What a GPU has of the host (`share_evenly`)."""
+        sharing = np.empty((2, len(LANES)))
+        share_evenly(sharing, on_host, on_switch, self.host.ddr_Bps, self.host.switch_Bps)
+        return sharing
 
     def copy_Bps(self, op: Copy, src: Buffer, dst: Buffer) -> float:
         """Rate of a copy between HBM and DDR by its engine, alone on the host."""
@@ -60,9 +77,10 @@ class Machine:
             return 1 / (1 / link + 1 / self.host.random_Bps(src.row_bytes))
         return link
 
-    def copy_floor_s(self, sharing: Sharing) -> float:
-        """Seconds per byte below which no copy goes: the DDR's and the switch's fair share."""
-        return max(sharing.host / self.host.ddr_Bps, sharing.switch / self.host.switch_Bps)
+    @property
+    def copy_floor_s(self) -> float:
+        """Seconds per byte below which no copy goes, alone on the host."""
+        return copy_floor_s(1, 1, self.host.ddr_Bps, self.host.switch_Bps)
 
     def cost(self, op: Op, buffers: Mapping[str, Buffer]) -> Cost:
         """What one operation costs on this machine.
@@ -167,7 +185,7 @@ class Machine:
         rates = self.gpu.rates
         if rates.nvlink_Bps:
             return rates.nvlink_latency_s, rates.nvlink_Bps
-        return rates.pcie_latency_s, min(rates.pcie_h2d_Bps, self.host.switch_Bps / self.sharing.switch)
+        return rates.pcie_latency_s, min(rates.pcie_h2d_Bps, self.host.switch_Bps / self.on_switch)
 
     @property
     def nic(self) -> tuple[float, float]:
@@ -175,11 +193,11 @@ class Machine:
         rates = self.gpu.rates
         return self.host.nic_latency_s, min(self.host.nic_Bps / self.host.gpus_max, rates.pcie_d2h_Bps)
 
-    def transfer_s(self, nbytes: int, *, to_hbm: bool, sharing: Sharing = ALONE) -> float:
-        """Time to move one contiguous piece between HBM and DDR: a swap, or a cached prefix."""
+    def transfer_s(self, nbytes: int, *, to_hbm: bool) -> float:
+        """Time to move one contiguous piece between HBM and DDR, alone on the host: a swap, or a cached prefix."""
         rates = self.gpu.rates
         link_s = 1 / (rates.pcie_h2d_Bps if to_hbm else rates.pcie_d2h_Bps)
-        return rates.pcie_latency_s + nbytes * max(link_s, self.copy_floor_s(sharing)) if nbytes else 0.0
+        return rates.pcie_latency_s + nbytes * max(link_s, self.copy_floor_s) if nbytes else 0.0
 
 
 def by_type(products: Iterable[tuple[str, int]]) -> dict[str, int]:

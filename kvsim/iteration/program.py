@@ -1,22 +1,14 @@
-"""The order in which one iteration's operations run on in-order lanes, layer after layer, and when the last one ends.
-
-Lanes are what CUDA streams are: each runs its operations in the order in which the plan lists them, and an operation
-starts when its lane is free and what it waits for is done. Over equal layers such a schedule settles into a constant
-increment, so the layers that remain are charged at once.
-"""
+"""The order in which one iteration's operations are issued to the lanes, layer after layer, and what each waits for."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvsim.hardware.machine import LANES, NVLINK, SM
+from kvsim.hardware.machine import NVLINK, SM
+from kvsim.iteration.arrays import Floats
 from kvsim.plans.derive import OpShape, Structure
 from policies.model import ModelShape
-
-Floats = NDArray[np.float64]
-SETTLED = 1e-9  # relative change of the increment per layer below which it counts as constant
 
 
 class Slot(NamedTuple):
@@ -84,69 +76,6 @@ def _stands_apart(layer: Sequence[Slot]) -> bool:
     within = all(slot.waits and not any(back for back, _ in slot.waits) for slot in layer[1:])
     awaited = {other for slot in layer for _, other in slot.waits}
     return within and all(slot.slot in awaited or slot.lane == layer[-1].lane for slot in layer)
-
-
-def makespan_s(program: Program, seconds: Floats) -> float:
-    """When the last operation ends, given each one's time by `Slot.time`."""
-    times = seconds.tolist()
-    if not any(times[i] for i in program.elsewhere):  # one queue: nothing overlaps
-        return float(program.layers @ seconds)
-    free = [0.0] * len(LANES)
-    done = [[0.0] * program.slots for _ in range(program.depth + 1)]  # finish times, this layer first
-    if program.layers_apart:
-        total = 0.0
-        for repeat, slots in program.runs:
-            alone = [0.0] * len(LANES)
-            _advance(slots, times, alone, done)
-            total += repeat * max(alone)
-        for slot in program.end:  # one after the other
-            total += times[slot.time]
-        return total
-    for repeat, slots in program.runs:
-        used = sorted({slot.lane for slot in slots if times[slot.time]})
-        before: list[float] = []
-        increment = -1.0
-        layer = 0
-        while layer < repeat:
-            done.insert(0, done.pop())
-            done[0][:] = [0.0] * program.slots
-            _advance(slots, times, free, done)
-            layer += 1
-            state = [free[lane] for lane in used]
-            if before:
-                step = state[0] - before[0]
-                close = SETTLED * step
-                if abs(step - increment) <= close and all(
-                    abs(state[i] - before[i] - step) <= close for i in range(1, len(state))
-                ):
-                    skipped = (repeat - layer) * step
-                    for lane in used:
-                        free[lane] += skipped
-                    for row in done:
-                        row[:] = [t + skipped if t else 0.0 for t in row]
-                    break
-                increment = step
-            before = state
-    for slot in program.end:
-        free[slot.lane] = max(free) + times[slot.time]
-    return max(free)
-
-
-def _advance(slots: Sequence[Slot], times: Sequence[float], free: list[float], done: Sequence[list[float]]) -> None:
-    now = done[0]
-    for time, lane, sm_share, waits, slot in slots:
-        start = free[lane]
-        for back, other in waits:
-            ready = done[back][other]
-            if ready > start:  # noqa: PLR1730 - the innermost line of all: a call of max would double its time
-                start = ready
-        seconds = times[time]
-        finish = start + seconds
-        if seconds:
-            free[lane] = finish
-            if sm_share:
-                free[SM] += sm_share * seconds
-        now[slot] = finish
 
 
 class _Op(NamedTuple):

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.hardware.machine import LANES, SM, Sharing
-from kvsim.iteration.makespan import Clock, Load
-from kvsim.iteration.program import Floats, Program
+from kvsim.hardware.machine import LANES, SM
+from kvsim.iteration.arrays import Floats
+from kvsim.iteration.clock import Clock, Load
+from kvsim.iteration.price import Prices, begin_layer, clear, run_last, run_op
 from kvsim.plans.derive import Structure
 
 MOST_OPERATIONS = 250_000  # a viewer takes more, but not with ease
@@ -27,7 +28,7 @@ class Span(NamedTuple):
     growth: Sequence[Load]  # and what each further one adds
     tokens: int
     logits: int
-    sharing: Sharing
+    sharing: Floats  # of the host (`kvsim.hardware.machine.Machine.sharing`)
     guess_s: float  # after the head, in each of them
 
 
@@ -114,8 +115,8 @@ class Timeline:
             ]
         work = self.clock.work(loads, span.tokens, span.sharing)
         names = operation_names(self.clock, [load.structure for load in loads])
-        rows = schedule(work.program, np.array(work.seconds))
-        head_s = self.clock.head_s(span.logits) if span.logits else 0.0
+        rows = schedule(work.prices)
+        head_s = self.clock.head_s(span.logits)
         makespan_s = max(row.end_s for row in rows)
         # Runs are priced in closed form, to 1e-7: stretched so that one iteration ends where the next begins.
         stretch = seconds / (makespan_s + head_s + span.guess_s)
@@ -132,32 +133,29 @@ def operation_names(clock: Clock, structures: Sequence[Structure]) -> list[str]:
     return ["", *OWN * shapes, *(op.name for structure in structures for op in structure.ops)]
 
 
-def schedule(program: Program, seconds: Floats) -> list[Scheduled]:
-    """Every operation of an iteration that takes time, layer by layer, none skipped.
+def schedule(prices: Prices) -> list[Scheduled]:
+    """Every operation that takes time of the iteration that was priced last, layer by layer, none skipped.
 
-    What the SMs lose to a kernel that copies stands on their lane as the copy does on its own.
+    `prices` has one program. What the SMs lose to a kernel that copies stands on their lane as the copy does on its
+    own.
     """
-    times, rows, layer = seconds.tolist(), [], 0
-    free = [0.0] * len(LANES)
-    done = [[0.0] * program.slots for _ in range(program.depth + 1)]
-    for repeat, slots in program.runs:
-        for _ in range(repeat):
-            done.insert(0, done.pop())
-            done[0][:] = [0.0] * program.slots
-            for slot in slots:
-                start = max([free[slot.lane], *(done[back][other] for back, other in slot.waits)])
-                end = done[0][slot.slot] = start + times[slot.time]
-                if times[slot.time]:
-                    free[slot.lane] = end
-                    rows.append(Scheduled(slot.time, slot.lane, layer, start, end))
-                    lost_s = slot.sm_share * times[slot.time]
-                    if lost_s:
-                        rows.append(Scheduled(slot.time, SM, layer, free[SM], free[SM] + lost_s))
-                        free[SM] += lost_s
+    (program,), rows, layer, newest = prices.programs, [], 0, 0
+    ring = int(program["depth"]) + 1
+    clear(prices, ring)
+    for run in prices.layers:
+        for _ in range(run["repeat"]):
+            newest = begin_layer(prices, newest, ring)
+            for slot in prices.slots[run["slots"] : run["slots"] + run["n_slots"]]:
+                time, lane, free_s = int(slot["time"]), int(slot["lane"]), float(prices.free_s[SM])
+                begin_s, seconds = run_op(prices, slot, newest, ring), float(prices.seconds[time])
+                if seconds:
+                    rows.append(Scheduled(time, lane, layer, begin_s, begin_s + seconds))
+                    if slot["sm_share"]:
+                        rows.append(Scheduled(time, SM, layer, free_s, float(prices.free_s[SM])))
             layer += 1
-    for slot in program.end:
-        start = max(free)
-        free[slot.lane] = start + times[slot.time]
-        if times[slot.time]:
-            rows.append(Scheduled(slot.time, slot.lane, layer - 1, start, free[slot.lane]))
+    for slot in prices.slots[program["end"] : program["end"] + program["n_end"]]:
+        time = int(slot["time"])
+        begin_s, seconds = run_last(prices, slot), float(prices.seconds[time])
+        if seconds:
+            rows.append(Scheduled(time, int(slot["lane"]), layer - 1, begin_s, begin_s + seconds))
     return rows

@@ -75,15 +75,6 @@ class Guesser:
         rates = self._machine.gpu.rates
         return Cost(SM, 0.0, 1 / rates.attention_flops, 1 / rates.hbm_Bps, 1 / rates.hbm_Bps, 0.0)
 
-    def seconds(self, sequences: int, prompt_tokens: int) -> Parts:
-        """What an iteration with so many decoding sequences and tokens of prompts takes longer, by cause."""
-        rows = (sequences, prompt_tokens)
-        causes = np.zeros(4)
-        for n, parts in zip(rows, self.parts, strict=True):
-            if n:
-                causes += parts[ONCE] + n * parts[EACH]
-        return causes
-
     def amounts(self, step: Step) -> tuple[Polynomial, Polynomial, Polynomial]:
         """FLOPs and bytes of the draft's attention in one step of a sequence, and the bytes of cache that it holds.
 

@@ -8,8 +8,8 @@ iteration's time is that of whatever bounds it:
 - while the SMs work, the part of each kernel that is longer, arithmetic (`compute`) or transfers (`hbm`); weights are
   streamed and then multiplied, so both count; launches are `overhead`;
 - while the SMs wait, the lanes that they wait for, in proportion to the time that each works: copies over PCIe with
-  their latencies (`pcie`), collectives (`nvlink`, also where a GPU without it sends them over PCIe), searches and
-  gathers of the host (`cpu`), and waits of the host for the GPU (`overhead`).
+  their latencies (`pcie`, both directions), collectives (`nvlink`, also where a GPU without it sends them over PCIe),
+  searches and gathers of the host (`cpu`), and waits of the host for the GPU (`overhead`).
 
 So `pcie + nvlink + cpu` is what infinitely fast links and processors beside the SMs would save of these iterations. In
 the `op` fidelity what an iteration loses to other GPUs of its host is `pcie` and `cpu`, in proportion to its own work.
@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvsim.engine.state.cluster import BOUNDS, Records
+from kvsim.engine.state.cluster import Records
+from kvsim.iteration.busy import BOUNDS, OVERHEAD
 
-CAUSES = ("queue", "prefix", *BOUNDS, "overhead")
+CAUSES = ("queue", "prefix", *BOUNDS, OVERHEAD)
 """Columns `<cause>_s` of a request's latency, and but for the first `ttft_<cause>_s` of its time to first token."""
 
 WAITS = ("queue", "prefix")  # for others' requests rather than for a part of the machine

@@ -14,7 +14,7 @@ from kvsim.engine.caches.tiers import PrefixTiers
 from kvsim.engine.desk import Engine
 from kvsim.engine.state.cluster import NOBODY, REJECTED, TIMED_OUT
 from kvsim.hardware.machine import CPU, D2H, H2D, NVLINK
-from kvsim.iteration.makespan import HBM, WORK
+from kvsim.iteration.busy import HBM_BUSY, WORK
 from kvsim.plans.derive import LINKS, TIERS
 from kvsim.plans.guessing import guesser_of
 from kvsim.results.causes import columns
@@ -191,14 +191,15 @@ class Outcome:
         busy = busy_s / (makespan_s * self.setup.replicas * self.setup.pp or 1.0)
         return {
             "compute": float(busy[WORK]),
-            "hbm": float(busy[HBM]),
-            "pcie": float(max(busy[H2D], busy[D2H])),
+            "hbm": float(busy[HBM_BUSY]),
+            "pcie_up": float(busy[H2D]),
+            "pcie_down": float(busy[D2H]),
             "cpu": float(busy[CPU]),
             "nvlink": float(busy[NVLINK]),
         }
 
     def _links(self, traffic: dict[str, dict[str, int]], makespan_s: float) -> dict[str, dict[str, float]]:
-        lanes = {"hbm->sm": HBM, "ddr->cpu": CPU, UP: H2D, DOWN: D2H, PEER: NVLINK}
+        lanes = {"hbm->sm": HBM_BUSY, "ddr->cpu": CPU, UP: H2D, DOWN: D2H, PEER: NVLINK}
         replicas = self.engine.cluster.replicas
         background_s = dict(zip((UP, DOWN), replicas["background_s"].sum(axis=0).tolist(), strict=True))
         background_s[NIC] = float(replicas["nic_s"].sum())

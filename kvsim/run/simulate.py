@@ -9,7 +9,7 @@ import numpy as np
 
 from kvsim.engine.caches.tiers import PrefixTiers, apart
 from kvsim.engine.desk import Engine
-from kvsim.iteration.makespan import Clock
+from kvsim.iteration.clock import Clock
 from kvsim.plans.derive import PlanTable
 from kvsim.plans.guessing import guesser_of
 from kvsim.results.outcome import Outcome

@@ -8,7 +8,8 @@ from scenarios import squeezed
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.hardware.machine import Machine
-from kvsim.iteration.makespan import WORK, Clock
+from kvsim.iteration.busy import BY_COMPUTE, WORK
+from kvsim.iteration.clock import Clock
 from kvsim.results.causes import CAUSES, spent_s
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
@@ -180,5 +181,5 @@ def test_the_busy_arithmetic_of_layers_is_what_is_left_of_their_time(dtype):
     """Of a dense model's own layers: their time less weights and launches, at the rate of the weights' type."""
     model = replace(MODEL, weight_dtype=dtype)
     clock = Clock(model, Machine(gpu=GPU, host=HOST))
-    arithmetic_s, _ = clock.own_bounds_s(4096)
-    assert clock.own_layers(4096)[1][WORK] == pytest.approx(arithmetic_s, rel=1e-5)
+    busy_s = clock.own_layers(4096).record["busy_s"]
+    assert busy_s[WORK] == pytest.approx(busy_s[BY_COMPUTE], rel=1e-5)

@@ -12,7 +12,7 @@ from kvsim.explain.batching import chunks, compare, first_fit_decreasing
 from kvsim.explain.costs import Explainer
 from kvsim.hardware.catalogue import load_gpu, load_host
 from kvsim.hardware.machine import Machine
-from kvsim.iteration.makespan import Clock
+from kvsim.iteration.clock import Clock
 from kvsim.models import load_model
 from kvsim.plans.derive import PlanTable
 from policies import Full

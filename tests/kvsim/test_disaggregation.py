@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.hardware.machine import Machine
-from kvsim.iteration.makespan import Clock, Load
+from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import PlanTable
 from kvsim.plans.sent_state import SentState
 from kvsim.results.summary import summarize

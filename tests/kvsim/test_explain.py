@@ -12,7 +12,7 @@ import pytest
 from kvsim.__main__ import main
 from kvsim.explain.costs import Explainer, bound_by, paper_costs
 from kvsim.hardware.catalogue import load_gpu, load_host
-from kvsim.iteration.makespan import BUSY
+from kvsim.iteration.busy import BUSY
 from kvsim.models import load_model
 from policies import POLICIES, parse_policy
 from traces.counts import Drawn, Recording
@@ -168,7 +168,7 @@ def test_costs_do_not_fall_with_the_context(policy: str) -> None:
     [
         ({"sm": 5.0, "hbm": 4.0, "work": 1.0}, "hbm"),
         ({"sm": 5.0, "hbm": 1.0, "work": 4.0}, "compute"),
-        ({"sm": 5.0, "hbm": 1.0, "work": 1.0}, "launch"),
+        ({"sm": 5.0, "hbm": 1.0, "work": 1.0}, "overhead"),
         ({"sm": 5.0, "hbm": 4.0, "h2d": 6.0}, "pcie"),
         ({"sm": 5.0, "hbm": 4.0, "d2h": 6.0}, "pcie"),
         ({"sm": 5.0, "hbm": 4.0, "cpu": 6.0, "h2d": 5.0}, "cpu"),

@@ -14,7 +14,7 @@ from kvsim.engine.batch import runs
 from kvsim.engine.state.cluster import MOST_PARTS, OPEN_SPANS
 from kvsim.engine.state.records import PART, REPLICA
 from kvsim.hardware.machine import Machine
-from kvsim.iteration.makespan import Clock, Load
+from kvsim.iteration.clock import Clock, Load
 from kvsim.models import load_model
 from kvsim.plans.derive import PlanTable
 from kvsim.results.summary import summarize

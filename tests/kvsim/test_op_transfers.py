@@ -7,7 +7,7 @@ import pytest
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.hardware.machine import Machine
-from kvsim.iteration.makespan import Clock
+from kvsim.iteration.clock import Clock
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
 

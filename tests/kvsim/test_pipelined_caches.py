@@ -186,4 +186,5 @@ def test_heads_stand_on_the_last_stage():
 
 
 def guesser_s(guesser, sequences):
-    return float(guesser.seconds(sequences, 0).sum())
+    once_s, each_s = guesser.parts[0].sum(axis=1)
+    return float(once_s + sequences * each_s)

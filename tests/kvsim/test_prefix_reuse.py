@@ -19,7 +19,6 @@ from kvsim.engine.caches.state import SLOW
 from kvsim.engine.state.cluster import DDR
 from kvsim.engine.state.records import REPLICA, REQUEST
 from kvsim.hardware.catalogue import load_gpu
-from kvsim.hardware.machine import ALONE
 from kvsim.models import load_model
 from kvsim.run.simulate import simulate
 
@@ -164,7 +163,7 @@ def test_waiting_hides_a_load():
     assert plain.traffic["nvme->ddr"]["prefix"] == ahead.traffic["nvme->ddr"]["prefix"] == 4 * BLOCK_BYTES
     saved_s = plain.requests["first_token_s"][4] - ahead.requests["first_token_s"][4]
     latencies_s = s.host.nvme_latency_s + s.gpu.rates.pcie_latency_s
-    pcie_s = s.machine().transfer_s(4 * BLOCK_BYTES, to_hbm=True, sharing=ALONE)
+    pcie_s = s.machine().transfer_s(4 * BLOCK_BYTES, to_hbm=True)
     assert saved_s == pytest.approx(0.5 + latencies_s - pcie_s, rel=1e-6)
     assert ahead.requests["admitted_s"] == pytest.approx(plain.requests["admitted_s"])
 

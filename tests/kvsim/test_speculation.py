@@ -10,7 +10,7 @@ from kvsim.__main__ import main
 from kvsim.explain.costs import Explainer
 from kvsim.hardware.catalogue import load_gpu, load_host
 from kvsim.hardware.machine import Machine
-from kvsim.iteration.makespan import Clock, Load
+from kvsim.iteration.clock import Clock, Load
 from kvsim.models import load_model
 from kvsim.plans.derive import PlanTable
 from kvsim.plans.guessing import Guesser
@@ -110,7 +110,8 @@ def test_a_draft_takes_as_long_as_the_same_model_decoding_by_itself(tp):
     attention_s = batch * max(flops_ / GPU.rates.attention_flops, nbytes / GPU.rates.hbm_Bps)
     # Appending, a row read and written, counts at the rate of attention here, and there at that of small kernels.
     append_s = 3 * batch * 2 * own.kv_bytes(1) * (1 / GPU.rates.elementwise_Bps - 1 / GPU.rates.hbm_Bps)
-    assert guesser.seconds(batch, 0).sum() + attention_s + append_s == pytest.approx(alone_s, rel=1e-9)
+    once_s, each_s = guesser.parts[0].sum(axis=1)
+    assert once_s + batch * each_s + attention_s + append_s == pytest.approx(alone_s, rel=1e-9)
 
 
 def verified(policy, step, layer=2) -> LayerPlan:

@@ -11,7 +11,7 @@ from kvsim.__main__ import main
 from kvsim.engine.caches.tiers import PrefixTiers
 from kvsim.engine.desk import Engine
 from kvsim.explain.costs import Explainer
-from kvsim.iteration.makespan import Clock, Load
+from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import PlanTable
 from kvsim.plans.guessing import guesser_of
 from kvsim.results.summary import summarize
@@ -57,7 +57,7 @@ def test_alone_a_request_takes_its_steps_one_by_one():
     total_s, position = 0.0, 1.0
     while position < output:
         fed, share = int(position), position % 1
-        total_s += (1 - share) * step_s(fed) + share * step_s(fed + 1) + float(guesser.seconds(1, 0).sum())
+        total_s += (1 - share) * step_s(fed) + share * step_s(fed + 1) + float(guesser.parts[0].sum())
         position += SHARED.tokens_per_step
     assert decoding_s == pytest.approx(total_s, rel=1e-7)
     # and explain's figure, at the middle of the output, is what a token takes but for the last step's surplus

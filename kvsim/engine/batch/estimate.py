@@ -2,9 +2,11 @@
 
 from kvsim.engine.batch.load import first_load
 from kvsim.engine.batch.plans import PREFILL, amounts, find
-from kvsim.engine.batch.pricing import price
+from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.pipeline import send_s
 from kvsim.engine.state.cluster import Cluster, Prices
+from kvsim.hardware.machine import share_evenly
+from kvsim.iteration.price import head_s
 
 
 def prefill_s(cluster: Cluster, prices: Prices, prompt_tokens: int, cached_tokens: int) -> float:
@@ -58,7 +60,7 @@ def _piped_s(cluster: Cluster, prices: Prices, prompt_tokens: int, cached_tokens
     if new_tokens <= chunk_tokens:
         before_s, slowest_s, after_s = _through_s(cluster, prices, prompt_tokens, cached_tokens, new_tokens, 1)
         seconds = min(seconds, before_s + slowest_s + after_s)
-    return float(seconds + world["head_s"] + world["logit_s"])
+    return float(seconds + head_s(prices.head, 1))
 
 
 def _part_s(
@@ -100,5 +102,6 @@ def _stage_s(cluster: Cluster, prices: Prices, stage: int, new_tokens: int, logi
     world = cluster.world
     busy = min(world["gpus_on_host"], parts * world["tp"])
     on_switch = min(busy, world["gpus_per_switch"])
+    share_evenly(world["sharing"], busy, on_switch, world["ddr_Bps"], world["switch_Bps"])
     row = first_load(cluster)
-    return price(world, prices, cluster.rows, row, stage, 1.0, new_tokens, logits, busy, on_switch)
+    return price_batch(world, prices, cluster.rows, row, stage, 1.0, new_tokens, logits, world["sharing"])

@@ -6,7 +6,7 @@ from kvsim.engine.batch.decoding import advance, join, last_generated, leave, ta
 from kvsim.engine.batch.load import first_load, set_batch
 from kvsim.engine.batch.memory import release
 from kvsim.engine.batch.plans import DECODE, amounts, find
-from kvsim.engine.batch.pricing import price
+from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.books.causes import contend, finish, first_token, note_shared
 from kvsim.engine.books.replica import charge_model, charge_plans, emit, gap, look, note, note_member, note_now
 from kvsim.engine.caches.prompts import completed
@@ -17,8 +17,6 @@ from kvsim.engine.requests.tenants import charge_output
 from kvsim.engine.sessions.between_turns import end_turn
 from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state.cluster import (
-    BUSY,
-    BY_SWAP,
     DECODING,
     ITERATING,
     NOBODY,
@@ -30,6 +28,8 @@ from kvsim.engine.state.cluster import (
     Cluster,
     Prices,
 )
+from kvsim.iteration.busy import BUSY, BY_SWAP
+from kvsim.iteration.price import head_s
 
 
 def stall(cluster: Cluster, number: int, now_s: float) -> bool:
@@ -55,11 +55,10 @@ def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
     else:
         set_batch(cluster, number, 0, 1)
         tokens, logits = world["tokens"], world["logits"]
-        on_host, on_switch = replica["on_host"], replica["on_switch"]
-        seconds = price(world, prices, rows, first, 0, 1.0, tokens, logits, on_host, on_switch)
+        seconds = price_batch(world, prices, rows, first, 0, 1.0, tokens, logits, replica["sharing"])
         prompt_tokens = tokens - decoding * world["step_tokens"]
         guess_s = guess(world, world["busy_s"], decoding, prompt_tokens)
-        replica["tail_s"] = guess_s + (world["head_s"] + logits * world["logit_s"] if logits else 0.0)
+        replica["tail_s"] = guess_s + head_s(prices.head, logits)
         seconds += guess_s
     if replica["phase"] != STALLED:
         note_now(cluster, number, now_s)

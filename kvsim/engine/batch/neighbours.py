@@ -2,6 +2,7 @@
 
 from kvsim.engine.batch.runs import cut_run
 from kvsim.engine.state.cluster import COUNT, RUNNING, Cluster, Prices
+from kvsim.hardware.machine import share_evenly
 
 
 def share(cluster: Cluster, prices: Prices, number: int, busy: int, now_s: float) -> None:
@@ -37,6 +38,7 @@ def _set_shares(cluster: Cluster, number: int) -> None:
                 there += max(0, min(high, (switch + 1) * per_switch) - max(low, switch * per_switch))
         on_switch = max(on_switch, there)
     replica["on_host"], replica["on_switch"] = on_host, on_switch
+    share_evenly(replica["sharing"], on_host, on_switch, world["ddr_Bps"], world["switch_Bps"])
 
 
 def _uses_host(cluster: Cluster, prices: Prices, number: int) -> bool:

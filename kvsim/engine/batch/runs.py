@@ -11,15 +11,13 @@ from kvsim.engine.batch.decoding import advance
 from kvsim.engine.batch.load import first_load, set_decoding_batch
 from kvsim.engine.batch.memory import used
 from kvsim.engine.batch.preemption import has_slot
-from kvsim.engine.batch.pricing import price
+from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.batch.scheduling import next_ready_s
 from kvsim.engine.books.replica import charge_model, charge_plans, emit, gap, look, note, note_now
 from kvsim.engine.pipeline import charge_circulation, circulate, note_exits
 from kvsim.engine.requests.tenants import steps_to_turn, steps_within_quotas
 from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state.cluster import (
-    BUSY,
-    BY_SWAP,
     COUNT,
     DDR,
     DECODING,
@@ -33,6 +31,7 @@ from kvsim.engine.state.cluster import (
     Record,
     Records,
 )
+from kvsim.iteration.busy import BUSY, BY_SWAP
 
 MOST_STEPS = 4096  # iterations charged at once
 ON_CHORD = 1e-7  # relative distance from the chord that counts as none: settled layers are extrapolated to 1e-9
@@ -156,10 +155,9 @@ def _price_step(cluster: Cluster, prices: Prices, number: int, step: int, busy: 
         for i in range(len(BUSY)):
             busy[i] = world["round_busy_s"][i]
         return float(world["round_s"])
-    n, on_host, on_switch = replica["length"][DECODING], replica["on_host"], replica["on_switch"]
+    n, first = replica["length"][DECODING], first_load(cluster)
     tokens = n * world["step_tokens"]
-    first = first_load(cluster)
-    seconds = price(world, prices, cluster.rows, first, 0, 1.0, tokens, tokens, on_host, on_switch)
+    seconds = price_batch(world, prices, cluster.rows, first, 0, 1.0, tokens, tokens, replica["sharing"])
     seconds += guess(world, world["busy_s"], n, 0)
     for i in range(len(BUSY)):
         busy[i] = world["busy_s"][i]

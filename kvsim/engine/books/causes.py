@@ -5,30 +5,9 @@ between two of its events, all of which fall between iterations; so it costs not
 """
 
 from kvsim.engine.books.replica import away
-from kvsim.engine.state.cluster import (
-    BOUND,
-    BOUNDS,
-    BY_CPU,
-    BY_HANDOFF,
-    BY_NVLINK,
-    BY_PCIE,
-    BY_SWAP,
-    Cluster,
-    Floats,
-    Record,
-)
-from kvsim.hardware.machine import CPU, D2H, H2D, HOST, NVLINK, SM
-
-
-def expose(busy: Floats, total_s: float) -> None:
-    """Attribute the time of an iteration in which the SMs wait to the other lanes, in proportion to their work."""
-    pcie_s = busy[H2D] + busy[D2H]
-    others_s = pcie_s + busy[NVLINK] + busy[CPU] + busy[HOST]
-    exposed_s = total_s - busy[SM]
-    if others_s > 0 and exposed_s > 0:
-        busy[BY_PCIE] = exposed_s * (pcie_s / others_s)
-        busy[BY_NVLINK] = exposed_s * (busy[NVLINK] / others_s)
-        busy[BY_CPU] = exposed_s * (busy[CPU] / others_s)
+from kvsim.engine.state.cluster import Cluster, Floats, Record
+from kvsim.hardware.machine import CPU, D2H, H2D, NVLINK
+from kvsim.iteration.busy import BOUND, BOUNDS, BY_CPU, BY_HANDOFF, BY_NVLINK, BY_PCIE, BY_SWAP
 
 
 def note_shared(replica: Record, busy: Floats) -> None:

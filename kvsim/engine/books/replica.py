@@ -1,7 +1,6 @@
 """What one replica did, and what is shown of it: bytes, busy time, memory over time, gaps between tokens."""
 
 from kvsim.engine.state.cluster import (
-    AMOUNTS,
     DDR,
     DECODING,
     EVERYBODY,
@@ -9,7 +8,6 @@ from kvsim.engine.state.cluster import (
     HBM,
     IDLE,
     INCOMING,
-    OPS,
     PREFILLING,
     SWAPPED,
     TIERS,
@@ -21,6 +19,8 @@ from kvsim.engine.state.cluster import (
     Prices,
     Record,
 )
+from kvsim.iteration.price import OPS
+from kvsim.plans.derive import AMOUNTS
 
 
 def note(cluster: Cluster, number: int, time_s: float, steps: int) -> None:
@@ -66,7 +66,7 @@ def charge_model(world: Record, replica: Record, prices: Prices, iterations: int
     if logits:
         replica["weight_bytes"] += iterations * world["head_bytes"]
     for stage in range(world["stages"]):
-        model = prices.model[tokens * world["stages"] + stage]
+        model = prices.own[tokens * world["stages"] + stage]
         replica["weight_bytes"] += iterations * model["weight_bytes"]
         replica["collective_bytes"] += iterations * model["collective_bytes"]
 

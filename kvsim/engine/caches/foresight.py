@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kvsim.engine.state.arrays import Ints
+from kvsim.iteration.arrays import Ints
 from policies import Reuse
 from traces import Trace
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvsim.engine.state.arrays import Floats, Ints, Record, Records
+from kvsim.iteration.arrays import Floats, Ints, Record, Records
 from kvsim.scenario.choices import EVICTIONS
 
 TIER_NAMES = ("hbm", "ddr", "nvme", "remote")

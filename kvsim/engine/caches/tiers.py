@@ -23,10 +23,9 @@ from kvsim.engine.caches.state import (
     UP,
     Prefixes,
 )
-from kvsim.engine.state.arrays import Ints, Records
 from kvsim.engine.state.cluster import NOBODY
 from kvsim.hardware.catalogue import Host
-from kvsim.hardware.machine import ALONE
+from kvsim.iteration.arrays import Ints, Records
 from kvsim.plans.derive import TIERS
 from kvsim.scenario.choices import EVICTIONS
 from kvsim.scenario.quotas import divided
@@ -84,7 +83,7 @@ class PrefixTiers:
         in_hbm = [kept[0] for kept in stages]
         shelf["widest_stage"] = max(in_hbm) / max(1, sum(in_hbm))
         self.arrays.links["Bps"] /= max(self.host_shares)  # each host moves its part of a block
-        floor_s = machine.copy_floor_s(ALONE)
+        floor_s = machine.copy_floor_s
         shelf["pcie_up_s"], shelf["pcie_down_s"] = (
             shelf["widest_stage"] * max(1 / rates.pcie_h2d_Bps, floor_s),
             shelf["widest_stage"] * max(1 / rates.pcie_d2h_Bps, floor_s),

@@ -12,6 +12,7 @@ evicted from HBM.
 
 import math
 
+from kvsim.engine.batch.estimate import prefill_s
 from kvsim.engine.batch.memory import DOWN, UP, copy_s, fits, set_need, transfer_s, used
 from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.requests.queues import push_before, push_last, take_out
@@ -29,6 +30,7 @@ from kvsim.engine.state.cluster import (
     TURNS_SWAP,
     WAITING,
     Cluster,
+    Prices,
 )
 
 
@@ -66,6 +68,14 @@ def end_turn(cluster: Cluster, index: int, now_s: float) -> None:
     else:
         replica["turns_kept"] += 1
         push_last(cluster.requests, replica, KEPT, index)
+
+
+def price_anew(cluster: Cluster, prices: Prices, index: int) -> None:
+    """Note how long a request's state takes to compute anew when it has ended, if that may count. May make detours."""
+    request = cluster.requests[index]
+    if cluster.world["session_kv"] == TURNS_CHEAPEST and request["in_session"]:
+        context_tokens = request["prompt_tokens"] + request["output_tokens"] - 1
+        request["anew_s"] = prefill_s(cluster, prices, context_tokens, 0)
 
 
 def _cheapest(cluster: Cluster, index: int) -> int:

@@ -3,28 +3,21 @@
 from typing import NamedTuple
 
 from kvsim.engine.caches.state import Prefixes
-from kvsim.engine.state import arrays
-from kvsim.hardware.machine import LANES
+from kvsim.iteration import arrays, price
 
 Floats = arrays.Floats
 Ints = arrays.Ints
 Records = arrays.Records
 Record = arrays.Record
+Prices = price.Prices
 
-# Lanes, then the SMs' arithmetic and the HBM's transfers within the SM lane, then what time is attributed to: what is
-# left of it are launches and waits of the host (`kvsim.results.causes`).
-BOUNDS = ("compute", "hbm", "pcie", "nvlink", "cpu", "swap", "handoff")
-BUSY = (*LANES, "work", "hbm", *(f"{name} bound" for name in BOUNDS))
-WORK, HBM_BUSY = len(LANES), len(LANES) + 1
-BOUND = len(LANES) + 2  # where they begin
-BY_COMPUTE, BY_HBM, BY_PCIE, BY_NVLINK, BY_CPU, BY_SWAP, BY_HANDOFF = range(BOUND, len(BUSY))
 LINKS = 4
 TIERS = 3
 HBM, DDR, NVME = range(TIERS)
 
 # A vector: of how many sequences it is, their bytes per tier, then of each operation its work, contiguous and scattered
 # bytes. In the row of a batch, the first column says which structure the load has instead.
-COUNT, STORED, OPS, AMOUNTS = 0, 1, 1 + TIERS, 3
+COUNT, STORED = 0, 1
 VECTOR, SLOPE, PROMPTS = range(3)  # rows of `rows`: scratch, then prompts by structure, then the loads of a batch
 
 NOBODY = -1  # no request
@@ -65,23 +58,6 @@ class Plans(NamedTuple):
     tests: Records
     matrix: Ints
     values: Ints  # (3, most): of the piece found last its inputs and floors, its monomials, and their growth
-
-
-class Prices(NamedTuple):
-    """Costs of structures, programs of their combinations, and times of the model's own layers."""
-
-    structures: Records
-    ops: Records
-    combinations: Ints  # (programs, 1 + loads): how many structures, and which
-    programs: Records
-    layers: Records  # of programs: runs of equal layers
-    slots: Records
-    waits: Records
-    times: Records  # of programs: their operations
-    seconds: Floats  # of each operation of the batch priced last
-    done_s: Floats  # (layers back, slots): when operations were done
-    model: Records  # by the tokens of an iteration
-    model_s: Floats  # (tokens, times): nothing, then for each layer shape QKV, output projection, MLP, all-reduce
 
 
 class Cluster(NamedTuple):

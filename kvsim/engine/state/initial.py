@@ -20,9 +20,7 @@ from kvsim.engine.state.cluster import (
 )
 from kvsim.engine.state.records import AWAY, GAP, INBOUND, NOTE, PART, PATIENCE, PIN, REPLICA, REQUEST, TENANT, WORLD
 from kvsim.engine.state.tables import plan_arrays, set_guesses
-from kvsim.hardware.machine import HEAD_KERNELS
-from kvsim.iteration.makespan import Clock
-from kvsim.iteration.prefill_estimate import PrefillEstimate
+from kvsim.iteration.clock import Clock
 from kvsim.plans.sent_state import SentState
 from kvsim.scenario.choices import ROUTERS, SCHEDULERS, SESSION_KVS
 from kvsim.scenario.setup import Setup
@@ -78,8 +76,8 @@ def _requests(trace: Trace, setup: Setup) -> Records:
     return requests
 
 
-def set_turns(cluster: Cluster, trace: Trace, setup: Setup, prefill_s: PrefillEstimate) -> None:
-    """Say which turns go on from which, and what their states take to compute, where these may be kept."""
+def set_turns(cluster: Cluster, trace: Trace, setup: Setup) -> None:
+    """Say which turns go on from which, where their states may be kept."""
     if setup.session_kv == "recompute" or reuse_of(setup.policy) is not Reuse.BLOCKS:
         cluster.world["session_kv"] = TURNS_ANEW
         return
@@ -87,9 +85,6 @@ def set_turns(cluster: Cluster, trace: Trace, setup: Setup, prefill_s: PrefillEs
     cluster.world["think_s"], cluster.world["return_share"] = turns.think_s, turns.return_share
     for name in ("parent", "shared_tokens", "in_session"):
         requests[name] = getattr(turns, name)
-    if setup.session_kv == "cheapest":
-        contexts = (trace.prompt_tokens + trace.output_tokens - 1)[turns.in_session]
-        requests["anew_s"][turns.in_session] = [prefill_s(tokens, 0) for tokens in contexts.tolist()]
 
 
 def _lead(requests: Records, waits: Followers) -> None:
@@ -151,6 +146,7 @@ def _replicas(setup: Setup, prefixes: PrefixTiers) -> Records:
     replicas["first_neighbour"] = numbers // per_host * per_host
     replicas["n_neighbours"] = np.minimum(per_host, setup.replicas - replicas["first_neighbour"])
     replicas["on_host"], replicas["on_switch"] = own, min(own, setup.host.gpus_per_switch)
+    replicas["sharing"] = setup.machine().sharing(own, min(own, setup.host.gpus_per_switch))
     replicas["cached"] = prefixes.on
     return replicas
 
@@ -170,9 +166,7 @@ def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:
     world["peer_hops"] = setup.pp - 1 - hosts[-1]
     world["widest_stage"] = max(setup.held_shares(Tier.HBM))
     world["head_bytes"] = clock.model.head_bytes
-    world["head_s"], world["logit_s"] = clock.head_parts_s
     world["window_from_s"], world["window_to_s"] = setup.perfetto or (math.inf, -math.inf)
-    world["head_launch_s"] = HEAD_KERNELS * rates.launch_s
     set_guesses(world, clock.guesser)
     world["prefill_replicas"], world["layers"] = setup.prefill_replicas, setup.rank.n_layers
     world["streams_chunks"] = reuse_of(setup.policy) is Reuse.BLOCKS

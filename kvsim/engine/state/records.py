@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.engine.state.cluster import BOUNDS, BUSY, LINKS, QUEUES, TENANT_QUEUES, TIERS
+from kvsim.engine.state.cluster import LINKS, QUEUES, TENANT_QUEUES, TIERS
 from kvsim.hardware.machine import LANES
+from kvsim.iteration.busy import BOUNDS, BUSY
 from kvsim.plans.guessing import FIELDS as GUESSING
 from kvsim.scenario.stages import MOST_STAGES
 
@@ -159,6 +160,7 @@ REPLICA = np.dtype(
         ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
         ("stage_free_s", np.float64, (MOST_STAGES,)),  # when each stage is free
         ("exit_s", np.float64, (MOST_STAGES,)),  # when those micro-batches are out
+        ("sharing", np.float64, (2, len(LANES))),  # what it has of the host (`kvsim.hardware.machine.share_evenly`)
         ("shared_s", np.float64, (3,)),  # copies, CPU work and all-reduces of the iteration under way, if alone
         *_seconds("busy_s"),
     ]
@@ -202,7 +204,9 @@ GAP = np.dtype(
 
 # Compiled code is kept for the types of its arguments as long as the file of the compiled function is unchanged. A type
 # that names a digest of this package makes a change to any of its files count.
-_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py"))))
+_KVSIM = Path(__file__).parents[2]
+_COMPILED = [path for part in ("engine", "hardware", "iteration") for path in sorted((_KVSIM / part).rglob("*.py"))]
+_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in _COMPILED))
 WORLD = np.dtype(
     _ints(
         "max_num_seqs",
@@ -245,8 +249,6 @@ WORLD = np.dtype(
     + _floats("prompt_weight", "output_weight")  # service of a token
     + _floats("window_from_s", "window_to_s")  # what begins within is shown
     + _floats("look_s")  # when that began, swaps aside
-    + _floats("head_s", "logit_s")  # of the output head: once, and for each position
-    + _floats("head_launch_s")  # the part of the former that is no transfer
     + _floats("tokens_per_step")  # that a decode step of one sequence emits
     + _floats("guess_s")  # of the batch priced last
     + GUESSING
@@ -261,9 +263,7 @@ WORLD = np.dtype(
         *_seconds("busy_s", "round_busy_s"),  # of the batch priced last, and of all micro-batches on all stages
         ("stage_s", np.float64, (MOST_STAGES,)),  # when stages are free, and micro-batches out, of the iteration priced
         ("exit_s", np.float64, (MOST_STAGES,)),
-        ("free_s", np.float64, (len(LANES),)),  # when each lane is free, and was one layer earlier
-        ("before_s", np.float64, (len(LANES),)),
-        ("used", np.int64, (len(LANES),)),  # whether a lane has work in these layers
+        ("sharing", np.float64, (2, len(LANES))),  # scratch: of one stage of a pipeline
         (f"sources_{_SOURCES.hexdigest()[:16]}", np.int8),
     ]
 )

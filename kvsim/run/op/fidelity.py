@@ -16,7 +16,7 @@ from kvsim.engine.desk import Engine
 from kvsim.engine.state.cluster import ITERATING, NOBODY, STALLED
 from kvsim.hardware.fairshare import FairShare
 from kvsim.hardware.machine import CPU, D2H, H2D, LANES, NVLINK, SM
-from kvsim.iteration.makespan import Iteration, Load
+from kvsim.iteration.clock import Iteration, Load
 from kvsim.iteration.program import Slot
 from kvsim.iteration.timeline import STALL, operation_names
 from kvsim.run.op.transfers import LayerDone, Links, Process, Transfers, networks

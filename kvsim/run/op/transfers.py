@@ -13,8 +13,9 @@ import simpy
 from kvsim.engine.batch.memory import DOWN, UP
 from kvsim.engine.desk import Engine
 from kvsim.engine.inbound import BY_LOADER, BY_NIC
-from kvsim.engine.state.cluster import BY_SWAP, IDLE, Record
+from kvsim.engine.state.cluster import IDLE, Record
 from kvsim.hardware.fairshare import FairShare
+from kvsim.iteration.busy import BY_SWAP
 from kvsim.iteration.timeline import HANDOFF, LOAD, STORE
 from kvsim.scenario.setup import Setup
 

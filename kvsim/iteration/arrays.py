@@ -1,4 +1,4 @@
-"""Types of the arrays that the inner loop works on."""
+"""Types of the arrays that prices and the inner loop work on."""
 
 from typing import Any
 
