@@ -56,7 +56,8 @@ def replay(
     from kvsim.cli.simulate_output import print_comparison, print_run, progress_bars
     from kvsim.report.written import write_held
     from kvsim.results.repeats import gather
-    from kvsim.run.parallel import Job, simulate_all
+    from kvsim.run.jobs import Job
+    from kvsim.run.parallel import simulate_all
     from policies import describe
 
     several = ctx.info_name == "compare"
@@ -72,11 +73,12 @@ def replay(
     _check_counts(setups, requests)
     _warn_of_positions(setups[0], requests)
     _warn_of_unused_caches(setups)
-    jobs = [Job(each, setup) for each in drawn for setup in setups]
+    jobs = [
+        Job(each, setup, asked.seed + i if len(drawn) > 1 else None) for i, each in enumerate(drawn) for setup in setups
+    ]
     labels = [describe(setup.policy) for setup in setups]
-    runs = [f"{label}, seed {asked.seed + i}" for i in range(len(drawn)) for label in labels]
     with _folder(out, labels) as folder:
-        with progress_bars(runs if len(drawn) > 1 else labels, len(requests)) as show:
+        with progress_bars([job.label for job in jobs], len(requests)) as show:
             found, interrupted = simulate_all(jobs, show)
         missing = [label for index, label in enumerate(labels) if index not in found]
         asked_for = range(len(setups) if interrupted else len(jobs))

@@ -88,8 +88,8 @@ def started() -> Iterator[Callable[..., Program]]:
         program.process.communicate()
 
 
-def at_work(program: Program) -> Callable[[], bool]:
-    """Whether two processes that simulate have spent some CPU time each."""
+def at_work(program: Program, seen: list[int] | None = None) -> Callable[[], bool]:
+    """Whether two processes that simulate have spent some CPU time each; they are added to `seen`."""
 
     def seconds(process: int) -> float:
         try:
@@ -100,7 +100,10 @@ def at_work(program: Program) -> Callable[[], bool]:
 
     def busy() -> bool:
         others = [process for process in program.processes() if process != program.process.pid]
-        return sum(seconds(process) > 0.6 for process in others) >= 2
+        simulate = [process for process in others if seconds(process) > 0.6]
+        if seen is not None:
+            seen[:] = simulate
+        return len(simulate) >= 2
 
     return busy
 
@@ -134,6 +137,44 @@ def test_an_interruption_of_the_whole_group_leaves_partial_results(
         assert run["partial"]
         assert 0 < run["requests"]["finished"] < run["requests"]["submitted"]
     assert "Interrupted: full is partial; quest is partial." in (tmp_path / "report.html").read_text()
+    assert program.all_gone()
+
+
+def test_a_process_that_is_killed_is_named(started: Callable[..., Program], tmp_path: Path) -> None:
+    """As the kernel does to one that takes too much memory; the others end, and earlier results stay."""
+    simulate: list[int] = []
+    policies = ("--policy", "full", "--policy", "full")
+    program = started("compare", *LONG, *policies, "--out", str(tmp_path / "new"))
+    program.wait_for(at_work(program, simulate))
+    os.kill(simulate[-1], signal.SIGKILL)
+    code, out, err = program.end()
+    assert (code, out) == (2, "")
+    assert err == "error: policy full: its process was killed; is there enough memory?\n"
+    assert program.all_gone()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_seeds_the_one_whose_process_is_killed_is_named(started: Callable[..., Program]) -> None:
+    simulate: list[int] = []
+    drawn = (
+        "--trace",
+        "servegen-deepseek-r1:span_s=600",
+        *LONG[2:],
+        "--policy",
+        "quest",
+        "--seed",
+        "5",
+        "--seeds",
+        "2",
+    )
+    program = started("simulate", *drawn)
+    program.wait_for(at_work(program, simulate))
+    os.kill(simulate[0], signal.SIGKILL)
+    code, _, err = program.end()
+    assert code == 2
+    assert err in [
+        f"error: policy quest, seed {seed}: its process was killed; is there enough memory?\n" for seed in (5, 6)
+    ]
     assert program.all_gone()
 
 
