@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 
-from kvsim.results.summary import summarize
-from kvsim.run.simulate import simulate
-from kvsim.scenario.scenario_file import scenario
+from kvsim import load_scenario, simulate, summarize
 from traces import Trace
 
 BASE = {"trace": "mooncake-conversation", "model": "llama-3.1-8b", "gpu": "h100-sxm", "gpus": 8}
@@ -43,7 +41,7 @@ LINKS = ("hbm->ddr", "ddr->hbm", "ddr->nvme", "nvme->ddr", "ddr->remote", "remot
 
 def row(trace: Trace, name: str, options: dict[str, object], **host: float) -> list[str]:
     """One simulation's figures, as text: hit ratio, TTFT, and what prefixes moved over each link, in TB."""
-    setup = scenario({**BASE, **options}).setups()[0]
+    setup = load_scenario({**BASE, **options}).setups()[0]
     result = simulate(trace, replace(setup, host=replace(setup.host, **host)))
     ttft_s = summarize(result)["ttft_s"]
     hits = sum(tier["hit_blocks"] for tier in result.cache.values())
@@ -71,7 +69,7 @@ def main() -> None:
     """Simulate and print all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=int, help="replay the first N requests only")
-    trace = scenario({**BASE, "limit": parser.parse_args().limit}).load_trace()
+    trace = load_scenario({**BASE, "limit": parser.parse_args().limit}).load_trace()
     table("tiers, LRU", (row(trace, name, options) for name, options in TIERS))
     table("DDR 400 GB", (row(trace, name, DDR | {"prefix_cache_eviction": name}) for name in EVICTIONS))
     options = DDR | NVME | {"prefix_cache_write": "back"}

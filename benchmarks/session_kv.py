@@ -10,10 +10,7 @@ import argparse
 import sys
 from statistics import fmean
 
-from kvsim.results.summary import summarize
-from kvsim.run.simulate import simulate
-from kvsim.scenario.choices import SESSION_KVS
-from kvsim.scenario.scenario_file import scenario
+from kvsim import SESSION_KVS, load_scenario, simulate, summarize
 
 BASE = {"trace": "agentic-coding", "model": "llama-3.1-8b", "gpu": "h100-sxm", "sessions": "closed"}
 GPUS = (1, 4, 8)
@@ -23,7 +20,7 @@ HEAD = ("H100s", "session_kv", "TTFT mean, s", "p50", "e2e mean, s", "tokens cac
 def figures(choice: str, gpus: int, limit: int, seed: int) -> list[float]:
     """One simulation's figures, in the order of the table."""
     options = {"session_kv": choice, "gpus": gpus, "limit": limit, "seed": seed, "router": "least-loaded"}
-    asked = scenario({**BASE, **options})
+    asked = load_scenario({**BASE, **options})
     summary = summarize(simulate(asked.load_trace(), asked.setups()[0]))
     tokens, ttft_s = summary["tokens"], summary["ttft_s"]
     cached = tokens["prompt_cached"] / tokens["prompt"]

@@ -7,10 +7,7 @@ import sys
 from dataclasses import replace
 
 import traces
-from kvsim.hardware.catalogue import load_gpu, load_host
-from kvsim.models import load_model
-from kvsim.results.summary import summarize
-from kvsim.run.simulate import Setup, simulate
+from kvsim import Setup, load_gpu, load_host, load_model, simulate, summarize
 from policies import parse_policy
 
 POLICIES = ("full", "sink-window:window_tokens=4Ki", "shadowkv", "full@below=8k+shadowkv")

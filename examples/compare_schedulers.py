@@ -6,18 +6,14 @@ python examples/compare_schedulers.py [LIMIT]
 import sys
 from pathlib import Path
 
-from kvsim.results.summary import summarize
-from kvsim.run.simulate import simulate
-from kvsim.scenario.choices import SCHEDULERS
-from kvsim.scenario.scenario_file import scenario
-from kvsim.text.units import format_s
+from kvsim import SCHEDULERS, format_s, load_scenario, simulate, summarize
 
 SHOWN = 8
 file = Path(__file__).with_name("tenants.yaml")
 limit = {"limit": int(sys.argv[1])} if len(sys.argv) > 1 else {}
 runs = {}
 for name in SCHEDULERS:
-    asked = scenario({"scheduler": name, **limit}, file)
+    asked = load_scenario({"scheduler": name, **limit}, file)
     (setup,) = asked.setups()
     runs[name] = summarize(simulate(asked.load_trace(), setup), asked.slo_s)
 

@@ -11,9 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from kvsim.results.summary import summarize
-from kvsim.run.simulate import simulate
-from kvsim.scenario.scenario_file import scenario
+from kvsim import load_scenario, simulate, summarize
 from policies import ModelShape, Policy, Reuse, Step
 from policies.dense import activations, append, attend, causal_pairs
 from policies.plan import Access, Buffer, Copy, Plan, Rows, Tier
@@ -91,7 +89,7 @@ def simulated(requests: int) -> None:
     """What the policy would cost for the head of a recorded trace."""
     options = {"trace": "mooncake-conversation", "limit": requests, "model": "llama-3.1-8b", "gpu": "h100-sxm"}
     for policy in ("full", f"{__name__}:ValuesOnHost"):
-        asked = scenario({**options, "policy": policy, "rate_scale": 0.2})
+        asked = load_scenario({**options, "policy": policy, "rate_scale": 0.2})
         summary = summarize(simulate(asked.load_trace(), asked.setups()[0]))
         hbm_gib = summary["memory"]["gpu0.hbm"]["peak_bytes"] / 2**30
         print(f"{policy}: {hbm_gib:.1f} GiB of HBM at the peak, {summary['tpot_s']['p50'] * 1e3:.2f} ms per token")

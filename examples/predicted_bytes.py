@@ -9,7 +9,7 @@ from collections import Counter
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kvsim.plans.replay import replay_moved_bytes
+from kvsim import replay_moved_bytes
 from policies import ModelShape, Policy, Step, parse_policy, plan_layer
 from policies.plan import moved_bytes
 from runtime import offload

@@ -8,10 +8,7 @@ import sys
 import numpy as np
 
 import traces
-from kvsim.hardware.catalogue import load_gpu, load_host
-from kvsim.models import load_model
-from kvsim.results.summary import summarize
-from kvsim.run.simulate import Setup, simulate
+from kvsim import Setup, load_gpu, load_host, load_model, simulate, summarize
 from policies import ShadowKV
 
 

@@ -29,6 +29,13 @@ def test_replay_trace() -> None:
     assert {"gpu0.hbm", "gpu3.hbm", "host0.ddr"} <= {line.split(":")[0] for line in out.splitlines()}
 
 
+def test_sweep_gpus() -> None:
+    rows = [line.split() for line in run("examples/sweep_gpus.py", "20").splitlines()]
+    assert [row[0] for row in rows] == ["l40s", "a100-80g-sxm", "h100-sxm", "h200-sxm"]
+    goodput = [float(row[1]) for row in rows]
+    assert 0 <= goodput[0] <= goodput[1] <= goodput[2] <= goodput[3]
+
+
 def test_compare_policies() -> None:
     header, *rows = run("examples/compare_policies.py", "20").splitlines()
     assert header.count("rate x") == 3

@@ -1,8 +1,7 @@
 """The four costs of 'Challenges in Deploying Long-Context Transformers', arXiv:2405.08944."""
 
+from kvsim import load_gpu, load_host, load_model
 from kvsim.explain.costs import Explainer, paper_costs
-from kvsim.hardware.catalogue import load_gpu, load_host
-from kvsim.models import load_model
 from policies import Full
 from published.comparison import Comparison, Section
 

@@ -1,8 +1,7 @@
 """Dense prefill times from the MInference repository, on one A100."""
 
-from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim import load_gpu, load_host, load_model
 from kvsim.hardware.machine import Machine
-from kvsim.models import load_model
 from published.comparison import Comparison, Section
 from published.pricing import Priced
 

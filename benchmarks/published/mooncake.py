@@ -1,8 +1,7 @@
 """Mooncake (FAST'25): when a cached prefix is worth loading, and what a cache of a given size hits."""
 
 import traces
-from kvsim.hardware.catalogue import load_gpu
-from kvsim.models import load_model
+from kvsim import load_gpu, load_model
 from policies import Full, Step, plan_layer
 from policies.plan import flops
 from published.comparison import Comparison, Section

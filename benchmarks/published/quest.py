@@ -2,9 +2,8 @@
 
 from dataclasses import replace
 
-from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim import load_gpu, load_host, load_model
 from kvsim.hardware.machine import Machine
-from kvsim.models import load_model
 from published.comparison import Comparison, Section
 from published.pricing import Priced
 

@@ -1,8 +1,7 @@
 """ShadowKV's tables, arXiv:2410.21465, on one A100-80G."""
 
-from kvsim.hardware.catalogue import load_gpu, load_host
+from kvsim import load_gpu, load_host, load_model
 from kvsim.hardware.machine import Machine, access_bytes
-from kvsim.models import load_model
 from policies import Step, parse_policy, plan_layer
 from policies.plan import Compute, Tier, moved_bytes
 from published.comparison import Comparison, Section

@@ -108,11 +108,11 @@ def replay(
 
 def _scenario(ctx: typer.Context, file: Path | None, several: bool, *, allow_code: bool) -> "Scenario":
     """What the command line asks for, on top of the scenario file."""
-    from kvsim.scenario.scenario_file import scenario
+    from kvsim.scenario.scenario_file import load_scenario
 
     if allow_code and file is None:
         raise ValueError("--allow-code is of --scenario: a policy of the command line runs without it; leave it out")
-    asked = scenario(given_options(ctx), file, allow_code=allow_code)
+    asked = load_scenario(given_options(ctx), file, allow_code=allow_code)
     if several and "policy" not in asked.given:
         raise ValueError(
             "compare needs policies: name each with --policy, or under the key policy of a --scenario file"

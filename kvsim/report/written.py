@@ -9,7 +9,9 @@ from kvsim.results.folder import Held
 from kvsim.results.summary import Result
 
 
-def write(results: Sequence[Result], out: Path, *, slo: Mapping[str, float] | None = None, warmup_s: float = 0) -> None:
+def write_results(
+    results: Sequence[Result], out: Path, *, slo: Mapping[str, float] | None = None, warmup_s: float = 0
+) -> None:
     """Write all files of the results, with the statistics of `summarize`, into `out`, which is made when missing.
 
     Raises ValueError as `write_set` does and for a folder of something else, OSError when they cannot be written.
@@ -26,5 +28,5 @@ def write_held(
     slo: Mapping[str, float] | None = None,
     warmup_s: float = 0,
 ) -> None:
-    """As `write`, into a folder that is held already; `missing` are the policies that an interruption left no time."""
+    """As `write_results`, into a folder held already; `missing` are the policies that an interruption left no time."""
     write_set(results, folder, report_html, missing=missing, slo=slo, warmup_s=warmup_s)

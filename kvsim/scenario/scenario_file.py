@@ -200,7 +200,7 @@ def _standard(found: Any) -> Any:
     return kept
 
 
-def scenario(options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Scenario:
+def load_scenario(options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Scenario:
     """The scenario that `options` describe, on top of what the YAML `file` says.
 
     Raises ValueError that names every key that is unknown (with the nearest known one), missing, or has a bad value,

@@ -18,7 +18,7 @@ from kvsim.__main__ import main
 from kvsim.report import written
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
-from kvsim.scenario.scenario_file import scenario
+from kvsim.scenario.scenario_file import load_scenario
 from traces.counts import Drawn, Recording
 
 LONG = "mooncake-synthetic"  # prompts of up to 123,192 tokens, with block ids
@@ -50,7 +50,7 @@ def without_clocks(summary: dict[str, Any]) -> dict[str, Any]:
 
 def test_simulate_prints_the_summary_of_the_scenario(capsys: pytest.CaptureFixture[str]) -> None:
     printed = json.loads(out_of(capsys, "simulate", *SMALL, "--slo", "ttft=2s,tpot=15ms", "--json"))
-    asked = scenario({"trace": BASE[1], "model": BASE[3], "gpu": BASE[5], "limit": 60, "gpus": 2})
+    asked = load_scenario({"trace": BASE[1], "model": BASE[3], "gpu": BASE[5], "limit": 60, "gpus": 2})
     (setup,) = asked.setups()
     expected = summarize(simulate(asked.load_trace(), setup), {"ttft_s": 2.0, "tpot_s": 0.015})
     assert printed["schema_version"] == 1
@@ -69,7 +69,7 @@ def test_seeds_give_the_mean_and_interval_of_their_runs(capsys: pytest.CaptureFi
     options = [word for name, value in drawn.items() for word in (f"--{name}", str(value))]
     options += ["--seed", "5", "--seeds", "2", "--json", "--out", str(tmp_path)]
     together = json.loads(out_of(capsys, "simulate", *options))
-    asked = [scenario({**drawn, "seed": seed}) for seed in (5, 6)]
+    asked = [load_scenario({**drawn, "seed": seed}) for seed in (5, 6)]
     apart = [summarize(simulate(each.load_trace(), each.setups()[0])) for each in asked]
     found = together["uncertainty"]
     assert (found["seeds"], together["inputs"]["seed"], together["inputs"]["seeds"]) == ([5, 6], 5, 2)

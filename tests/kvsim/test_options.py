@@ -16,7 +16,7 @@ from kvsim.cli import simulate as command
 from kvsim.cli.app import app
 from kvsim.scenario import kinds
 from kvsim.scenario.options import CACHE, GROUPS, Option, option, options_of
-from kvsim.scenario.scenario_file import OPTIONS, Scenario, scenario, schema
+from kvsim.scenario.scenario_file import OPTIONS, Scenario, load_scenario, schema
 from kvsim.scenario.setup import Setup
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +160,7 @@ def test_the_schema_refuses_what_a_command_refuses(wrong: dict[str, Any]) -> Non
     with pytest.raises(fastjsonschema.JsonSchemaValueException):
         accepts(wrong)
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        scenario({**NEEDED, **wrong}).setups()
+        load_scenario({**NEEDED, **wrong}).setups()
 
 
 def test_the_page_of_options_is_current() -> None:

@@ -8,7 +8,7 @@ from simulated import setup, trace
 
 from kvsim.run.simulate import simulate
 from kvsim.scenario.quotas import divided, read_quota
-from kvsim.scenario.scenario_file import scenario
+from kvsim.scenario.scenario_file import load_scenario
 
 BLOCK = 512
 BLOCK_BYTES = BLOCK * 131072  # Llama-3.1-8B, bf16
@@ -94,6 +94,6 @@ def test_what_is_no_quota_is_refused(quota):
 def test_a_quota_as_scenarios_write_it():
     base = {"trace": "t", "model": "llama-3.1-8b", "gpu": "h100-sxm", "prefix_cache_ddr": "1GiB"}
     for written, meant in ((0.25, 0.25), ("0.25", 0.25), ("a=0.5,b=0.25", {"a": 0.5, "b": 0.25}), ({"a": 1}, {"a": 1})):
-        assert scenario({**base, "prefix_cache_quota": written}).setups()[0].prefix_cache_quota == meant
+        assert load_scenario({**base, "prefix_cache_quota": written}).setups()[0].prefix_cache_quota == meant
     with pytest.raises(ValueError, match="prefix_cache_quota gives tenants parts of their own"):
-        scenario({**base, "prefix_cache_quota": 0.5, "prefix_cache_sharing": "all"}).setups()
+        load_scenario({**base, "prefix_cache_quota": 0.5, "prefix_cache_sharing": "all"}).setups()

@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from kvsim.report import written
-from kvsim.report.written import write, write_held
+from kvsim.report.written import write_held, write_results
 from kvsim.results.files import holding
 from kvsim.results.summary import Result, summarize
 from kvsim.version import __version__
@@ -29,7 +29,7 @@ def names(folder: Path) -> set[str]:
 
 def test_one_result_gives_its_files_in_a_new_folder(make_result: Make, tmp_path: Path) -> None:
     result, out = make_result(), tmp_path / "deep" / "out"
-    write([result], out, slo={"ttft_s": 2.0}, warmup_s=30.0)
+    write_results([result], out, slo={"ttft_s": 2.0}, warmup_s=30.0)
     assert names(out) == FILES
     assert json.loads((out / "summary.json").read_text()) == summarize(result, {"ttft_s": 2.0}, 30.0)
     assert (out / "report.html").read_text(encoding="utf-8") == "<p>1 results ≤ ∞</p>"
@@ -37,7 +37,7 @@ def test_one_result_gives_its_files_in_a_new_folder(make_result: Make, tmp_path:
 
 def test_the_tables_hold_every_row_and_null_for_what_did_not_happen(make_result: Make, tmp_path: Path) -> None:
     result = make_result(tenants=("ö", "b"))
-    write([result], tmp_path)
+    write_results([result], tmp_path)
     requests = parquet.read_table(tmp_path / "requests.parquet").to_pydict()
     assert requests["tenant"][:3] == ["ö", "b", "ö"]
     rejected = [index for index, status in enumerate(requests["status"]) if status == "rejected"]
@@ -56,7 +56,7 @@ def test_the_tables_hold_every_row_and_null_for_what_did_not_happen(make_result:
 def test_several_results_get_a_folder_each_and_one_report(make_result: Make, tmp_path: Path) -> None:
     policies = ["full", "shadowkv:budget_tokens=2048,rank=160", "full", "../../etc:Evil", "FULL", "…"]
     results = [make_result(policy=policy, seed=seed) for seed, policy in enumerate(policies)]
-    write(results, tmp_path)
+    write_results(results, tmp_path)
     folders = ["full", "shadowkv-budget_tokens=2048-rank=160", "full-2", "etc-Evil", "FULL-3", "run"]
     assert names(tmp_path) == {"summary.json", "report.html", *folders}
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -77,7 +77,7 @@ def test_several_results_get_a_folder_each_and_one_report(make_result: Make, tmp
 
 def test_the_same_results_give_the_same_bytes(make_result: Make, tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        write([make_result(seed=3)], tmp_path / folder)
+        write_results([make_result(seed=3)], tmp_path / folder)
     for name in FILES:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -85,7 +85,7 @@ def test_the_same_results_give_the_same_bytes(make_result: Make, tmp_path: Path)
 def test_a_failure_leaves_the_earlier_files_whole(
     make_result: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write([make_result(seed=1)], tmp_path)
+    write_results([make_result(seed=1)], tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
 
     def interrupted(table: object, path: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_failure_leaves_the_earlier_files_whole(
 
     monkeypatch.setattr(parquet, "write_table", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write([make_result(seed=2)], tmp_path)
+        write_results([make_result(seed=2)], tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
     assert [path.name for path in tmp_path.parent.glob(".kvsim-*")] == []
 
@@ -104,7 +104,7 @@ def test_a_file_in_the_way_is_named(make_result: Make, tmp_path: Path) -> None:
     file.write_text("mine")
     for out in (file, file / "below"):
         with pytest.raises(ValueError, match=r"/out is a file; results need a folder, so choose another name for it"):
-            write([make_result()], out)
+            write_results([make_result()], out)
     assert file.read_text() == "mine"
 
 
@@ -131,17 +131,17 @@ def test_holding_leaves_nothing_but_the_folder(tmp_path: Path) -> None:
 
 def test_folders_of_earlier_policies_go_and_what_is_not_ours_stays(make_result: Make, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    write([make_result(policy=policy) for policy in ("full", "quest", "snapkv")], out)
+    write_results([make_result(policy=policy) for policy in ("full", "quest", "snapkv")], out)
     mine = {"notes.txt": "a", "quest/notes.txt": "b", "series.csv": "c", "snapkv.d": "d"}
     for name, text in mine.items():
         (out / name).write_text(text)
     (out / "link").symlink_to("notes.txt")
-    write([make_result(policy=policy) for policy in ("full", "shadowkv")], out)
+    write_results([make_result(policy=policy) for policy in ("full", "shadowkv")], out)
     assert names(out) == {"summary.json", "report.html", "full", "shadowkv", "quest", "link", *mine} - {
         "quest/notes.txt"
     }
     assert names(out / "quest") == {"notes.txt"}
-    write([make_result()], out)
+    write_results([make_result()], out)
     assert names(out) == FILES | {"quest", "link", "notes.txt", "series.csv", "snapkv.d"}
     assert {name: (out / name).read_text() for name in mine} == mine
     assert (out / "link").readlink() == Path("notes.txt")
@@ -151,7 +151,7 @@ def test_files_of_another_program_are_not_taken_for_earlier_results(make_result:
     for text in ('{"runs": [{"inputs": {}}]}', "[" * 100_000, '{"mine": 1}', "no JSON"):
         (tmp_path / "summary.json").write_text(text)
         (tmp_path / "series.parquet").write_text("mine")
-        write([make_result(policy=policy) for policy in ("full", "quest")], tmp_path)
+        write_results([make_result(policy=policy) for policy in ("full", "quest")], tmp_path)
         assert (tmp_path / "series.parquet").read_text() == "mine"
         assert names(tmp_path) == {"summary.json", "report.html", "full", "quest", "series.parquet"}
         (tmp_path / "series.parquet").unlink()
@@ -159,8 +159,8 @@ def test_files_of_another_program_are_not_taken_for_earlier_results(make_result:
 
 def test_all_files_of_a_set_share_its_identity(make_result: Make, tmp_path: Path) -> None:
     results = [make_result(policy=policy) for policy in ("full", "quest")]
-    write(results, tmp_path / "two")
-    write(results[:1], tmp_path / "one")
+    write_results(results, tmp_path / "two")
+    write_results(results[:1], tmp_path / "one")
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
     one = json.loads((tmp_path / "one" / "summary.json").read_text())
     assert one["run_id"] == two["runs"][0]["run_id"]
@@ -186,7 +186,7 @@ def test_an_id_tells_results_apart_and_not_their_timing(make_result: Make) -> No
 
 
 def test_what_is_no_number_is_null(make_result: Make, tmp_path: Path) -> None:
-    write([make_result(busy={"compute": np.nan, "hbm": np.inf}, makespan_s=float("nan"))], tmp_path)
+    write_results([make_result(busy={"compute": np.nan, "hbm": np.inf}, makespan_s=float("nan"))], tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
     assert (summary["makespan_s"], summary["busy"]) == (None, {"compute": None, "hbm": None})
 
@@ -198,7 +198,7 @@ def test_what_was_left_no_time_is_missing(make_result: Make, tmp_path: Path) -> 
     assert (summary["partial"], summary["missing"], len(summary["runs"])) == (True, ["quest"], 1)
     assert summary["runs"][0]["partial"]
     assert names(tmp_path) == {"summary.json", "report.html", "full"}
-    write([make_result()], tmp_path)
+    write_results([make_result()], tmp_path)
     assert names(tmp_path) == FILES
 
 
@@ -223,4 +223,4 @@ def test_what_is_in_the_way_is_named_before_the_work(tmp_path: Path) -> None:
 
 def test_no_results_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there are 0 results to write; a report needs at least 1"):
-        write([], tmp_path)
+        write_results([], tmp_path)

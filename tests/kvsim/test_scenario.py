@@ -12,14 +12,14 @@ import traces
 from kvsim.hardware.catalogue import gpu_names, load_host
 from kvsim.models import load_model
 from kvsim.run.simulate import Setup
-from kvsim.scenario.scenario_file import Scenario, default_host, scenario
+from kvsim.scenario.scenario_file import Scenario, default_host, load_scenario
 from kvsim.scenario.tenants import Tenant
 
 NEEDED = {"trace": "mooncake-conversation", "model": "llama-3.1-8b", "gpu": "h100-sxm"}
 
 
 def of(**options: Any) -> Scenario:
-    return scenario({**NEEDED, **options})
+    return load_scenario({**NEEDED, **options})
 
 
 def resolve(**options: Any) -> None:
@@ -65,7 +65,7 @@ def test_a_file_says_all_and_takes_units(tmp_path: Path) -> None:
         warmup: 1m
         """,
     )
-    asked = scenario({}, path)
+    asked = load_scenario({}, path)
     full, shadow = asked.setups()
     assert [full.policy.name, shadow.policy.name] == ["full", "shadowkv"]
     assert getattr(shadow.policy, "budget_tokens") == 1024  # noqa: B009 - only this policy has it
@@ -101,7 +101,7 @@ def test_a_file_says_what_tenants_have(tmp_path: Path) -> None:
           batch: {e2e: 1m}
         """,
     )
-    (setup,) = scenario({}, path).setups()
+    (setup,) = load_scenario({}, path).setups()
     assert setup.tenants == {
         "client-35": Tenant(weight=2, priority=-1, slo_class="batch", quota=0.5, replicas=(0, 1)),
         "client-*": Tenant(slo_class="chat", replicas=(3, 3)),
@@ -112,7 +112,7 @@ def test_a_file_says_what_tenants_have(tmp_path: Path) -> None:
 
 def test_options_win_over_the_file(tmp_path: Path) -> None:
     path = file_with(tmp_path, "trace: azure-2023-code\nmodel: llama-2-7b\ngpu: h100-sxm\ngpus: 4\npolicy: quest\n")
-    asked = scenario({"gpus": 2, "model": "llama-3.1-8b"}, path)
+    asked = load_scenario({"gpus": 2, "model": "llama-3.1-8b"}, path)
     assert (asked.setup["gpus"], asked.model, asked.policy, asked.trace) == (
         2,
         "llama-3.1-8b",
@@ -228,16 +228,16 @@ def test_what_is_wrong_is_named(options: dict[str, Any], message: str) -> None:
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^command line: trace is missing; gpu is missing$"):
-        scenario({"model": "llama-3.1-8b"})
+        load_scenario({"model": "llama-3.1-8b"})
     path = file_with(tmp_path, "trace: azure-2023-code\nmodel: llama-3.1-8b\n")
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: gpu is missing$"):
-        scenario({}, path)
+        load_scenario({}, path)
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))} and command line: gpu is missing$"):
-        scenario({"seed": 1}, path)
+        load_scenario({"seed": 1}, path)
 
 
 @pytest.mark.parametrize(("text", "message"), [("- 1\n", "holds no mapping"), ("a: [\n", "is not YAML")])
 def test_a_file_that_is_no_scenario(tmp_path: Path, text: str, message: str) -> None:
     path = file_with(tmp_path, text)
     with pytest.raises(ValueError, match=re.escape(f"{path} {message}")):
-        scenario({}, path)
+        load_scenario({}, path)

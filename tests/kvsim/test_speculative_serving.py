@@ -16,7 +16,7 @@ from kvsim.plans.derive import PlanTable
 from kvsim.plans.guessing import guesser_of
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
-from kvsim.scenario.scenario_file import scenario
+from kvsim.scenario.scenario_file import load_scenario
 from kvsim.scenario.speculation import speculation
 from policies import Full
 
@@ -149,8 +149,8 @@ def test_a_scenario_file_says_what_flags_say(tmp_path, capsys):
     file = tmp_path / "s.yaml"
     file.write_text("".join(f"{key}: {value}\n" for key, value in options.items()), encoding="utf-8")
     needed = {"trace": "azure-2023-code", "model": "llama-3.1-8b", "gpu": "h100-sxm"}
-    (from_file,) = scenario(needed, file).setups()
-    (from_flags,) = scenario({**needed, "speculate": 2, "acceptance": "0.8,0.5", "draft": "lookup"}).setups()
+    (from_file,) = load_scenario(needed, file).setups()
+    (from_flags,) = load_scenario({**needed, "speculate": 2, "acceptance": "0.8,0.5", "draft": "lookup"}).setups()
     assert from_file.speculation == from_flags.speculation
     assert from_file.speculation.tokens_per_step == pytest.approx(1 + 0.8 + 0.4, abs=1e-6)
     flags = [word for key, value in needed.items() for word in (f"--{key}", value)]
