@@ -50,7 +50,7 @@ def _stock_function(module: torch.nn.Module) -> Callable[..., Any] | None:
     stock = getattr(_FORWARD, "stock", None)
     if stock is None:
         return None
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     found: Callable[..., Any] | None = ALL_ATTENTION_FUNCTIONS.get_interface(stock, eager)
     return found
 
@@ -115,10 +115,12 @@ def mask(**given: Any) -> torch.Tensor | None:
     stock = getattr(_FORWARD, "stock", None)
     if stock is not None:
         make = ALL_MASK_ATTENTION_FUNCTIONS.get(stock)
-        return None if make is None else make(**given)
+        made: torch.Tensor | None = None if make is None else make(**given)
+        return made
     windowed = given.get("local_size") is not None or given.get("kv_offset")
     if windowed or given.get("mask_function", causal_mask_function) is not causal_mask_function:
-        return sdpa_mask(**given)
+        own: torch.Tensor | None = sdpa_mask(**given)
+        return own
     real: torch.Tensor | None = given.get("attention_mask")
     if real is None or (given["q_length"] > 1 and bool(real.all())):
         return None

@@ -43,7 +43,7 @@ class Audit(TorchDispatchMode):
     """
 
     def __init__(self, kv: Offload) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._kv, self._cuda = kv, kv.model.device.type == "cuda"
         self._crossed: Counter[tuple[Tier, Tier]] = Counter()
         # By the address of a storage, which its weak reference keeps from being used again.

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, GenerationM
 
 from runtime.attention import NAME, attention, leave_to, mask
 from runtime.cache import TieredCache
-from runtime.heard import Heard, hear, takes_ids
+from runtime.heard import Heard, hear, takes_ids, undo_of
 from runtime.rotary import angles_of
 
 LOG = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ def _watch(decoder: torch.nn.Module, before: str, now: str) -> Callable[[], None
             inputs = (given.get("input_ids"), given.get("inputs_embeds"), *args[:1])
             ids = next((x for x in inputs if x is not None), None)
             if ids is not None:  # else the decoder itself refuses
-                cache.begin(decoder, *ids.shape[:2], given.get("position_ids"))
+                batch, new = ids.shape[:2]
+                cache.begin(decoder, batch, new, given.get("position_ids"))
         elif given.get("use_cache") is not False and not warned and _implementation(decoder) == now:
             warned = True
             LOG.warning(
@@ -139,7 +140,7 @@ def _watch(decoder: torch.nn.Module, before: str, now: str) -> Callable[[], None
         decoder.register_forward_pre_hook(begin, with_kwargs=True),
         decoder.register_forward_hook(finish, with_kwargs=True),
     )
-    return lambda: [hook.remove() for hook in hooks] and None
+    return undo_of(hooks)
 
 
 def _check_forward(decoder: Any, given: dict[str, Any]) -> None:
@@ -209,7 +210,7 @@ def _listen(model: torch.nn.Module, rotating: Mapping[int, str]) -> Callable[[],
         model.get_submodule(name).register_forward_pre_hook(partial(hear, layer), with_kwargs=True)
         for layer, name in rotating.items()
     ]
-    return lambda: [hook.remove() for hook in hooks] and None
+    return undo_of(hooks)
 
 
 def _heard_of(cache: Any) -> Heard | None:

@@ -113,7 +113,14 @@ class TieredCache(Cache):
     @property
     def tokens(self) -> int:
         """Tokens that the cache has taken; 0 for a model whose layers are all its own."""
-        return self.layers[self.own[0]].tokens if self.own else 0
+        return self.tiered(self.own[0]).tokens if self.own else 0
+
+    def tiered(self, index: int) -> TieredLayer:
+        """One of the layers that follow the policy; ValueError for another."""
+        layer = self.layers[index]
+        if not isinstance(layer, TieredLayer):
+            raise ValueError(f"layer {index}, a {type(layer).__name__} of Transformers, follows no policy")
+        return layer
 
     @property
     def ids(self) -> torch.Tensor | None:
@@ -145,7 +152,7 @@ class TieredCache(Cache):
             raise ValueError(f"no token is new: the cache has {self.tokens} already; give at least one more")
         self._check_batch(batch)
         if self.own and self.arena.batch:
-            self._check_room(self.layers[self.own[0]], new)
+            self._check_room(self.tiered(self.own[0]), new)
         self._check_switch(new, positions)
         self._under_way, self._awaited, self._pending, self._read = True, set(self.own), None, None
 
@@ -262,7 +269,7 @@ class TieredCache(Cache):
         """
         self.prompt_tokens = prompt
         self._admit(batch, prompt, prompt, self.device)
-        for layer in (self.layers[index] for index in self.own):
+        for layer in (self.tiered(index) for index in self.own):
             layer.dtype, layer.device, layer.is_initialized = DTYPES[self.terms.shape.kv_dtype], self.device, True
             self._settle(layer, prompt, prompt)
 
@@ -541,7 +548,7 @@ class TieredCache(Cache):
         if layer.index != self.own[-1]:
             return
         for end in plan_ends(self.terms.policy, self.terms.shape, step):
-            method = self.layers[end.layers[0]].method
+            method = self.tiered(end.layers[0]).method
             self.executor.run_end(end.ops, method, [self._last_calls[i] for i in end.layers])
         self._last_calls.clear()
         self.executor.join()

@@ -88,7 +88,8 @@ class Call:
 
     def by_head(self, name: str) -> Tensor:
         """A buffer whose rows are grouped by KV head, as (batch, kv_heads, rows of a head, *row_shape)."""
-        return self.state[name].unflatten(1, (self.shape.kv_heads, -1))
+        rows: Tensor = self.state[name].unflatten(1, (self.shape.kv_heads, -1))
+        return rows
 
 
 class Gather(NamedTuple):

@@ -31,7 +31,7 @@ def count_weights(config: Mapping[str, Any]) -> Counted:
     that Transformers does not have, and for a config of which it makes no model.
     """
     by = f"Transformers {transformers.__version__}"
-    model_type = config.get("model_type")
+    model_type: Any = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         model_type = unwrap(config, "the model").model_type  # the name by which Transformers may know it
     if model_type not in CONFIG_MAPPING:

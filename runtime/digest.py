@@ -20,7 +20,7 @@ def digest(tensor: Tensor) -> str:
     """
     summed = sha256(f"{type(tensor).__name__} {tensor.dtype} {tuple(tensor.shape)}".encode())
     if is_traceable_wrapper_subclass(tensor):
-        names, settings = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, settings = tensor.__tensor_flatten__()
         summed.update(repr(settings).encode())
         for name in names:
             summed.update(f"{name} {digest(getattr(tensor, name))}".encode())

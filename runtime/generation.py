@@ -41,7 +41,7 @@ class _Stream(TextStreamer):
         if not self.next_tokens_are_prompt:
             self.came_s.append(perf_counter())
             self.tokens += value.tolist()
-        super().put(value)
+        super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Hand on what will not change any more."""

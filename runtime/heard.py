@@ -4,12 +4,13 @@ A later turn passes all ids again, and Hugging Face cuts off as many as the cach
 whether they are the cached ones is checked here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # What a forward may be given besides ids without its keys and values depending on it.
 WITH_IDS = frozenset(("input_ids", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep"))
@@ -147,6 +148,16 @@ class Heard:
             self._ids[:, :past], self._real[:, :past] = before
 
 
+def undo_of(hooks: Iterable[RemovableHandle]) -> Callable[[], None]:
+    """What takes these hooks away again."""
+
+    def undo() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return undo
+
+
 def takes_ids(module: nn.Module) -> bool:
     """Whether a module's forward may be given token ids and a cache."""
     return {"input_ids", "past_key_values"} <= {*signature(module.forward).parameters}
@@ -161,7 +172,7 @@ def hear(module: nn.Module, heard_of: Callable[[Any], Heard | None]) -> Callable
 
     def begin(module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         given = {**dict(zip(names, args, strict=False)), **given}
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         heard = heard_of(cache)
         if heard is None or heard.speaker not in (None, module):  # a module around this one has spoken
             return
@@ -183,7 +194,7 @@ def hear(module: nn.Module, heard_of: Callable[[Any], Heard | None]) -> Callable
         module.register_forward_pre_hook(begin, with_kwargs=True),
         module.register_forward_hook(end, with_kwargs=True, always_call=True),
     )
-    return lambda: [hook.remove() for hook in hooks] and None
+    return undo_of(hooks)
 
 
 def _named(value: Any) -> str:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class TieredHybridLayer(TieredLayer, LinearAttentionAndFullAttentionLayer):
     """Keys and values follow the policy, the state stays as Hugging Face has it."""
 
+    dtype: Any  # which the base classes declare each in its way
+    device: Any
+
     def __init__(
         self, cache: "TieredCache", index: int, leaf: Policy, method: Method, *, number_of_states: int = 1
     ) -> None:
@@ -32,11 +35,11 @@ class TieredHybridLayer(TieredLayer, LinearAttentionAndFullAttentionLayer):
         return copy
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the newest tokens can be taken back: by the policy and from the state."""
-        return self.method.crops and bool(LinearAttentionLayer.is_croppable.fget(self))
+        return self.method.crops and bool(LinearAttentionLayer.is_croppable.__get__(self))
 
-    def lazy_initialization(self, *args: torch.Tensor, **kwargs: Any) -> None:
+    def lazy_initialization(self, *args: torch.Tensor, **kwargs: Any) -> None:  # type: ignore[override]
         """With keys and values, allocate their buffers; by name, a state."""
         if args:
             TieredLayer.lazy_initialization(self, *args)

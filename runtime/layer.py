@@ -22,7 +22,7 @@ class TieredLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, cache: "TieredCache", index: int, leaf: Policy, method: Method) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache, self.index = weakref.ref(cache), index
         self.tokens = self.prompt_tokens = 0
         self.first_prompt_tokens = 0  # of the first turn, which has settled the policy
@@ -39,7 +39,7 @@ class TieredLayer(CacheLayerMixin):
         return copy
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]  # an attribute of most layers, a property of some
         """Whether the newest tokens can be taken back, as assisted and lookup decoding do."""
         return self.method.crops
 
@@ -101,7 +101,7 @@ class TieredLayer(CacheLayerMixin):
             out = cache.run(self, Handed(q, new_k, new_v, mask, scale, softcap, sinks)).to(query.dtype)
             self.tokens += new_k.shape[2]
         if torch.is_grad_enabled() and query.requires_grad:
-            out = _NoGradient.apply(out, query)
+            out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
         return out
 
     def _hand_back(self, new_k: torch.Tensor, new_v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +112,7 @@ class TieredLayer(CacheLayerMixin):
         found = []
         for part, new in zip(both.split([k.shape[3], v.shape[3]], dim=3), (new_k, new_v), strict=True):
             held = part.contiguous().to(new.dtype)
-            found.append(_NoGradient.apply(held, new) if new.requires_grad else held)
+            found.append(_NoGradient.apply(held, new) if new.requires_grad else held)  # type: ignore[no-untyped-call]
         return found[0], found[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -168,7 +168,7 @@ class _NoGradient(torch.autograd.Function):
     """Passes attention's output on, and refuses to go back through it."""
 
     @staticmethod
-    def forward(_context: Any, out: torch.Tensor, _query: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(_context: Any, out: torch.Tensor, _query: torch.Tensor) -> torch.Tensor:
         """The output, as it is."""
         return out.view_as(out)
 

@@ -57,7 +57,7 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
     visible = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=kind,
             local_files_only=True,

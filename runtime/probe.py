@@ -107,7 +107,7 @@ def _probe(model: Any) -> tuple[SeenLayer, ...]:
     witnesses = [_Witness() for _ in cache.layers]
     for layer, witness in zip(cache.layers, witnesses, strict=True):
         if hasattr(layer, "update"):
-            layer.update = partial(_update, witness, layer.update)
+            vars(layer)["update"] = partial(_update, witness, layer.update)
     heard = _forward(model, cache)
     names = {module: name for name, module in model.named_modules()}
     served = Counter(module for witness in witnesses for module in set(witness.modules))
@@ -291,7 +291,7 @@ def _tensors(states: Any) -> list[Tensor]:
 
 
 def _refusal(witness: _Witness) -> str:
-    if not witness.updates:
+    if not witness.updates or witness.keys is None or witness.values is None:
         return "hands no keys and values to the cache"
     if witness.updates > 1:
         return "hands keys and values to the cache more than once in a step"

@@ -79,7 +79,7 @@ def _stretched(position_embeddings: Any) -> tuple[Any, tuple[Tensor, Tensor] | N
     cos, sin = (part.double() for part in angles)
     angle = torch.atan2(sin, cos)
     angle = angle.sign() * angle.abs() ** 0.1
-    new = tuple(part.to(old.dtype) for part, old in zip((angle.cos(), angle.sin()), angles, strict=True))
+    new = (angle.cos().to(angles[0].dtype), angle.sin().to(angles[1].dtype))
     if isinstance(position_embeddings, Tensor):
         return torch.complex(*new), new
     return type(position_embeddings)(new), new

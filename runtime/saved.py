@@ -23,11 +23,12 @@ from policies import describe
 from policies.shown import shown
 from runtime.arena import DTYPES
 from runtime.aside import written_aside
-from runtime.cache import TieredCache, TieredLayer
+from runtime.cache import TieredCache
 from runtime.call import Method
 from runtime.digest import digest, digests
 from runtime.fingerprint import fingerprint
 from runtime.hybrid import TieredHybridLayer
+from runtime.layer import TieredLayer
 from runtime.rotary import UNROTATED, Rotary
 from runtime.saved_header import Header, read_header
 
@@ -60,7 +61,7 @@ def save_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> 
     cache.check_usable()
     cache.executor.settle()
     tokens = _tokens(cache)
-    layers = {index: cache.layers[index] for index in cache.own}
+    layers = {index: cache.tiered(index) for index in cache.own}
     first = layers[cache.own[0]]
     rotaries = {
         index: cache.rotaries[index] for index, layer in layers.items() if _keeps_angles(cache, index, layer.method)
@@ -135,8 +136,7 @@ def _tokens(cache: TieredCache) -> int:
     if not cache.own:
         raise ValueError("no layer of this model keeps its cache under a policy, so that there is nothing to save")
     counts = set()
-    for index, layer in enumerate(cache.layers):
-        _check_saves(index, layer)
+    for index, layer in enumerate(_layers(cache)):
         if isinstance(layer, TieredLayer):
             if not layer.is_initialized or layer.tokens < layer.first_prompt_tokens:
                 raise ValueError(f"layer {index} has not finished its prompt; process all of it before saving")
@@ -156,20 +156,27 @@ def _keeps_angles(cache: TieredCache, index: int, method: Method) -> bool:
     return method.unrotates and cache.terms.seen[index].rotation not in (None, UNROTATED)
 
 
-def _check_saves(index: int, layer: Any) -> None:
-    if isinstance(layer, TieredHybridLayer):
-        raise ValueError(f"layer {index} keeps a state beside its keys and values, which cannot be saved")
-    if not isinstance(layer, TieredLayer) and type(layer) is not DynamicSlidingWindowLayer:
-        raise ValueError(f"layer {index} is a {type(layer).__name__}, whose state cannot be saved")
+def _layers(cache: TieredCache) -> Iterator[TieredLayer | DynamicSlidingWindowLayer]:
+    """The layers of a cache in turn; ValueError at the first whose state cannot be saved."""
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, TieredHybridLayer):
+            raise ValueError(f"layer {index} keeps a state beside its keys and values, which cannot be saved")
+        if isinstance(layer, TieredLayer) or type(layer) is DynamicSlidingWindowLayer:
+            yield layer
+        else:
+            raise ValueError(f"layer {index} is a {type(layer).__name__}, whose state cannot be saved")
 
 
 def _held(cache: TieredCache, tables: list[Rotary]) -> dict[str, Tensor]:
     held: dict[str, Tensor] = {}
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(_layers(cache)):
         if isinstance(layer, TieredLayer):
             held |= {f"{index}.{name}": tensor for name, tensor in cache.arena.kept(index).items()}
         else:
-            held |= {f"{index}.keys": layer.keys.contiguous(), f"{index}.values": layer.values.contiguous()}
+            for part, tensor in (("keys", layer.keys), ("values", layer.values)):
+                if tensor is None:
+                    raise ValueError(f"layer {index} holds no {part}; process a prompt before saving")
+                held[f"{index}.{part}"] = tensor.contiguous()
     held["real"] = cache.real
     for number, rotary in enumerate(tables):
         held[f"rotary.{number}.cos"], held[f"rotary.{number}.sin"] = rotary.so_far()
@@ -220,9 +227,8 @@ def _expected(cache: TieredCache, header: Header) -> dict[str, Expected]:
         for buffer in buffers
         if not (buffer.view or buffer.ring)
     }
-    for index, layer in enumerate(cache.layers):
-        _check_saves(index, layer)
-        if index not in settled:
+    for index, layer in enumerate(_layers(cache)):
+        if not isinstance(layer, TieredLayer):
             heads = shape.layers[index]
             window = min(tokens, layer.sliding_window - 1)
             for part, width in (("keys", heads.head_dim), ("values", heads.v_head_dim)):
@@ -276,8 +282,8 @@ def _check_numbers(name: str, tensor: Tensor, expected: Expected) -> None:
 
 
 def _fill(cache: TieredCache, header: Header, taken: Callable[[str], Tensor]) -> None:
-    for index, layer in enumerate(cache.layers):
-        if index in header.prompt_tokens:
+    for index, layer in enumerate(_layers(cache)):
+        if isinstance(layer, TieredLayer):
             layer.tokens, layer.prompt_tokens = header.tokens, header.prompt_tokens[index]
             for name, held in cache.arena.kept(index).items():
                 held.copy_(taken(f"{index}.{name}"))

@@ -1,5 +1,7 @@
 """`kvsim quality`: what policies change in a model's predictions on a text, beside what they keep and move."""
 
+from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from json import dumps
 from pathlib import Path
@@ -109,10 +111,14 @@ def _measured(
         for each in asked:
             full = full_logits(model, each)
             for text, policy in policies.items():
-                found = measure(model, policy, each, full, lambda done, before=before: show(before + done))
+                found = measure(model, policy, each, full, partial(_further, show, before))
                 before += each.ids.shape[1]
                 rows.append(_row(text, each.context_tokens, found))
     return rows, found.recording
+
+
+def _further(show: Callable[[int], None], before: int, done: int) -> None:
+    show(before + done)
 
 
 def _row(policy: str, context_tokens: int, found: "Quality") -> dict[str, Any]:

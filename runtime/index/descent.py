@@ -9,7 +9,7 @@ CHECK = 64  # keys scanned between two looks at the attention mass
 
 
 @njit(fastmath=FAST, cache=True)
-def _push(heap_scores: np.ndarray, heap_ids: np.ndarray, size: int, score: float, key: int) -> None:
+def _push(heap_scores: np.ndarray, heap_ids: np.ndarray, size: int, score: np.float32, key: int) -> None:
     place = size
     while place > 0:
         parent = (place - 1) >> 1
@@ -22,7 +22,8 @@ def _push(heap_scores: np.ndarray, heap_ids: np.ndarray, size: int, score: float
 
 @njit(fastmath=FAST, cache=True)
 def _pop(heap_scores: np.ndarray, heap_ids: np.ndarray, size: int) -> int:
-    best, last = heap_ids[0], size - 1
+    best: int = heap_ids[0]
+    last = size - 1
     score, key, place = heap_scores[last], heap_ids[last], 0
     while True:
         child = 2 * place + 1

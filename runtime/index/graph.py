@@ -84,8 +84,18 @@ class Graph:
         ids = np.full((len(q), top_k), -1, np.int64)
         scores = np.full((len(q), top_k), -np.inf, np.float32)
         scanned = np.zeros(len(q), np.int64)
-        index = (t.numpy() for t in (query, self.keys, self.links, self.entries, self.padding))
-        best_first(*index, allowance, self.parameters.stop_gain, ids, scores, scanned)
+        best_first(
+            query.numpy(),
+            self.keys.numpy(),
+            self.links.numpy(),
+            self.entries.numpy(),
+            self.padding.numpy(),
+            allowance,
+            self.parameters.stop_gain,
+            ids,
+            scores,
+            scanned,
+        )
         return Found(*map(torch.from_numpy, (ids, scores, scanned)))
 
 

@@ -62,12 +62,11 @@ class Ivf:
             raise ValueError(f"probe={probe} is not between 1 and lists={lists}")
         if lists > n:
             raise ValueError(f"lists={lists} is not between 1 and the {n} keys of a KV head")
-        whole = {"dtype": torch.int32, "device": keys.device}
         built = Lists(
             keys=keys.to(torch.float32, copy=True, memory_format=torch.contiguous_format),
-            ids=torch.empty(kv_heads, n, **whole),
+            ids=torch.empty(kv_heads, n, dtype=torch.int32, device=keys.device),
             centroids=torch.empty(kv_heads, lists, head_dim, device=keys.device),
-            starts=torch.empty(kv_heads, lists + 1, **whole),
+            starts=torch.empty(kv_heads, lists + 1, dtype=torch.int32, device=keys.device),
         )
         built.arrange(rounds=rounds, seed=seed)
         return cls(Lists(*(tensor.cpu() for tensor in built)), probe)

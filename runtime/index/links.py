@@ -29,7 +29,7 @@ def as_scored(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     # A direction that no query has still counts for a little, so that the factor exists.
     ridge = 1e-6 * moments.diagonal().mean().clamp(min=1e-30)
     factor = torch.linalg.cholesky(moments + ridge * torch.eye(len(moments), dtype=torch.float64, device=keys.device))
-    placed = keys.double() @ factor
+    placed: torch.Tensor = keys.double() @ factor
     return (placed - placed.mean(0)).float()
 
 

@@ -193,7 +193,8 @@ def _grouped_mask(mask: Tensor, shape: tuple[int, int, int, int, int]) -> Tensor
     full = mask[(None,) * (4 - mask.dim())]
     try:
         if full.shape[1] == kv_heads * group and group > 1:
-            return full.unflatten(1, (kv_heads, group)).expand(shape)
+            grouped: Tensor = full.unflatten(1, (kv_heads, group))
+            return grouped.expand(shape)
         return full.unsqueeze(2).expand(shape)
     except RuntimeError:
         rule = f"({batch}, {kv_heads * group} or {kv_heads}, {new_tokens}, {tokens})"

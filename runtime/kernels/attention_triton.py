@@ -1,5 +1,7 @@
 """Triton kernels of `attention`: split-KV partial attention, dense or at given rows, and the merge of parts."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -186,11 +188,13 @@ def _split_tokens(device: torch.device, programs: int, tokens: int, block_n: int
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     splits = max(1, WAVES * processors // programs)
     wanted = max(MIN_SPLIT_TOKENS, triton.cdiv(tokens, splits))
-    return triton.cdiv(wanted, block_n) * block_n
+    tiles: int = triton.cdiv(wanted, block_n)
+    return tiles * block_n
 
 
 def _stages(device: torch.device) -> int:
     if device.type != "cuda":
         return PIPELINE_STAGES
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // (2 * TILE_BYTES)
+    properties: Any = torch.cuda.get_device_properties(device)  # the stub does not have all of them
+    room: int = properties.shared_memory_per_block_optin // (2 * TILE_BYTES)
     return max(1, min(PIPELINE_STAGES, room - 1))  # one tile's worth is left for the queries and the weights

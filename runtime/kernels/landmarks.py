@@ -56,4 +56,5 @@ def _chunked(keys: Tensor, chunk_tokens: int) -> Tensor:
     """(..., tokens, head_dim) -> (..., chunks, chunk_tokens, head_dim)."""
     if keys.shape[-2] % chunk_tokens:
         raise ValueError(f"{keys.shape[-2]} tokens are no multiple of chunk_tokens={chunk_tokens}; leave the tail out")
-    return keys.unflatten(-2, (-1, chunk_tokens))
+    chunks: Tensor = keys.unflatten(-2, (-1, chunk_tokens))
+    return chunks

@@ -38,7 +38,7 @@ def rebuild(u: Tensor, sv: Tensor, ids: Tensor) -> Tensor:
     """
     batch, kv_heads, n = ids.shape
     rows = ids.clamp(min=0).reshape(batch, kv_heads * n, 1).expand(-1, -1, u.shape[2])
-    chosen = u.gather(1, rows).unflatten(1, (kv_heads, n))
+    chosen: Tensor = u.gather(1, rows).unflatten(1, (kv_heads, n))
     return (chosen @ sv).masked_fill((ids < 0)[..., None], 0)
 
 

@@ -92,7 +92,8 @@ def _grouped_logits(q: Tensor, rows: Tensor) -> Tensor:
         flat = products(grouped, rows)
     else:
         flat = grouped.float() @ rows.float().mT
-    return flat.unflatten(2, (heads // kv_heads, new_tokens))
+    grouped_scores: Tensor = flat.unflatten(2, (heads // kv_heads, new_tokens))
+    return grouped_scores
 
 
 def _reduced(per_head: Tensor, reduce: Reduce) -> Tensor:

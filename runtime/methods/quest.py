@@ -75,7 +75,8 @@ def _union(chosen: Tensor, pages: int, group: int) -> Tensor:
     """How many pages the query heads of a group choose between them: (batch, heads, n) -> int64 (batch, kv_heads)."""
     member = torch.zeros((*chosen.shape[:2], pages + 1), dtype=torch.bool, device=chosen.device)
     member.scatter_(2, chosen.masked_fill(chosen < 0, pages), True)
-    return member[..., :pages].unflatten(1, (-1, group)).any(dim=2).sum(dim=-1)
+    united: Tensor = member[..., :pages].unflatten(1, (-1, group)).any(dim=2)
+    return united.sum(dim=-1)
 
 
 def _rows(cache: Tensor, tokens: Tensor) -> Tensor:
@@ -83,4 +84,5 @@ def _rows(cache: Tensor, tokens: Tensor) -> Tensor:
     kv_heads = cache.shape[1]
     rows = tokens.unflatten(1, (kv_heads, -1)).flatten(2)
     chosen = cache.gather(2, rows[..., None].expand(-1, -1, -1, cache.shape[-1]))
-    return chosen.unflatten(2, (tokens.shape[1] // kv_heads, -1)).flatten(1, 2)
+    by_head: Tensor = chosen.unflatten(2, (tokens.shape[1] // kv_heads, -1))
+    return by_head.flatten(1, 2)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from policies import Policy, ShadowKV
-from runtime.call import Call, Gather, Method, Piece
+from runtime.call import Call, Gather, Method, Piece, Route
 from runtime.dense import append_raw, attend_raw
 from runtime.kernels.attention import merge, partial_attention
 from runtime.kernels.gather import gather_rows
@@ -35,7 +35,7 @@ def method(policy: Policy) -> Method:
         "rebuild": own.rebuild,
         "attend": own.attend,
     }
-    routes = {"offload_values": own.offload_values, "fetch": own.fetch}
+    routes: dict[str, Route] = {"offload_values": own.offload_values, "fetch": own.fetch}
     return Method(kernels=kernels, routes=routes, fused=frozenset({"aggregate"}), unrotates=True, any_padding=True)
 
 

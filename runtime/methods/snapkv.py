@@ -144,4 +144,5 @@ class _Kernels:
     def _kept(self, call: Call, name: str) -> Tensor:
         """A buffer by the heads that it is stored for: (batch, kv_heads or heads, rows, head_dim)."""
         heads = call.shape.kv_heads if self.policy.per == "kv_head" else call.shape.heads
-        return call.state[name].unflatten(1, (heads, -1))
+        rows: Tensor = call.state[name].unflatten(1, (heads, -1))
+        return rows

@@ -28,7 +28,8 @@ class Example(NamedTuple):
         starts = [i for i in range(len(ids) - len(QUESTION)) if tuple(ids[i : i + len(QUESTION)]) == QUESTION]
         if starts:
             return len(ids) - starts[-1]
-        return ids[::-1].index(NEWLINE)
+        last: int = ids[::-1].index(NEWLINE)
+        return last
 
     def correct(self, produced: np.ndarray) -> bool:
         """Whether `produced` (answer_tokens,) or longer has every scored token in its place."""
