@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvsim.run.parallel import Show
 
 MISSING = "-"
-SETTING_UP = "setting up (the first run on a machine compiles for some minutes)"
+SETTING_UP = "setting up"
 TENANTS_SHOWN = 20
 STATISTICS = ("mean", "p50", "p90", "p99", "max")
 COMPARED = (

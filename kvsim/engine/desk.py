@@ -10,6 +10,7 @@ from kvsim.engine.batch.plans import INPUTS
 from kvsim.engine.books.replica import note_now
 from kvsim.engine.caches.tiers import PrefixTiers
 from kvsim.engine.loop import arrive, play
+from kvsim.engine.player import Player
 from kvsim.engine.requests.arrivals import next_arrival
 from kvsim.engine.requests.patience import depart, departure_s, next_departure
 from kvsim.engine.state.cluster import (
@@ -64,16 +65,13 @@ class Engine:
         set_turns(self.cluster, trace, setup)
         for number in range(setup.replicas):
             note_now(self.cluster, number, 0.0)
-        if setup.fidelity == "step":
-            self.play(0)  # compiles the loop, or loads it
+        self._player = Player(self.cluster.features, len(trace))
 
     def play(self, most_turns: int) -> bool:
         """Give replicas their turns, about so many at most; False when nothing is left to happen."""
-        from kvsim.engine import compiled
-
         for _ in range(DETOURS_AT_ONCE):
             try:
-                return bool(compiled.play(self.cluster, self._prices, NOBODY, 0.0, most_turns))
+                return self._player.play(self.cluster, self._prices, most_turns)
             except Detour:
                 self._serve()
         return True

@@ -12,6 +12,7 @@ from kvsim.engine.batch.memory import fits, margin_bytes, release, set_need
 from kvsim.engine.batch.plans import DECODE, amounts, find
 from kvsim.engine.books.causes import leave_batch, taken_in
 from kvsim.engine.books.replica import note_change
+from kvsim.engine.features import needs
 from kvsim.engine.inbound import BY_NIC, BY_PEER, bring
 from kvsim.engine.requests.queues import push_last, take_out
 from kvsim.engine.state.cluster import (
@@ -38,6 +39,7 @@ def hands_over(cluster: Cluster, request: Record) -> bool:
     return bool(request["replica"] < cluster.world["prefill_replicas"] and last_generated(request) > 0)
 
 
+@needs("handoff", otherwise=False)
 def reserve(cluster: Cluster, index: int, now_s: float) -> bool:
     """Reserve memory for a prompt's decoding at the least loaded replica that has room; whether there is one.
 
@@ -58,6 +60,7 @@ def reserve(cluster: Cluster, index: int, now_s: float) -> bool:
     return True
 
 
+@needs("handoff")
 def hand_over(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A prompt that is in no list is complete, with the last chunk that this iteration had of it."""
     world, replica, request = cluster.world, cluster.replicas[number], cluster.requests[index]
@@ -76,6 +79,7 @@ def hand_over(cluster: Cluster, number: int, index: int, now_s: float) -> None:
         push_last(cluster.requests, replica, HANDING, index)
 
 
+@needs("handoff")
 def take_back(cluster: Cluster, index: int, now_s: float) -> None:
     """A prompt will not be complete: give back what is reserved for its decoding."""
     request = cluster.requests[index]
@@ -92,6 +96,7 @@ def take_back(cluster: Cluster, index: int, now_s: float) -> None:
     note_change(cluster, receiver, now_s)
 
 
+@needs("handoff")
 def take_over(cluster: Cluster, number: int, now_s: float) -> None:
     """Let states that wait for a receiver come to this replica while it has room, the longest waiting first."""
     sender = _next_sender(cluster)
@@ -107,6 +112,7 @@ def take_over(cluster: Cluster, number: int, now_s: float) -> None:
     take_in(cluster, number, now_s)  # what stays where it is, in the host's DDR, has come at once
 
 
+@needs("handoff")
 def take_in(cluster: Cluster, number: int, now_s: float) -> None:
     """Let sequences whose state has arrived decode; their senders are free of it from now on."""
     replica, requests = cluster.replicas[number], cluster.requests

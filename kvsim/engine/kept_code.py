@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from numba.core import event
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import FunctionCache, IndexDataCacheFile, _CacheLocator
 
 _LEFT_S = 3600.0  # a file that nobody has written to for so long was left by a process that was killed
 _CALLBACK = "_raw_object_cache_notify"  # where LLVM calls Python, which cannot raise from there
@@ -24,23 +24,28 @@ _AGAIN_S = 0.05
 _SIGNALS = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
 
 
-def keep(function: Any) -> None:
-    """Keep what numba compiles for `function`, a dispatcher, on disk; a plain function (no compiler) stays as it is."""
-    if not hasattr(function, "enable_caching"):
-        return
-    with suppress(RuntimeError):  # no folder can be written: `_Unkept` is all there is
-        function._cache = _Cache(function.py_func)  # noqa: SLF001 - what `enable_caching` sets
-        return
-    function._cache = _Unkept()  # noqa: SLF001
+def keep(function: Any, folder: Path) -> None:
+    """Keep what numba compiles for `function`, a dispatcher, in a folder."""
+    function._cache = _Cache(function.py_func, folder)  # noqa: SLF001 - what `enable_caching` sets
+
+
+def kept(function: Any, signature: Any) -> bool:
+    """Whether there was code for a signature on disk; `function` has it now."""
+    code = function._cache.load_overload(signature, function.targetctx)  # noqa: SLF001 - as `compile` does
+    if code is None:
+        return False
+    function.add_overload(code)
+    return True
 
 
 def is_kept(function: Any) -> bool:
     """Whether other processes need not compile `function` anew, as far as this one has."""
-    return not hasattr(function, "enable_caching") or bool(function._cache.kept)  # noqa: SLF001
+    return bool(function._cache.kept)  # noqa: SLF001
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
-    def __init__(self, function: Any) -> None:
+    def __init__(self, function: Any, folder: Path) -> None:
+        self._impl_class = type("_Impl", (super()._impl_class,), {"_locator_classes": [_place(folder)]})
         super().__init__(function)
         impl = self._impl
         self._cache_file = _Files(self._cache_path, impl.filename_base, impl.locator.get_source_stamp())
@@ -57,27 +62,31 @@ class _Cache(FunctionCache):  # type: ignore[misc]
             super().save_overload(signature, compiled)
         except Exception as error:  # noqa: BLE001 - the code is there, and need not be kept
             self.kept = False
-            _say_unkept(f"in {self._cache_path} ({getattr(error, 'strerror', None) or error})")
+            why = getattr(error, "strerror", None) or error
+            sys.stderr.write(
+                f"warning: the compiled simulator cannot be kept in {self._cache_path} ({why}): the next long run "
+                "compiles anew; make room, or name a folder in the environment's NUMBA_CACHE_DIR\n"
+            )
 
 
-class _Unkept:
-    """A cache that holds nothing."""
+def _place(folder: Path) -> type:
+    """A locator of numba's that knows of one folder, whose name says which sources and features its code is of."""
 
-    kept = False
-    cache_path = None
+    class Place(_CacheLocator):  # type: ignore[misc]
+        def get_cache_path(self) -> str:
+            return str(folder)
 
-    def load_overload(self, _signature: Any, _target: Any) -> None:
-        return
+        def get_source_stamp(self) -> tuple[str, ...]:
+            return folder.parts[-2:]
 
-    def save_overload(self, _signature: Any, _compiled: Any) -> None:
-        _say_unkept("on disk (neither the program's folder nor the user's cache can be written)")
+        def get_disambiguator(self) -> str:
+            return ""
 
+        @classmethod
+        def from_function(cls, _function: Any, _file: str) -> "Place":
+            return cls()
 
-def _say_unkept(where: str) -> None:
-    sys.stderr.write(
-        f"warning: the compiled simulator cannot be kept {where}: the next run compiles anew; make room, or name a "
-        "folder in the environment's NUMBA_CACHE_DIR\n"
-    )
+    return Place
 
 
 class _Files(IndexDataCacheFile):  # type: ignore[misc]

@@ -9,12 +9,14 @@ on the slowest stage, or one of them through all stages.
 from kvsim.engine.batch.load import first_load, prompt_tokens, set_batch, share_of
 from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.books.replica import charge_model, charge_plans
+from kvsim.engine.features import needs
 from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state.cluster import DECODING, NOBODY, PREFILLING, WANT_TIMES, Cluster, Detour, Prices, Record
 from kvsim.hardware.machine import NVLINK, share_evenly
 from kvsim.iteration.busy import BOUND, BUSY, BY_NVLINK
 
 
+@needs("pipeline", otherwise=0)
 def price_round(cluster: Cluster, prices: Prices, number: int, now_s: float) -> int:
     """Set `round_s` and `round_busy_s` to an iteration's; the micro-batches that it has. May make detours.
 
@@ -83,6 +85,7 @@ def _ready_s(cluster: Cluster, number: int) -> float:
     return float(replica["round_begin_s"])
 
 
+@needs("pipeline")
 def circulate(cluster: Cluster, prices: Prices, number: int) -> None:
     """Set `round_s` and `round_busy_s` to a decode iteration's, whose rows are set. May make detours.
 
@@ -139,6 +142,7 @@ def _hop_s(world: Record, stage: int, tokens: int) -> float:
     return float(world["nic_latency_s"] + nbytes * world["nic_byte_s"])
 
 
+@needs("pipeline")
 def charge_round(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: int) -> None:
     """Book an iteration that begins now in so many micro-batches and has been priced."""
     world, replica, rows, first = cluster.world, cluster.replicas[number], cluster.rows, first_load(cluster)
@@ -162,6 +166,7 @@ def charge_round(cluster: Cluster, prices: Prices, number: int, now_s: float, pa
     replica["full"] = replica["batch_tokens"] <= 0
 
 
+@needs("pipeline")
 def charge_circulation(world: Record, replica: Record, prices: Prices, iterations: int, decoding: int) -> None:
     """Book the weights that decode iterations read, and the bytes of their collectives and activations."""
     size, parts = micro_batches(world, decoding)

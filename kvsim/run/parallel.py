@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from ctypes import c_bool
 from multiprocessing.sharedctypes import RawArray, RawValue
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 from kvsim.results.summary import Result
 from kvsim.run.executor import Processes
 from kvsim.run.jobs import Job, answer, run
-from kvsim.run.simulate import compile_loop
 
 _POLL_S = 0.1
 
@@ -81,11 +80,6 @@ def _simulate(job: Job, index: int, board: Board, show: Show | None = None) -> R
 
 
 def _simulate_beside(jobs: Sequence[Job], board: Board, show: Show) -> dict[int, Result]:
-    kept = True
-    with suppress(ValueError):  # one that cannot run says so itself, with its policy's name
-        kept = compile_loop(jobs[0].trace, jobs[0].setup)
-    if not kept:  # each process would compile for itself, which takes longer than most replays
-        return _simulate_in_turn(jobs, board, show)
     waiting = list(enumerate(jobs))
     tasks: dict[Future[Result], int] = {}
     results: dict[int, Result] = {}
@@ -103,18 +97,6 @@ def _simulate_beside(jobs: Sequence[Job], board: Board, show: Show) -> dict[int,
                 results[index] = answer(task, jobs[index].name)
             show(board.left)
     return dict(sorted(results.items()))
-
-
-def _simulate_in_turn(jobs: Sequence[Job], board: Board, show: Show) -> dict[int, Result]:
-    results: dict[int, Result] = {}
-    for index, job in enumerate(jobs):
-        if board.stop.value:
-            break
-        try:
-            results[index] = _simulate(job, index, board, show)
-        except ValueError as error:
-            raise ValueError(f"{job.name}: {error}") from None
-    return results
 
 
 class _Here:

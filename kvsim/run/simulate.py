@@ -50,17 +50,6 @@ def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None 
     return result if whole else replace(result, partial=True)
 
 
-def compile_loop(trace: Trace, setup: Setup) -> bool:
-    """Have the inner loop compiled, and say whether it is on disk, where processes beside each other find it."""
-    if setup.fidelity != "step":
-        return True
-    _Cluster(trace, setup)
-    from kvsim.engine import compiled
-    from kvsim.engine.kept_code import is_kept
-
-    return is_kept(compiled.play)
-
-
 class _Cluster:
     def __init__(self, trace: Trace, setup: Setup) -> None:
         self.trace, self.setup = trace, setup

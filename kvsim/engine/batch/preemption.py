@@ -3,6 +3,7 @@
 from kvsim.engine.batch.decoding import generated_tokens, leave, target_tokens, withdraw
 from kvsim.engine.batch.memory import DOWN, fits, fits_alone, hold, margin_bytes, release, set_need, swap, used
 from kvsim.engine.books.causes import preempted, prefix_ready
+from kvsim.engine.features import needs
 from kvsim.engine.requests.queues import take_out
 from kvsim.engine.requests.tenants import pick, put, queue_again
 from kvsim.engine.requests.tenants import used as used_by
@@ -72,6 +73,7 @@ def has_slot(cluster: Cluster, replica: Record) -> bool:
     return bool(replica["length"][DECODING] + replica["length"][PREFILLING] < cluster.world["max_num_seqs"])
 
 
+@needs("tenants", otherwise=False)
 def outranks(cluster: Cluster, number: int, index: int) -> bool:
     """Whether there are sequences that are to make way for a request where it finds no room."""
     if cluster.world["scheduler"] != PRIORITY:
@@ -93,6 +95,7 @@ def _bytes_below(cluster: Cluster, number: int, priority: int) -> int:
     return nbytes
 
 
+@needs("tenants", otherwise=False)
 def make_way(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     """Preempt strictly less urgent sequences until a request may run and its need fits; it stays the need.
 
@@ -176,6 +179,7 @@ def _evict_below(cluster: Cluster, number: int, priority: int, now_s: float) -> 
     return decoding != NOBODY or prefilling != NOBODY
 
 
+@needs("tenants")
 def take_chunks_below(cluster: Cluster, number: int, priority: int, tokens: int) -> None:
     """Take tokens of this iteration from less urgent prompts until so many are free, or as many as they have."""
     replica = cluster.replicas[number]

@@ -18,6 +18,7 @@ from kvsim.engine.batch.plans import DECODE, amounts, find
 from kvsim.engine.batch.preemption import has_slot, make_way, outranks, reject, take_chunks_below
 from kvsim.engine.books.causes import enter_batch, prefix_ready, returned
 from kvsim.engine.caches.prompts import admitted, look_up, refused
+from kvsim.engine.features import needs
 from kvsim.engine.handoff import hands_over, reserve
 from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.requests.queues import push_before
@@ -79,6 +80,7 @@ def admit(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
         _continue_further(cluster, replica, now_s)
 
 
+@needs("tenants")
 def _continue_further(cluster: Cluster, replica: Record, now_s: float) -> None:
     """Give prompts under way what newcomers have left of an iteration.
 

@@ -11,10 +11,12 @@ from kvsim.engine.caches.prefix_cache import accept, fetch, match, store
 from kvsim.engine.caches.reuse import shorten
 from kvsim.engine.caches.state import AWARE, PLACES, SLOW, Prefixes
 from kvsim.engine.caches.window import leave, wait
+from kvsim.engine.features import needs
 from kvsim.engine.inbound import delay
 from kvsim.engine.state.cluster import DDR, HBM, NOBODY, Cluster, Prices, Record
 
 
+@needs("caches")
 def arrived(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A request joins a replica's queue."""
     prefixes, chain = cluster.prefixes, cluster.prefixes.chains[index]
@@ -30,6 +32,7 @@ def arrived(cluster: Cluster, number: int, index: int, now_s: float) -> None:
         _fetch_ahead(cluster, tier, now_s)
 
 
+@needs("caches")
 def look_up(cluster: Cluster, prices: Prices, number: int, index: int, now_s: float) -> None:
     """Have the hit of a request whose turn it is up to date. May make detours."""
     hit, version = cluster.prefixes.hits[index], cluster.replicas[number]["cache_version"]
@@ -40,6 +43,7 @@ def look_up(cluster: Cluster, prices: Prices, number: int, index: int, now_s: fl
         hit["version"] = version
 
 
+@needs("caches")
 def admitted(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A request begins with what it has hit: that is used, and its slow blocks come up to DDR."""
     prefixes = cluster.prefixes
@@ -56,6 +60,7 @@ def admitted(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     _free_ahead(cluster, number, chain, now_s)
 
 
+@needs("caches")
 def refused(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A request leaves the queue and never begins."""
     if cluster.prefixes.shelf["order"] == AWARE:
@@ -63,6 +68,7 @@ def refused(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     _free_ahead(cluster, number, cluster.prefixes.chains[index], now_s)
 
 
+@needs("caches")
 def completed(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A prompt is done: keep its state."""
     prefixes, replica, part = cluster.prefixes, cluster.replicas[number], cluster.prefixes.chains[index]["part"]

@@ -10,6 +10,7 @@ from kvsim.engine.batch.decoding import leave
 from kvsim.engine.batch.memory import release
 from kvsim.engine.batch.runs import cut_run
 from kvsim.engine.caches.prompts import refused
+from kvsim.engine.features import needs
 from kvsim.engine.handoff import take_back
 from kvsim.engine.requests.queues import take_out
 from kvsim.engine.requests.tenants import pick
@@ -51,6 +52,7 @@ def departure_s(cluster: Cluster, index: int) -> float:
     return float(request["arrival_s"] + cluster.patience[request["patience"]]["timeout_s"])
 
 
+@needs("impatience", otherwise=NOBODY)
 def depart(cluster: Cluster, index: int, now_s: float) -> int:
     """Let a request leave its queue, and its batch when the iteration under way is over; its replica is returned."""
     request = cluster.requests[index]
@@ -71,6 +73,7 @@ def depart(cluster: Cluster, index: int, now_s: float) -> int:
     return int(number)
 
 
+@needs("impatience")
 def drop_departed(cluster: Cluster, number: int, now_s: float) -> None:
     """Take prompts whose requests have left out of the batch, and free their memory."""
     requests, replica = cluster.requests, cluster.replicas[number]

@@ -6,6 +6,7 @@ A router sees each replica as a candidate, looked at when the request arrives.
 from kvsim.engine.batch.estimate import prefill_s
 from kvsim.engine.caches.prefix_cache import fetch_s, match
 from kvsim.engine.caches.state import Prefixes
+from kvsim.engine.features import needs
 from kvsim.engine.state.cluster import (
     HBM,
     ITERATING,
@@ -24,6 +25,7 @@ BALANCE_REQUESTS, BALANCE_RATIO = 64, 1.5  # defaults of SGLang's cache-aware ro
 PICOSECONDS = 1e12  # in a second: sums of whole ones are exact, however requests come and go
 
 
+@needs("caches", otherwise=NOBODY)
 def route(cluster: Cluster, prices: Prices, index: int, now_s: float) -> int:
     """The replica of a request that arrives, of those that its tenant may go to. May make detours."""
     pin, candidates = cluster.pins[cluster.requests[index]["pin"]], cluster.prefixes.candidates

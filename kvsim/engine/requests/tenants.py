@@ -5,6 +5,7 @@ and a number; `fair` is the Virtual Token Counter of arXiv:2401.00588 (Algorithm
 replica: the service that a tenant has had, by its weight, raised when it comes back to the queue after an absence.
 """
 
+from kvsim.engine.features import needs
 from kvsim.engine.requests.queues import push_first, push_last, take_out
 from kvsim.engine.state.cluster import FAIR, HBM, NOBODY, PRIORITY, SWAPPED, WAITING, Cluster, Record
 
@@ -29,6 +30,7 @@ def _head(tenant: Record) -> int:
     return int(tenant["first"][SWAPPED] if tenant["length"][SWAPPED] else tenant["first"][WAITING])
 
 
+@needs("tenants", otherwise=False)
 def _precedes(cluster: Cluster, number: int, index: int, other: int, iterations: int) -> bool:
     one, two = cluster.requests[index], cluster.requests[other]
     scheduler, tenants = cluster.world["scheduler"], cluster.tenants[number]
@@ -77,6 +79,7 @@ def _queue(cluster: Cluster, number: int, index: int, first: bool, iterations: i
     put(cluster, number, index, WAITING, first)
 
 
+@needs("tenants")
 def _lift(cluster: Cluster, number: int, tenant: int, iterations: int) -> None:
     """A tenant comes back to the queue: its counter is at least the smallest there, or that of who left it last."""
     least, floor = NOBODY, 0.0

@@ -14,6 +14,7 @@ import math
 
 from kvsim.engine.batch.estimate import prefill_s
 from kvsim.engine.batch.memory import DOWN, UP, copy_s, fits, set_need, transfer_s, used
+from kvsim.engine.features import needs
 from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.requests.queues import push_before, push_last, take_out
 from kvsim.engine.state.cluster import (
@@ -34,6 +35,7 @@ from kvsim.engine.state.cluster import (
 )
 
 
+@needs("sessions")
 def end_turn(cluster: Cluster, index: int, now_s: float) -> None:
     """A request that is in no list has ended; its state, which is no longer held, amounts to VECTOR."""
     world, request = cluster.world, cluster.requests[index]
@@ -111,9 +113,12 @@ def make_fit(cluster: Cluster, number: int, margin_bytes: int) -> bool:
 
     False, with none evicted, where all of them would not do.
     """
+    return fits(cluster.world, cluster.replicas[number], margin_bytes) or _evict_to_fit(cluster, number, margin_bytes)
+
+
+@needs("sessions", otherwise=False)
+def _evict_to_fit(cluster: Cluster, number: int, margin_bytes: int) -> bool:
     world, replica = cluster.world, cluster.replicas[number]
-    if fits(world, replica, margin_bytes):
-        return True
     for tier in range(TIERS):
         kept_bytes = used(replica, tier) - evictable_bytes(cluster, number, tier)
         margin = margin_bytes if tier == HBM else 0
@@ -178,6 +183,7 @@ def give_up(cluster: Cluster, index: int) -> None:
         replica["held_bytes"][tier] -= request["held"][tier]
 
 
+@needs("sessions", otherwise=NOBODY)
 def state_of(cluster: Cluster, index: int) -> int:
     """The turn whose state a request could go on from, at any replica; nobody where there is none."""
     parent = cluster.requests[index]["parent"]
@@ -186,6 +192,7 @@ def state_of(cluster: Cluster, index: int) -> int:
     return NOBODY
 
 
+@needs("sessions", otherwise=NOBODY)
 def state_here(cluster: Cluster, number: int, index: int) -> int:
     """The same of a request that is to begin at this replica; what was preempted begins anew."""
     parent = state_of(cluster, index)
@@ -194,6 +201,7 @@ def state_here(cluster: Cluster, number: int, index: int) -> int:
     return NOBODY
 
 
+@needs("sessions")
 def add_state(cluster: Cluster, sign: int) -> None:
     """Count what the spared state holds among the need, or no more: its session's next turn takes it over."""
     spared, world = cluster.world["spared"], cluster.world
@@ -202,6 +210,7 @@ def add_state(cluster: Cluster, sign: int) -> None:
             world["need_bytes"][tier] += sign * cluster.requests[spared]["held"][tier]
 
 
+@needs("sessions", otherwise=0.0)
 def resume(cluster: Cluster, index: int, parent: int, now_s: float) -> float:
     """Let a request that has been admitted go on from a state; when all of that is in HBM."""
     world, request, state = cluster.world, cluster.requests[index], cluster.requests[parent]

@@ -80,3 +80,4 @@ class Cluster(NamedTuple):
     aways: Records
     plans: Plans
     prefixes: Prefixes
+    features: tuple[str, ...]  # that there are (`kvsim.engine.features`)

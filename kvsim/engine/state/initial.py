@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from kvsim.engine.caches.tiers import PrefixTiers
+from kvsim.engine.features import FEATURES
 from kvsim.engine.sessions.turns import find_turns
 from kvsim.engine.state.cluster import (
     IDLE,
@@ -55,7 +56,22 @@ def initial_cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTi
         aways=np.zeros(4 * setup.max_num_seqs, dtype=AWAY),
         plans=plan_arrays([], {}, world),
         prefixes=prefixes.arrays,
+        features=_features(trace, setup, prefixes),
     )
+
+
+def _features(trace: Trace, setup: Setup, prefixes: PrefixTiers) -> tuple[str, ...]:
+    """What this simulation has of `kvsim.engine.features`."""
+    terms = terms_of(setup.tenants, trace.tenants)
+    has = {
+        "caches": prefixes.on,
+        "handoff": setup.prefill_gpus > 0,
+        "impatience": setup.timeout_s is not None or any(one.timeout_s is not None for one in terms),
+        "pipeline": setup.pp > 1,
+        "sessions": setup.session_kv != "recompute",
+        "tenants": setup.scheduler != "fcfs" or any(one.quota < 1 for one in terms),
+    }
+    return tuple(feature for feature in FEATURES if has[feature])
 
 
 def _requests(trace: Trace, setup: Setup) -> Records:

@@ -1,7 +1,5 @@
 """The layouts of the records that the state of a simulation is made of, field by field."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,11 +200,6 @@ GAP = np.dtype(
     _floats("first_s", "slope_s") + _ints("steps", "tokens") + [(name, np.int32) for name in ("replica", "whose")]
 )
 
-# Compiled code is kept for the types of its arguments as long as the file of the compiled function is unchanged. A type
-# that names a digest of this package makes a change to any of its files count.
-_KVSIM = Path(__file__).parents[2]
-_COMPILED = [path for part in ("engine", "hardware", "iteration") for path in sorted((_KVSIM / part).rglob("*.py"))]
-_SOURCES = hashlib.sha256(b"".join(path.read_bytes() for path in _COMPILED))
 WORLD = np.dtype(
     _ints(
         "max_num_seqs",
@@ -264,6 +257,5 @@ WORLD = np.dtype(
         ("stage_s", np.float64, (MOST_STAGES,)),  # when stages are free, and micro-batches out, of the iteration priced
         ("exit_s", np.float64, (MOST_STAGES,)),
         ("sharing", np.float64, (2, len(LANES))),  # scratch: of one stage of a pipeline
-        (f"sources_{_SOURCES.hexdigest()[:16]}", np.int8),
     ]
 )
