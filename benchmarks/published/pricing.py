@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from kvsim.hardware.machine import Machine
 from kvsim.iteration.clock import Clock, Load
-from kvsim.plans.derive import AMOUNTS, TIERS, PlanTable, Structure, Vector
+from kvsim.iteration.timeline import operation_names
+from kvsim.plans.derive import TIERS, PlanTable, Structure, Vector
 from policies import ModelShape, parse_policy
 from policies.plan import Tier
 
@@ -31,11 +32,11 @@ class Priced:
     def decode_ops_s(self, prompt_tokens: int, batch: int = 1) -> dict[str, float]:
         """Seconds of each operation of the last layer's decode plan, alone on its lane."""
         segment = self.table.decode(prompt_tokens, 1)
-        return _ops_s(segment.piece.structure, segment.start * batch)
+        return self._ops_s(segment.piece.structure, segment.start * batch)
 
     def prefill_ops_s(self, prompt_tokens: int) -> dict[str, float]:
         """Seconds of each operation of the last layer's prefill plan, alone on its lane."""
-        return _ops_s(*self.table.prefill(prompt_tokens, 0, prompt_tokens))
+        return self._ops_s(*self.table.prefill(prompt_tokens, 0, prompt_tokens))
 
     def stored_bytes(self, prompt_tokens: int, generated_tokens: int = 1) -> dict[Tier, int]:
         """Bytes that one decoding sequence keeps in each tier."""
@@ -50,14 +51,10 @@ class Priced:
     def _iteration_s(self, structure: Structure, amounts: Vector, tokens: int, logits: int) -> float:
         return self.clock.iteration([Load(structure, amounts)], tokens=tokens, logits=logits)[0]
 
-
-def _ops_s(structure: Structure, amounts: Vector) -> dict[str, float]:
-    columns = amounts[: -len(TIERS)].reshape(-1, AMOUNTS).tolist()
-    last = structure.group_of[-1]
-    first = sum(len(group) for group in structure.groups[:last])
-    seconds: dict[str, float] = {}
-    for op, (work, contiguous_bytes, scattered_bytes) in zip(structure.groups[last], columns[first:], strict=False):
-        cost = op.cost
-        moved_s = contiguous_bytes * cost.streamed_s + scattered_bytes * cost.scattered_s
-        seconds[op.name] = cost.fixed_s + max(work * cost.work_s, moved_s)
-    return seconds
+    def _ops_s(self, structure: Structure, amounts: Vector) -> dict[str, float]:
+        work = self.clock.work([Load(structure, amounts)], tokens=1)
+        names = operation_names(self.clock, [structure])
+        last = structure.group_of[-1]
+        first = len(names) - len(structure.ops) + sum(len(group) for group in structure.groups[:last])
+        own = slice(first, first + len(structure.groups[last]))
+        return dict(zip(names[own], work.seconds[own], strict=True))
