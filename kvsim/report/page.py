@@ -36,6 +36,7 @@ class Cell(NamedTuple):
     exact: str | None = None
     best: bool = False
     css_border: str = ""
+    about: str = ""  # shown when a pointer rests on it
 
 
 class Table(NamedTuple):
@@ -56,9 +57,9 @@ def text_cell(text: str) -> Cell:
     return Cell("text", text)
 
 
-def name_cell(text: str, css_border: str = "") -> Cell:
-    """The name of a row."""
-    return Cell("name", text, css_border=css_border)
+def name_cell(text: str, css_border: str = "", about: str = "") -> Cell:
+    """The name of a row, and what it is about."""
+    return Cell("name", text, css_border=css_border, about=about)
 
 
 def table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[Cell]], texts: Collection[str] = ()) -> Table:

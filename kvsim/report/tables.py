@@ -8,6 +8,7 @@ from kvsim.report.page import MISSING, Cell, Table, name_cell, number_cell, tabl
 from kvsim.report.runs import Run, format_rate
 from kvsim.results.causes import CAUSES
 from kvsim.results.intervals import CONFIDENCE
+from kvsim.scenario.scenario_file import OPTIONS
 from kvsim.text.units import format_bytes, format_count, format_s
 
 _TENANTS_SHOWN = 50  # of each run
@@ -195,9 +196,11 @@ def inputs(runs: Sequence[Run]) -> list[Table]:
     given = [dict(_flat(run.summary["inputs"])) for run in runs]
     keys = list(dict.fromkeys(key for values in given for key in values))
     same = [key for key in keys if all(values.get(key) == given[0].get(key) for values in given)]
-    shared = [[name_cell(key), text_cell(given[0][key])] for key in same]
+    shared = [[_input_cell(key), text_cell(given[0][key])] for key in same]
     differing = [
-        [name_cell(key), *(text_cell(values.get(key, MISSING)) for values in given)] for key in keys if key not in same
+        [_input_cell(key), *(text_cell(values.get(key, MISSING)) for values in given)]
+        for key in keys
+        if key not in same
     ]
     caption = "Inputs that all runs share." if differing else "Inputs."
     tables = [table(caption, ["input", "value"], shared, ["value"])]
@@ -205,6 +208,14 @@ def inputs(runs: Sequence[Run]) -> list[Table]:
         labels = [run.label for run in runs]
         tables.append(table("Inputs that differ.", ["input", *labels], differing, labels))
     return tables
+
+
+_ABOUT = {one.recorded or one.name: f"{one.flag}: {one.help}" for one in OPTIONS}
+
+
+def _input_cell(key: str) -> Cell:
+    """The name of an input, with the flag that gives it and what that does."""
+    return name_cell(key, about=_ABOUT.get(key.partition(".")[0], ""))
 
 
 def _cells(column: Column, runs: Sequence[Run]) -> list[Cell]:

@@ -183,6 +183,15 @@ def test_tenants_have_a_table_when_there_are_several(make_result: Make) -> None:
     assert len(report([many]).table("The 50 tenants with most requests of 120.")) == 50
 
 
+def test_an_input_says_which_flag_gives_it(make_result: Make) -> None:
+    inputs = {"policy": "full", "gpus": 4, "warmup_s": 0.0, "tenants": {"a": {"weight": 2}}, "trace_sha256": "x"}
+    page = report_html([make_result(inputs=inputs)])
+    assert '<th scope="row" title="--gpus: All GPUs; the replicas are gpus / (tp x pp).">gpus</th>' in page
+    assert '<th scope="row" title="--warmup: Leave requests that arrive earlier out of the latencies.">' in page
+    assert re.search(r'title="--tenant: A tenant&#39;s weight[^"<>]*">tenants.a.weight</th>', page)
+    assert '<th scope="row">trace_sha256</th>' in page
+
+
 def test_inputs_that_differ_stand_side_by_side(compared: list[Result]) -> None:
     page = report(compared)
     shared = {row["input"]: row["value"] for row in page.table("Inputs that all runs share.")}
