@@ -164,8 +164,11 @@ OPTIONS = sorted([*options_of(Scenario), *options_of(Setup)], key=lambda one: GR
 
 def _field(one: Option) -> tuple[Any, Any]:
     """Type and default of an option's key, as pydantic takes them."""
-    reads = one.kind.reads | None if one.default is None else one.kind.reads
-    return reads, Field(... if one.default is MISSING else one.default, description=one.help)
+    reads = one.kind.reads
+    if one.least is not None:  # for the schema alone: a `Setup` says it in its own words
+        reads = Annotated[reads, Field(json_schema_extra={"minimum": one.least})]
+    default = ... if one.default is MISSING else one.default
+    return reads if one.default is not None else reads | None, Field(default, description=one.help)
 
 
 _KEYS: dict[str, Any] = {one.key: _field(one) for one in OPTIONS}

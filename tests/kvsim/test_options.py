@@ -139,6 +139,8 @@ def test_the_schema_takes_each_value_and_its_default(one: Option) -> None:
     [
         {"gpuz": 1},
         {"gpus": 1.5},
+        {"gpus": 0},
+        {"max_num_batched_tokens": 0},
         {"gpus": 10**9},
         {"seed": -1},
         {"policy": []},
