@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from traces import agentic, servegen, sglang_log, vllm_log
+from traces import sglang_log, vllm_log
 from traces.archive import members
 from traces.formats import load_table, read_options
 from traces.log_text import is_log, log_lines
@@ -108,6 +108,8 @@ def load(
         filter(None, (options, *(f"{key}={value}" for key, value in stated.items() if value is not None)))
     )
     if path.suffix == ".npz":
+        from traces import agentic
+
         sessions = agentic.Sessions.read(path)
         return agentic.to_trace(sessions, read_options(agentic.Options, options), name=name, seed=seed, limit=limit)
     if path.name.endswith(ARCHIVES):
@@ -136,6 +138,8 @@ def _resolve(text: str) -> tuple[Path, str, str]:
 
 
 def _load_archive(path: Path, name: str, options: str, *, seed: int, limit: int | None) -> Trace:
+    from traces import agentic, servegen
+
     first, _ = next(members(path), ("", ""))
     if servegen.MEMBER.search(first):
         chosen = read_options(servegen.Options, options)

@@ -54,7 +54,6 @@ def replay(
     """Replay a trace of requests on a simulated cluster."""
     from kvsim.cli.process import finishing
     from kvsim.cli.simulate_output import print_comparison, print_run, progress_bars
-    from kvsim.report.written import write_held
     from kvsim.results.repeats import gather
     from kvsim.run.jobs import Job
     from kvsim.run.parallel import simulate_all
@@ -90,6 +89,8 @@ def replay(
         late: list[int] = []
         try:
             if folder is not None:
+                from kvsim.report.written import write_held
+
                 with finishing() as late:
                     write_held(results, folder, missing=missing, slo=asked.slo_s, warmup_s=asked.warmup)
         finally:  # what took so long to find is shown, whether or not it could be written
