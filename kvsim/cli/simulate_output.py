@@ -61,6 +61,8 @@ def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, 
         _print_tenants(run.summary)
     for note in inputs["trace_notes"]:
         print_line(f"note: {note}")
+    for warning in run.summary["warnings"]:
+        print_line(f"warning: {warning}")
 
 
 def _print_uncertainty(run: "Run") -> None:
@@ -118,6 +120,9 @@ def print_comparison(
     for run in runs:
         if run.summary["uncertainty"]:
             _print_uncertainty(run)
+    for run in runs:
+        for warning in run.summary["warnings"]:
+            print_line(f"warning: {run.label}: {warning}")
 
 
 def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:

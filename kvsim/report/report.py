@@ -38,6 +38,9 @@ def report_html(
         "facts": {name: _named(runs, name.lower()) for name in _FACTS},
         "interrupted": _interrupted(runs, missing),
         "finding": _finding(runs),
+        "warnings": [
+            f"{run.label}: {text}" if len(runs) > 1 else text for run in runs for text in run.summary["warnings"]
+        ],
         "runs": [(run.label, run.style.css_border) for run in runs],
         "compared": tables.comparison(runs),
         "busy": tables.busy(runs),

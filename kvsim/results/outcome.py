@@ -23,6 +23,7 @@ from kvsim.results.fairness import Tenancy
 from kvsim.results.identity import digest
 from kvsim.results.summary import Array, Result
 from kvsim.results.token_gaps import TenantGaps, expanded
+from kvsim.results.truth import limits_of
 from kvsim.scenario.setup import Setup
 from kvsim.scenario.tenants import terms_of
 from kvsim.version import __version__
@@ -109,6 +110,7 @@ class Outcome:
                 "tokens": int(replicas["anew_tokens"].sum()),
             },
             busy=self._busy(makespan_s),
+            limits=limits_of(self.setup),
             makespan_s=makespan_s,
             wall_s=wall_s,
             cpu_s=cpu_s,

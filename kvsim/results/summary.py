@@ -12,6 +12,7 @@ from kvsim.results.causes import attribution, bottleneck
 from kvsim.results.fairness import Tenancy, fairness
 from kvsim.results.identity import identity
 from kvsim.results.token_gaps import TenantGaps
+from kvsim.results.truth import Limits, warnings_of
 from kvsim.results.uncertainty import over_blocks, over_seeds
 from kvsim.scenario.choices import LATENCIES
 from kvsim.text.names import unknown_name
@@ -62,6 +63,7 @@ class Result:
     # Where tokens are guessed: how many a decode step emits in the mean and emitted, steps of sequences, the draft's
     # bytes of weights and of KV for each token, all ranks together.
     speculation: dict[str, float] | None = None
+    limits: Limits | None = None  # of the datasheets, which nothing may exceed; None: not known
     # The same run on traces of other seeds; () where the trace is recorded, None where nobody asked.
     repeats: "tuple[Result, ...] | None" = None
     partial: bool = False  # interrupted: some requests were not replayed to their end
@@ -158,6 +160,7 @@ def summarize(result: Result, slo: Mapping[str, float] | None = None, warmup_s: 
         "session_kv": plain(result.session_kv),
         "busy": plain(result.busy),
         "bottleneck": bottleneck(everything["attribution"]["e2e"]["mean_s"]),
+        "warnings": _warnings(result),
         **({} if result.speculation is None else {"speculation": plain(result.speculation)}),
         "uncertainty": _uncertainty(result, outcome, slo, warmup_s),
         "wall_s": float(result.wall_s),
@@ -178,6 +181,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _warnings(result: Result) -> list[str]:
+    return warnings_of(
+        inputs=result.inputs,
+        requests=result.requests,
+        gaps=result.token_gaps,
+        links=result.links,
+        busy=result.busy,
+        makespan_s=result.makespan_s,
+        limits=result.limits,
+    )
 
 
 def _preemptions(result: Result) -> dict[str, int]:
