@@ -197,6 +197,7 @@ def test_the_keys_are_the_contract(make_result: Make) -> None:
         "busy",
         "bottleneck",
         "uncertainty",
+        "warnings",
     ]
     clocks = ["wall_s", "cpu_s", "setup_cpu_s"]
     summary = summarize(make_result(tenants=("x", "y")))
