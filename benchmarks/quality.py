@@ -53,6 +53,8 @@ WAYS = {  # what each row of the table is called, and its policy for a context o
     "quest 1/16": "quest:budget_tokens={n_16}",
     "quest 1/8": "quest:budget_tokens={n_8}",
     "quest 1/4": "quest:budget_tokens={n_4}",
+    "quest 1/8, each query head": "quest:budget_tokens={n_8},per=query_head",
+    "quest 2/11": "quest:budget_tokens={two_n_11}",
     "infllm 1/8": "infllm:window_tokens={n_16},top_k={n_2048},cache_blocks={n_1024}",
     "squeezed-attention keep=0.05": "squeezed-attention:keep=0.05",
     "squeezed-attention keep=0.1": "squeezed-attention:keep=0.1",
@@ -64,8 +66,9 @@ WAYS = {  # what each row of the table is called, and its policy for a context o
     "shadowkv 1/8": "shadowkv:budget_tokens={n_8},rank=40,outlier_chunks={o_8}",
     "shadowkv 1/4": "shadowkv:budget_tokens={n_4},rank=40,outlier_chunks={o_4}",
     "retrieval-attention flat, top 100": "retrieval-attention:index=flat",
-    "retrieval-attention graph, 3 % scanned": "retrieval-attention:scanned=0.03",
-    "retrieval-attention graph, 10 % scanned": "retrieval-attention:scanned=0.1",
+    "retrieval-attention graph": "retrieval-attention",
+    "retrieval-attention graph, 3 % scanned": "retrieval-attention:scanned=0.03,scan_factor=1",
+    "retrieval-attention graph, 10 % scanned": "retrieval-attention:scanned=0.1,scan_factor=1",
 }
 
 
@@ -73,7 +76,7 @@ def policy_text(way: str, tokens: int) -> str:
     """A row's policy for a context of `tokens`."""
     shares = {f"n_{k}": tokens // k for k in (4, 8, 10, 16, 64, 1024, 2048)}
     outliers = {f"o_{k}": tokens // k * 24 // 1024 for k in (4, 8, 16, 64)}
-    return WAYS[way].format(**shares, **outliers)
+    return WAYS[way].format(**shares, **outliers, two_n_11=2 * tokens // 11 // 16 * 16)
 
 
 def groups(tasks: Sequence[str], lengths: Sequence[int], most: int) -> Iterable[list[Example]]:
@@ -85,8 +88,10 @@ def groups(tasks: Sequence[str], lengths: Sequence[int], most: int) -> Iterable[
     return (group[:most] for group in found.values())
 
 
-def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tuple[list[bool], dict[str, float]]:
-    """Which examples a policy answers, and the bytes of one sequence: kept per tier, moved for each generated token."""
+def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tuple[list[bool], dict[str, Any]]:
+    """Which examples a policy answers, and the bytes of one sequence: kept per tier, moved for each generated token;
+    and what the policy's data decided, as shares.
+    """
     device, tokens = model.device, max(len(e.prompt) for e in examples)
     ids = torch.zeros(len(examples), tokens, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -113,7 +118,7 @@ def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tu
         fed = kv.counts.steps[:, [COLUMNS.index(name) for name in ("sequence", "prompt_tokens", "past_tokens")]]
         decoded = max(1, len({(sequence, past) for sequence, prompt, past in fed.tolist() if past >= prompt}))
         moved = sum(n for (src, dst), n in kv.moved_bytes.items() if {src, dst} == {Tier.HBM, Tier.DDR})
-        held = kv.footprint_bytes
+        held, shares = kv.footprint_bytes, kv.counts.shares()
     produced = out[:, tokens:].cpu().numpy()
     right = [example.correct(row) for example, row in zip(examples, produced, strict=True)]
     figures = {
@@ -121,6 +126,7 @@ def answers(model: Any, text: str, examples: Sequence[Example], mode: str) -> tu
         "ddr_bytes": held[Tier.DDR] / len(examples),
         # Offloading the prompt is part of it: what a user's bus carries, spread over the tokens decoded.
         "moved_bytes_per_token": moved / decoded,
+        "counts": shares,
     }
     return right, figures
 

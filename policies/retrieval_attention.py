@@ -16,9 +16,10 @@ class RetrievalAttention(Policy):
     head and attends to them; only queries and partial outputs cross PCIe.
 
     `index="graph"` is the paper's query-aware graph, built from the prompt's own queries: `degree` links of each key,
-    in one graph for each KV head; a search computes the distance to `scanned` of the keys. `"ivf"` scans `probe_share`
-    of its lists, `"flat"` everything. `scan_per="query_head"` scans lists once for each query head, `"kv_head"` once
-    for a group in one matrix product.
+    in one graph for each KV head; a search computes the distance to `scanned` of the keys, and to no fewer than
+    `scan_factor` for each that it returns: 2 % of a short prompt are hardly more than `top_k` (1: the paper's own
+    form). `"ivf"` scans `probe_share` of its lists, `"flat"` everything. `scan_per="query_head"` scans lists once for
+    each query head, `"kv_head"` once for a group in one matrix product.
     """
 
     name: ClassVar[str] = "retrieval-attention"
@@ -30,13 +31,14 @@ class RetrievalAttention(Policy):
     top_k: int = 100
     index: str = "graph"
     scanned: float = 0.02
+    scan_factor: int = 10
     degree: int = 16
     lists: int = 512
     probe_share: float = 0.3
     scan_per: str = "kv_head"
 
     def __post_init__(self) -> None:
-        at_least(self, sink_tokens=0, window_tokens=1, top_k=1, degree=2, lists=1)
+        at_least(self, sink_tokens=0, window_tokens=1, top_k=1, scan_factor=1, degree=2, lists=1)
         share_of(self, "scanned", "probe_share")
         one_of(self, "index", "graph", "ivf", "flat")
         one_of(self, "scan_per", "query_head", "kv_head")
@@ -168,14 +170,15 @@ class RetrievalAttention(Policy):
         if step.prefilling or self.index != "graph":
             return ()
         shape = model.layers[layer]
-        keys, source = self.indexed(step.prompt_tokens), "RetrievalAttention section 4: 1 to 3 % of keys"
+        keys = self.indexed(step.prompt_tokens)
+        source = "RetrievalAttention section 4: 1 to 3 % of keys; at least scan_factor for each key returned"
         return (
             Count(
                 name="visited",
                 heads=shape.kv_heads,
                 minimum=shape.group * self.top_k,
                 maximum=shape.group * keys,
-                share=self.scanned,
+                share=max(self.scanned, min(1.0, self.scan_factor * self.top_k / keys)),
                 spread=0.005,
                 source=source,
             ),
@@ -184,13 +187,15 @@ class RetrievalAttention(Policy):
     def _near(self, step: Step) -> int:
         return self.sink_tokens + self.window_tokens + step.generated_tokens
 
+    def _scanned(self, keys: int) -> int:
+        """How many of a KV head's keys the search of a graph scans for each query head."""
+        return max(part_of(keys, self.scanned), min(keys, self.scan_factor * self.top_k))
+
     def _index(self, shape: LayerShape, step: Step) -> Index:
         keys = self.indexed(step.prompt_tokens)
         if self.index == "graph":
-            visited = max(self.top_k, part_of(keys, self.scanned))
-            return Graph(
-                shape, keys, self.degree, followed=-(-visited // self.degree)
-            )  # each leads to `degree` at most
+            # Each key leads to `degree` at most.
+            return Graph(shape, keys, self.degree, followed=-(-self._scanned(keys) // self.degree))
         scans = shape.group if self.scan_per == "query_head" else 1
         if self.index == "ivf":
             return Ivf(shape, keys, scans, self.lists, self.probe_share)

@@ -25,6 +25,7 @@ class GraphParameters:
 
     degree: int = 16  # links of a key
     scanned: float = 0.02  # share of the keys that a search scans at most; entry points count
+    scan_factor: int = 1  # keys that it may scan in any case for each that it is to find
     stop_gain: float = 0.0  # a head stops when 64 keys add less than this share to the attention mass met; 0: never
     train_queries: int = 8192  # of the prompt, evenly spaced, for each KV head
     nearest: int = 32  # keys that each of them finds
@@ -34,7 +35,7 @@ class GraphParameters:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("degree", "train_queries", "nearest", "candidates", "alike", "entries"):
+        for name in ("degree", "scan_factor", "train_queries", "nearest", "candidates", "alike", "entries"):
             if getattr(self, name) < (least := 2 if name == "degree" else 1):
                 raise ValueError(f"{name}={getattr(self, name)} is below {least}")
         if not 0 < self.scanned <= 1:
@@ -80,7 +81,8 @@ class Graph:
         from runtime.index.descent import best_first  # the compiler takes a while to load
 
         query = grouped(q, self.keys, top_k).reshape(q.shape).contiguous()
-        allowance = max(top_k, math.ceil(self.parameters.scanned * self.keys.shape[1]))
+        share = math.ceil(self.parameters.scanned * self.keys.shape[1])
+        allowance = max(share, self.parameters.scan_factor * top_k)
         ids = np.full((len(q), top_k), -1, np.int64)
         scores = np.full((len(q), top_k), -np.inf, np.float32)
         scanned = np.zeros(len(q), np.int64)

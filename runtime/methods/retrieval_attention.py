@@ -105,7 +105,11 @@ class _Far:
     def __init__(self, policy: RetrievalAttention) -> None:
         self.policy, self.top_k = policy, policy.top_k
         self.graph = GraphParameters(
-            degree=policy.degree, scanned=policy.scanned, train_queries=TRAIN_QUERIES, entries=ENTRIES
+            degree=policy.degree,
+            scanned=policy.scanned,
+            scan_factor=policy.scan_factor,
+            train_queries=TRAIN_QUERIES,
+            entries=ENTRIES,
         )
 
     def build_lists(self, call: Call) -> None:

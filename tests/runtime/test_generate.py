@@ -156,7 +156,7 @@ def test_shadowkv_at_full_rank_that_selects_everything(model):
         ),
         *(
             f"retrieval-attention:sink_tokens=2,window_tokens=8,top_k=5,{index}"
-            for index in ("index=flat", "index=ivf,lists=9", "scanned=0.4")
+            for index in ("index=flat", "index=ivf,lists=9", "scanned=0.4,scan_factor=1")
         ),
     ],
 )

@@ -33,7 +33,7 @@ SELECTIVE = [
     "squeezed-attention:budget_tokens=64,tier=ddr",
     *(
         f"retrieval-attention:sink_tokens=16,window_tokens=84,top_k=32,{index}"
-        for index in ("index=flat", "index=ivf,lists=24", "scanned=0.2")
+        for index in ("index=flat", "index=ivf,lists=24", "scanned=0.2,scan_factor=1")
     ),
 ]
 

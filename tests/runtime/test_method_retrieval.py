@@ -23,7 +23,9 @@ POLICY = {
     "ivf": RetrievalAttention(
         sink_tokens=SINKS, window_tokens=WINDOW, top_k=TOP_K, index="ivf", lists=10, probe_share=0.3
     ),
-    "graph": RetrievalAttention(sink_tokens=SINKS, window_tokens=WINDOW, top_k=TOP_K, degree=4, scanned=0.3),
+    "graph": RetrievalAttention(
+        sink_tokens=SINKS, window_tokens=WINDOW, top_k=TOP_K, degree=4, scanned=0.3, scan_factor=1
+    ),
 }
 EVERYTHING = {
     "flat": POLICY["flat"],
