@@ -233,7 +233,7 @@ def model():
 IDS = torch.randint(3, 101, (2, 79), generator=torch.Generator().manual_seed(8))
 TEXTS = [
     f"retrieval-attention:sink_tokens=4,window_tokens=16,top_k=8,{index}"
-    for index in ("index=flat", "index=ivf,lists=8", "degree=4,scanned=0.3")
+    for index in ("index=flat", "index=ivf,lists=8", "degree=4,scanned=0.3,scan_factor=1")
 ]
 
 
