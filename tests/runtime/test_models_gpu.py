@@ -1,6 +1,5 @@
 """On a GPU a model shows what it shows on a CPU, and a saved cache goes on as the one that was saved."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -58,15 +57,12 @@ def test_a_saved_cache_goes_on_as_the_original_does(tiny_llama: Path, tmp_path: 
         expected = go_on(model, cache, ids)
     with offload(model, parse_policy(policy), max_new_tokens=TURN + NEW) as kv:
         loaded = kv.load(path)
-        where: Counter[str] = Counter()
         for index, kept in enumerate(before):
             restored = loaded.arena.kept(index)
             assert restored.keys() == kept.keys()
             for name, tensor in kept.items():
                 assert torch.equal(restored[name], tensor)
                 assert restored[name].device == tensor.device
-                where[restored[name].device.type] += 1
-        assert where["cuda"] > 0
         assert torch.equal(go_on(model, loaded, ids), expected)
         assert kv.counts.steps[:, -1].max() <= TURN
 
