@@ -64,8 +64,8 @@ WAYS = {  # what each row is called, and its policy for a context of n tokens: n
     "shadowkv 1/4": "shadowkv:budget_tokens={n_4}",
     "shadowkv 1/8, no sinks, no outliers": "shadowkv:budget_tokens={n_8},sink_tokens=0,outlier_chunks=0",
     "retrieval-attention flat, top 100": "retrieval-attention:index=flat",
-    "retrieval-attention graph, 2 % scanned": "retrieval-attention:scan_factor=1",
-    "retrieval-attention graph, 5 for each found": "retrieval-attention:scan_factor=5",
+    "retrieval-attention graph": "retrieval-attention",
+    "retrieval-attention graph, only 2 % scanned": "retrieval-attention:scan_factor=1",
     "retrieval-attention graph, 10 for each found": "retrieval-attention:scan_factor=10",
     "retrieval-attention graph, 20 for each found": "retrieval-attention:scan_factor=20",
 }
@@ -162,7 +162,7 @@ def main() -> None:
         full = full_logits(model, asked)
         ways = [way for way in WAYS if any(way.startswith(name) for name in arguments.ways)]
         with graphs_built_once():
-            for row in (row_of(way, context, model, asked, full) for way in ways):
+            for row in ({**row_of(way, context, model, asked, full), "commit": report["commit"]} for way in ways):
                 rows = [old for old in rows if _cell(old) != _cell(row)] + [row]
                 rows.sort(key=lambda r: (list(WAYS).index(r["way"]), r["context_tokens"]))
                 arguments.out.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")

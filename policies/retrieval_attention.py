@@ -31,7 +31,7 @@ class RetrievalAttention(Policy):
     top_k: int = 100
     index: str = "graph"
     scanned: float = 0.02
-    scan_factor: int = 10
+    scan_factor: int = 5
     degree: int = 16
     lists: int = 512
     probe_share: float = 0.3

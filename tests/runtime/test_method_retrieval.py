@@ -212,6 +212,21 @@ def test_visits_are_what_the_index_scanned(scanned):
         assert (alone.ids + SINKS).tolist() == [found(one, call, 0, head) for head in range(8)]
 
 
+@pytest.mark.parametrize("scan_factor", [1, 3, 100])
+def test_a_search_scans_so_many_keys_for_each_it_returns_where_the_share_is_small(scan_factor):
+    """0.1 of 51 keys are 6, fewer than the 7 that a search returns; the plan's count has the same bounds."""
+    policy = replace(POLICY["graph"], scanned=0.1, scan_factor=scan_factor)
+    one = layer(policy, 8, 2, 3, seed=8)
+    one.prefill()
+    keys = PROMPT - SINKS - WINDOW
+    expected = min(keys, scan_factor * TOP_K)
+    for past, call in one.decode():
+        assert call.counts["visited"].tolist() == [[4 * expected, 4 * expected]]
+        (count,) = policy.counts(one.shape, Step(prompt_tokens=PROMPT, past_tokens=past, new_tokens=1), 0)
+        assert count.share * count.maximum == pytest.approx(4 * expected)
+        assert count.minimum <= 4 * expected <= count.maximum
+
+
 def test_the_plan_and_the_graph_have_the_same_sizes():
     parameters = GraphParameters()
     assert parameters.entries == ENTRIES
