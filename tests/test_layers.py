@@ -100,7 +100,7 @@ def test_no_modules_import_each_other_in_a_circle(graph: Graph) -> None:
 
 def test_a_scenario_knows_nothing_of_who_plays_it(graph: Graph) -> None:
     below = {room(other) for name, imported in graph.items() if room_is(name, "scenario") for other in imported}
-    assert below == {"scenario", "text", "hardware", "models"}
+    assert below <= {"scenario", "text", "hardware", "models"}
 
 
 def room_is(module: str, name: str) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from kvsim.scenario.kinds import Kind
+from kvsim.text.names import unknown_name
 
 TRACE, MODEL, CLUSTER, ENGINE, SESSIONS, CACHE, TENANTS, GUESSING, RESULTS = GROUPS = (
     "Trace",
@@ -75,9 +76,19 @@ def option(
     return field(default=default, metadata={"option": stated})
 
 
-def options_of(kept: type) -> list[Option]:
+def options_of(kept: type) -> tuple[Option, ...]:
     """The options that a dataclass keeps the values of, in its order."""
-    return [_option(one) for one in fields(kept) if "option" in one.metadata]
+    return tuple(_option(one) for one in fields(kept) if "option" in one.metadata)
+
+
+def check_options(keeper: object) -> None:
+    """Raise ValueError for a value below its option's least, and for one that is none of its choices."""
+    for one in options_of(type(keeper)):
+        value = getattr(keeper, one.name)
+        if one.least is not None and value is not None and value < one.least:
+            raise ValueError(f"{one.name}={value} must be at least {one.least}")
+        if one.kind.choices and value not in one.kind.choices:
+            raise unknown_name(one.name, value, one.kind.choices)
 
 
 def _option(kept: "Field[Any]") -> Option:

@@ -7,12 +7,22 @@ from kvsim.hardware.catalogue import Gpu, Host
 from kvsim.hardware.machine import Machine
 from kvsim.scenario import choices, kinds
 from kvsim.scenario.finite import first_nan
-from kvsim.scenario.options import CACHE, CLUSTER, ENGINE, MODEL, RESULTS, SESSIONS, TENANTS, option, options_of
+from kvsim.scenario.options import (
+    CACHE,
+    CLUSTER,
+    ENGINE,
+    MODEL,
+    RESULTS,
+    SESSIONS,
+    TENANTS,
+    check_options,
+    option,
+    options_of,
+)
 from kvsim.scenario.quotas import Quota, read_quota
 from kvsim.scenario.speculation import Speculation
 from kvsim.scenario.stages import Stages, fitting_bytes, held_shares, stages_of
 from kvsim.scenario.tenants import Tenant, check_classes, check_pins, check_timeout
-from kvsim.text.names import unknown_name
 from kvsim.text.units import format_bytes
 from policies import ModelShape, Policy
 from policies.plan import Tier
@@ -114,12 +124,7 @@ class Setup:
         nan = first_nan(self)
         if nan is not None:
             raise ValueError(f"{nan}=nan is no number, and neither would be what is computed from it; state one")
-        for one in options_of(Setup):
-            value = getattr(self, one.name)
-            if one.least is not None and value < one.least:
-                raise ValueError(f"{one.name}={value} must be at least {one.least}")
-            if one.kind.choices and value not in one.kind.choices:
-                raise unknown_name(one.name, value, one.kind.choices)
+        check_options(self)
         for name, size_bytes in self.prefix_cache_bytes.items():
             if size_bytes < 0:
                 raise ValueError(f"prefix_cache_{name}_bytes={size_bytes} must not be negative")

@@ -15,7 +15,7 @@ from kvsim.__main__ import main
 from kvsim.cli import simulate as command
 from kvsim.cli.app import app
 from kvsim.scenario import kinds
-from kvsim.scenario.options import CACHE, GROUPS, Option, option, options_of
+from kvsim.scenario.options import CACHE, GROUPS, Option, check_options, option, options_of
 from kvsim.scenario.scenario_file import OPTIONS, Scenario, load_scenario, schema
 from kvsim.scenario.setup import Setup
 
@@ -101,9 +101,11 @@ def test_an_option_is_a_line() -> None:
     class Kept:
         unrelated: int = 3
         scratch_memory_bytes: int = option(2**20, kinds.SIZE, CACHE, "Of each GPU.")
+        most: int | None = option(None, kinds.WHOLE, CACHE, "At a time. Default: all.", least=1)
+        order: str = option("first", kinds.choice(("first", "last")), CACHE, "Which goes.")
         wait_s: float | None = option(None, kinds.TIMEOUT, CACHE, "Before a load. Default: not at all.", flag="hold")
 
-    size, wait = options_of(Kept)
+    size, _, _, wait = options_of(Kept)
     assert Kept().scratch_memory_bytes == 2**20
     assert (size.key, size.flag, size.default, size.default_words) == (
         "scratch_memory",
@@ -111,6 +113,12 @@ def test_an_option_is_a_line() -> None:
         2**20,
         "1048576",
     )
+    for kept in (Kept(), Kept(most=1, order="last")):
+        check_options(kept)
+    with pytest.raises(ValueError, match=r"^most=0 must be at least 1$"):
+        check_options(Kept(most=0))
+    with pytest.raises(ValueError, match=r"^unknown order 'lsat'; did you mean 'last'\? known: last, first$"):
+        check_options(Kept(order="lsat"))
     assert (wait.key, wait.flag, wait.default_words, wait.metavar) == ("wait", "--hold", "", "TIME")
 
 
