@@ -88,8 +88,8 @@ def price(prices: Prices, batch: Batch, sharing: Floats, busy: Floats) -> float:
     busy[NVLINK] *= sharing[SLOWDOWN, NVLINK]
     for i in range(n):
         seconds[i] = batch.own_s[i]
-        if i % PARTS == 0:
-            seconds[i] *= sharing[SLOWDOWN, NVLINK]
+    for i in range(PARTS, n, PARTS):  # all-reduces
+        seconds[i] *= sharing[SLOWDOWN, NVLINK]
     for row in range(len(batch.loads)):
         load = batch.loads[row]
         structure = prices.structures[load[0]]
@@ -127,10 +127,12 @@ def _op_s(
     op: Record, work: float, contiguous_bytes: float, scattered_bytes: float, sharing: Floats, busy: Floats
 ) -> float:
     """Seconds of one operation: the larger of its work and its bytes, and what comes with any."""
-    lane = op["lane"]
-    floor_s, slowdown = sharing[FLOOR, lane], sharing[SLOWDOWN, lane]
-    streamed_s, scattered_s = slowdown * max(op["streamed_s"], floor_s), slowdown * max(op["scattered_s"], floor_s)
-    arithmetic = work * (slowdown * op["work_s"])
+    lane, work_s, streamed_s, scattered_s = op["lane"], op["work_s"], op["streamed_s"], op["scattered_s"]
+    if lane != SM:  # the SMs are the GPU's own
+        floor_s, slowdown = sharing[FLOOR, lane], sharing[SLOWDOWN, lane]
+        work_s *= slowdown
+        streamed_s, scattered_s = slowdown * max(streamed_s, floor_s), slowdown * max(scattered_s, floor_s)
+    arithmetic = work * work_s
     transfers = contiguous_bytes * streamed_s + scattered_bytes * scattered_s
     seconds = max(arithmetic, transfers)
     if seconds > 0 or op["always"]:
