@@ -25,7 +25,7 @@ def section() -> Section:
     """Milliseconds per token, and the speed-up of attention."""
     model = load_model("llama-2-7b")
     host = load_host("ddr4-dual-xeon")
-    l40s = load_gpu("l40s")
+    l40s = load_gpu("l40s@eager")
     faster = {name: getattr(l40s.rates, name) * 960 / 864 for name in ("hbm_Bps", "elementwise_Bps")}
     ada = Machine(gpu=replace(l40s, name="rtx-6000-ada", rates=replace(l40s.rates, **faster)), host=host)
     rows = []
@@ -34,7 +34,7 @@ def section() -> Section:
         for kilo, there_ms in zip(CONTEXTS, published, strict=True):
             here_ms = 1e3 * priced.decode_s(kilo * 1024)
             rows.append(_row(f"per token, {policy}, {kilo}K", "ms", there_ms, here_ms, "L40S with 960 GB/s"))
-    rtx = Machine(gpu=load_gpu("rtx-4090"), host=host)
+    rtx = Machine(gpu=load_gpu("rtx-4090@eager"), host=host)
     dense = Priced("full", model, rtx).decode_ops_s(32 * 1024)
     sparse = Priced("quest:budget_tokens=2048", model, rtx).decode_ops_s(32 * 1024)
     ratio = dense["attend"] / (sparse["score"] + sparse["select"] + sparse["attend"])

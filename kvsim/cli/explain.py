@@ -203,6 +203,8 @@ def _rows(
     from policies import POLICIES, parse_policy
 
     card, server = load_gpu(gpu), load_host(host)
+    for note in card.notes:
+        _warn(f"note: {note}")
     drawn: set[str] = set()
     misfits: dict[str, None] = {}
     known = [name for name, kind in POLICIES.items() if kind.verifies or options["speculation"] is None]

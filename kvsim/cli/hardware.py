@@ -86,9 +86,9 @@ def show_hardware(
 
 def _parameter_sets(name: str) -> list["Gpu"]:
     from kvsim.hardware.catalogue import load_gpu
-    from kvsim.hardware.gpu_file import PARAMETER_SETS
+    from kvsim.hardware.gpu_file import FORMER_NAMES, PARAMETER_SETS
 
-    if name.endswith(tuple(f"@{parameter_set}" for parameter_set in PARAMETER_SETS)):
+    if name.endswith(tuple(f"@{parameter_set}" for parameter_set in (*PARAMETER_SETS, *FORMER_NAMES))):
         return [load_gpu(name)]
     available = load_gpu(f"{name}@{PARAMETER_SETS[0]}").parameter_sets
     return [load_gpu(f"{name}@{parameter_set}") for parameter_set in available]
@@ -105,6 +105,8 @@ def _show_gpu(sets: Sequence["Gpu"], *, json: bool) -> None:
         print_json({**_described(gpu, "name", "memory_bytes", "sms"), "rates": rates, "sources": sources})
         return
     print_facts(gpu.name, {"memory": f"{format_bytes(gpu.memory_bytes)} ({gpu.memory_bytes:,} B)", "SMs": str(gpu.sms)})
+    for note in gpu.notes:
+        print_line(f"note: {note}")
     columns: Columns = {"figure": "left", **dict.fromkeys((one.parameter_set for one in sets), "right")}
     rows: list[list[str]] = []
     for field in fields(gpu.rates):

@@ -62,7 +62,7 @@ def replay(
     several = ctx.info_name == "compare"
     asked = _scenario(ctx, scenario, several, allow_code=allow_code)
     setups = asked.setups()
-    for note in setups[0].model.notes:
+    for note in (*setups[0].model.notes, *setups[0].gpu.notes):
         _warn(note)
     if setups[0].perfetto and out is None:
         window = "-".join(f"{end_s:g}" for end_s in setups[0].perfetto)

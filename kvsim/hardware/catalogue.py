@@ -12,7 +12,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from kvsim.hardware.gpu_file import PARAMETER_SETS, read_gpu_file
+from kvsim.hardware.gpu_file import FORMER_NAMES, PARAMETER_SETS, GpuFile, read_gpu_file
+from kvsim.hardware.kernels.chip import Chip
+from kvsim.hardware.kernels.fitted import FittedPrices
+from kvsim.hardware.kernels.kernel_file import KernelFits, Likeness, slowed
+from kvsim.hardware.kernels.prices import Kernels
+from kvsim.hardware.kernels.rated import RatedPrices
 from kvsim.hardware.switches import switch_figures
 from kvsim.text.documents import parse_yaml, read_document, validated
 from kvsim.text.names import unknown_name
@@ -94,6 +99,8 @@ class Gpu:
     parameter_set: str
     parameter_sets: tuple[str, ...]  # all that its file has
     sources: tuple[tuple[str, str], ...]
+    kernels: Kernels  # what each kernel costs
+    notes: tuple[str, ...] = ()  # what was read in another way than it was written
 
 
 def _pairs(value: object) -> object:
@@ -162,21 +169,26 @@ def host_names() -> list[str]:
 
 
 def load_gpu(text: str) -> Gpu:
-    """A GPU by catalogue name or YAML path, then `@datasheet`, `@achievable` (the default) or `@measured`.
+    """A GPU by catalogue name or YAML path, then `@datasheet`, `@eager`, `@serving` or `@measured`.
 
-    Raises ValueError for an unknown name or parameter set and for a file that is not valid.
+    Without one it is `serving`, or `eager` where a file has no such set. `@achievable` is read as `@eager`. Raises
+    ValueError for an unknown name or parameter set and for a file that is not valid.
     """
-    where, at, chosen = text.rpartition("@")
-    if not at or "/" in chosen or chosen.endswith((".yaml", ".yml")):
-        where, chosen = text, "achievable"
-    if chosen not in PARAMETER_SETS:
-        raise unknown_name("parameter set", chosen, PARAMETER_SETS)
+    where, at, asked = text.rpartition("@")
+    if not at or "/" in asked or asked.endswith((".yaml", ".yml")):
+        where, asked = text, ""
+    chosen = FORMER_NAMES.get(asked, asked)
+    if chosen and chosen not in PARAMETER_SETS:
+        raise unknown_name("parameter set", asked, PARAMETER_SETS)
     name, data, origin = _document("gpus", "GPU", where, gpu_names())
     file = read_gpu_file(data, origin)
+    if not chosen:
+        chosen = "serving" if file.serving is not None else "eager"
     if chosen not in file.parameter_sets:
         raise ValueError(f"{origin} has no parameter set {shown(chosen)}; it has {', '.join(file.parameter_sets)}")
     try:
         figures, sources = file.figures(chosen)
+        kernels = _kernels(file, chosen, Rates(**figures))
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from None
     return Gpu(
@@ -187,7 +199,40 @@ def load_gpu(text: str) -> Gpu:
         parameter_set=chosen,
         parameter_sets=file.parameter_sets,
         sources=tuple(sources.items()),
+        kernels=kernels,
+        notes=tuple(
+            f"{origin}: the parameter set {former} is called {name} now, and was read as that"
+            for former, name in FORMER_NAMES.items()
+            if former in data or asked == former
+        ),
     )
+
+
+def _kernels(file: GpuFile, chosen: str, rates: Rates) -> Kernels:
+    """What each kernel costs under a parameter set: by constants where there are some, else by its rates."""
+    peak, _ = file.figures("datasheet")
+    chip = Chip(
+        hbm_Bps=peak["hbm_Bps"],
+        flops=peak["matmul_flops"],
+        sms=file.sms,
+        nvlink_Bps=peak["nvlink_Bps"],
+        pcie_h2d_Bps=peak["pcie_h2d_Bps"],
+        pcie_d2h_Bps=peak["pcie_d2h_Bps"],
+    )
+    rated = RatedPrices(chip=chip, rates=rates, overlapped=chosen == "datasheet")
+    fits = file.kernels(chosen)
+    if isinstance(fits, Likeness):
+        fits = _alike(fits)
+    return Kernels(chip=chip, prices=FittedPrices(chip=chip, fits=fits, rated=rated) if fits else rated)
+
+
+def _alike(likeness: Likeness) -> KernelFits:
+    """The constants of the catalogue's GPU that another one is taken to be like."""
+    name, data, origin = _document("gpus", "GPU", likeness.like, gpu_names())
+    fits = read_gpu_file(data, origin).kernels("serving")
+    if name not in gpu_names() or not isinstance(fits, KernelFits):
+        raise ValueError(f"kernels.like={shown(likeness.like)} names no GPU of the catalogue with constants of its own")
+    return slowed(fits, likeness.products)
 
 
 def load_host(text: str) -> Host:

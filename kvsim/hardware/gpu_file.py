@@ -5,13 +5,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
+from kvsim.hardware.kernels.kernel_file import KernelFits, Likeness
 from kvsim.text.documents import validated
 from kvsim.text.printable import brief
 
-PARAMETER_SETS = ("datasheet", "achievable", "measured")
-"""From the most ideal to the most real; a figure that one leaves out is that of the set before it."""
+PARAMETER_SETS = ("datasheet", "eager", "serving", "measured")
+"""The chip's peaks, Hugging Face and research code, serving engines, and what was calibrated on a machine.
+
+A figure that one leaves out is that of the set before it.
+"""
+
+FORMER_NAMES = {"achievable": "eager"}
+"""What a set was called, and is still read as, with a note."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,22 +98,42 @@ class Figures(BaseModel):
     nvlink_latency_s: _Cost | None = None
 
 
+def _kind(value: object) -> str:
+    return "like" if isinstance(value, Likeness) or (isinstance(value, dict) and "like" in value) else "fits"
+
+
+class KernelFigures(Figures):
+    """A parameter set that also prices every kernel, by constants of its own or those of another GPU."""
+
+    kernels: (
+        Annotated[Annotated[KernelFits, Tag("fits")] | Annotated[Likeness, Tag("like")], Discriminator(_kind)] | None
+    ) = None
+
+
 class GpuFile(BaseModel):
-    """The whole file. `sources` says for a set (`achievable`) or a figure (`achievable.hbm_Bps`) where it is from."""
+    """The whole file. `sources` says for a set (`eager`) or a figure (`eager.hbm_Bps`) where it is from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     memory_bytes: Annotated[int, Field(gt=0)]
     sms: Annotated[int, Field(gt=0)]
     datasheet: Figures
-    achievable: Figures | None = None
-    measured: Figures | None = None
+    eager: Figures | None = None
+    serving: KernelFigures | None = None
+    measured: KernelFigures | None = None
     sources: dict[str, str] = {}
 
     @property
     def parameter_sets(self) -> tuple[str, ...]:
         """The sets that the file has."""
         return tuple(name for name in PARAMETER_SETS if getattr(self, name) is not None)
+
+    def kernels(self, chosen: str) -> KernelFits | Likeness | None:
+        """The kernels' constants of a parameter set, or of the set before it; None where there are none."""
+        found = None
+        for name in PARAMETER_SETS[: PARAMETER_SETS.index(chosen) + 1]:
+            found = getattr(getattr(self, name), "kernels", None) or found
+        return found
 
     def figures(self, chosen: str) -> tuple[dict[str, Any], dict[str, str]]:
         """The figures of a parameter set as absolute numbers, and the sources of those that have one."""
@@ -122,6 +149,8 @@ class GpuFile(BaseModel):
                 source = self.sources.get(f"{name}.{field}", self.sources.get(name))
                 if source is not None:
                     sources[field] = source
+            if getattr(part, "kernels", None) and (source := self.sources.get(f"{name}.kernels")) is not None:
+                sources["kernels"] = source
         missing = [field for field in Figures.model_fields if field not in values]
         if missing:
             raise ValueError(f"datasheet.{missing[0]} is missing")
@@ -156,17 +185,34 @@ def _number(figure: Figure, field: str, peak: Figure | None) -> float:
 
 
 _SCHEMA = TypeAdapter(GpuFile)
-_KNOWN = [*GpuFile.model_fields, *Figures.model_fields]
+_KNOWN = [*GpuFile.model_fields, *KernelFigures.model_fields]
 
 
 def read_gpu_file(data: Mapping[str, Any], origin: str) -> GpuFile:
     """Check a GPU's document; ValueError, naming `origin` and the key, when it is not valid."""
-    file = validated(_SCHEMA, data, _KNOWN, origin)
+    file = validated(_SCHEMA, _renamed(data, origin), _KNOWN, origin)
     known = {"memory_bytes", "sms", *PARAMETER_SETS}
-    known |= {f"{name}.{field}" for name in PARAMETER_SETS for field in Figures.model_fields}
+    known |= {f"{name}.{field}" for name in PARAMETER_SETS for field in KernelFigures.model_fields}
     for key in file.sources:
         if key not in known:
             raise ValueError(
-                f"{origin}: sources.{brief(key, 80)} names no figure; write 'achievable.hbm_Bps' or 'datasheet'"
+                f"{origin}: sources.{brief(key, 80)} names no figure; write 'eager.hbm_Bps' or 'datasheet'"
             )
     return file
+
+
+def _renamed(data: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The document with sets, and their sources, under the names that they have today."""
+    renamed = dict(data)
+    for former, name in FORMER_NAMES.items():
+        if former not in data:
+            continue
+        if name in data:
+            raise ValueError(f"{origin}: {former} is the former name of {name}; keep one of them")
+        renamed[name] = renamed.pop(former)
+        if isinstance(sources := renamed.get("sources"), dict):
+            renamed["sources"] = {
+                f"{name}{key.removeprefix(former)}" if str(key).partition(".")[0] == former else key: text
+                for key, text in sources.items()
+            }
+    return renamed

@@ -34,7 +34,7 @@ def checked(model: ModelShape, gpu: str, host: str, tp: int = 1, **options: Any)
     assert result.makespan_s > TRACE.arrival_s.max()
 
 
-@pytest.mark.parametrize("parameters", ["datasheet", "achievable"])
+@pytest.mark.parametrize("parameters", ["datasheet", "eager", "serving"])
 @pytest.mark.parametrize("gpu", gpu_names())
 def test_every_gpu(gpu: str, parameters: str) -> None:
     for dtype in ("bf16", "fp16", "fp8", "int8", "int4", "nvfp4"):

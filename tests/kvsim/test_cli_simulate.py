@@ -144,7 +144,7 @@ def test_the_summary_has_every_name_of_the_contract(capsys: pytest.CaptureFixtur
 
 def test_simulate_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     out = out_of(capsys, "simulate", *SMALL, "--slo", "ttft=2s")
-    assert "full: llama-3.1-8b on 2 x h100-sxm (achievable, tp 1, host ddr5-dual-xeon)" in out
+    assert "full: llama-3.1-8b on 2 x h100-sxm (serving, tp 1, host ddr5-dual-xeon)" in out
     assert "60 finished, 0 rejected" in out
     assert "with ttft <= 2 s" in out
     for row in ("TTFT", "TPOT", "ITL", "end to end", "queue", "HBM peak", "hbm->sm", "bottleneck"):

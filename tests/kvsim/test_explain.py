@@ -84,7 +84,7 @@ def test_physical_prefill_deviates_from_the_paper_as_known() -> None:
     [
         (["--model", "mixtral-8x7b"], "layer 0 of mixtral-8x7b routes experts"),
         (["--model", "gemma-3-27b"], "layer 0 of gemma-3-27b is of kind 'sliding'"),
-        (["--gpu", "a100-80g-sxm@achievable"], "takes datasheet rates, not achievable; use a100-80g-sxm@datasheet"),
+        (["--gpu", "a100-80g-sxm@achievable"], "takes datasheet rates, not eager; use a100-80g-sxm@datasheet"),
         (["--policy", "shadowkv"], "--paper prices the policy full alone, not 'shadowkv'"),
         (["--host", "grace"], "--paper has no use for --host"),
         (["--gpu-memory-utilization", "0.8"], "--paper has no use for --gpu-memory-utilization"),

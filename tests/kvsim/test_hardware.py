@@ -30,7 +30,7 @@ datasheet:
   gather_sm_share: 0
   nvlink_Bps: 0
   nvlink_latency_s: 0
-achievable:
+eager:
   hbm_Bps: 50%
   matmul_flops: 40%
   gather_curve: {256: 25%, 1024: 50%}
@@ -40,8 +40,8 @@ measured:
   pcie_h2d_Bps: 20e9
 sources:
   datasheet: a page
-  achievable: a paper
-  achievable.launch_s: a stopwatch
+  eager: a paper
+  eager.launch_s: a stopwatch
 """
 
 
@@ -60,7 +60,8 @@ def test_every_figure_of_every_gpu_has_its_source(name: str) -> None:
     for parameter_set in load_gpu(name).parameter_sets:
         gpu = load_gpu(f"{name}@{parameter_set}")
         sources = dict(gpu.sources)
-        assert sorted(sources) == sorted([*RATES, "memory_bytes", "sms"])
+        fitted = ["kernels"] if parameter_set in ("serving", "measured") else []
+        assert sorted(sources) == sorted([*RATES, "memory_bytes", "sms", *fitted])
         assert all(len(text) > 10 for text in sources.values())
 
 
@@ -71,8 +72,8 @@ def test_every_figure_of_every_host_has_its_source(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", gpu_names())
-def test_achievable_rates_stay_below_the_peaks(name: str) -> None:
-    peak, real = load_gpu(f"{name}@datasheet").rates, load_gpu(name).rates
+def test_eager_rates_stay_below_the_peaks(name: str) -> None:
+    peak, real = load_gpu(f"{name}@datasheet").rates, load_gpu(f"{name}@eager").rates
     for field in RATES:
         if field in ("matmul_flops", "gather_curve", "gather_sm_share"):
             continue
@@ -86,7 +87,7 @@ def test_achievable_rates_stay_below_the_peaks(name: str) -> None:
 
 
 def test_a100_achieves_what_the_papers_report() -> None:
-    gpu = load_gpu("a100-80g-sxm")
+    gpu = load_gpu("a100-80g-sxm@eager")
     assert gpu.memory_bytes == 80 * 2**30
     assert gpu.rates.hbm_Bps == pytest.approx(0.8 * 2.039e12)
     assert 22e9 <= gpu.rates.pcie_h2d_Bps <= 24e9  # ShadowKV's value fetch
@@ -97,7 +98,7 @@ def test_a100_achieves_what_the_papers_report() -> None:
 
 @pytest.mark.parametrize(("tokens", "published_s"), [(10e3, 0.976), (50e3, 8.529), (100e3, 24.883), (1e6, 1765.6)])
 def test_a100_prefills_llama_3_8b_as_minference_measured(tokens: float, published_s: float) -> None:
-    rates = load_gpu("a100-80g-sxm").rates
+    rates = load_gpu("a100-80g-sxm@eager").rates
     linear_flops = 2 * 6.98e9 * tokens  # the weights of 32 layers
     attention_flops = 32 * 2 * 2 * 32 * 128 * tokens**2 / 2  # layers, QK and PV, 2 FLOP, heads, head_dim, causal
     predicted_s = linear_flops / rates.flops("bf16") + attention_flops / rates.attention_flops
@@ -105,14 +106,39 @@ def test_a100_prefills_llama_3_8b_as_minference_measured(tokens: float, publishe
 
 
 def test_parameter_sets_of_the_h200() -> None:
-    peak, usual, measured = (load_gpu(f"h200-sxm{suffix}").rates for suffix in ("@datasheet", "", "@measured"))
+    peak, usual, measured = (load_gpu(f"h200-sxm{suffix}").rates for suffix in ("@datasheet", "@eager", "@measured"))
     assert peak.hbm_Bps == 4.8e12
-    assert load_gpu("h200-sxm").parameter_set == "achievable"
+    assert load_gpu("h200-sxm").parameter_set == "serving"
     assert measured.flops("bf16") == 761e12
     assert measured.gather_Bps(256) == 39.48e9
     assert measured.pcie_h2d_Bps == 55.24e9
     assert measured.flops("fp8") == usual.flops("fp8")  # not measured: that of the set before
     assert measured.launch_s == usual.launch_s > peak.launch_s == 0
+
+
+@pytest.mark.parametrize("asked", ["", "@achievable", "@eager"])
+def test_the_former_name_of_a_set_is_read_with_a_note(asked: str, tmp_path: Path) -> None:
+    today = load_gpu(user_gpu(tmp_path) + "@eager")
+    gpu = load_gpu(user_gpu(tmp_path, ("\neager:", "\nachievable:"), ("  eager", "  achievable")) + asked)
+    assert gpu.parameter_set == "eager"
+    assert gpu.rates == today.rates
+    assert gpu.sources == today.sources
+    assert len(gpu.notes) == 1
+    assert "achievable is called eager now" in gpu.notes[0]
+    assert today.notes == ()
+    assert load_gpu("h100-sxm@achievable").notes
+
+
+def test_a_file_takes_kernels_of_a_gpu_that_it_is_like(tmp_path: Path) -> None:
+    like = ("measured:\n", "serving:\n  kernels: {like: h100-sxm, products: 0.5}\nmeasured:\n")
+    path = user_gpu(tmp_path, like)
+    assert load_gpu(path).parameter_set == "serving"
+    rows = {"m": 8192, "n": 8192, "k": 8192, "dtype": "bf16"}
+    share = 2 * 8192**3 / 100e12 / load_gpu(path).kernels.gemm_s(**rows)
+    assert 0.35 <= share <= 0.5  # half of what the H100 reaches of its own peak
+    assert load_gpu(f"{path}@measured").kernels.gemm_s(**rows) == load_gpu(path).kernels.gemm_s(**rows)
+    with pytest.raises(ValueError, match=r"mine\.yaml: kernels\.like='t4' names no GPU of the catalogue with constants"):
+        load_gpu(user_gpu(tmp_path, (like[0], like[1].replace("h100-sxm", "t4"))))
 
 
 def test_a_set_falls_back_figure_by_figure(tmp_path: Path) -> None:
@@ -171,8 +197,8 @@ def test_a_missing_dtype_is_not_guessed() -> None:
     ("name", "message"),
     [
         ("h100-sx", r"unknown GPU 'h100-sx'; did you mean 'h100-sxm'\? known: h100-sxm, "),
-        ("h100-sxm@achieved", r"unknown parameter set 'achieved'; did you mean 'achievable'\?"),
-        ("h100-sxm@measured", r"GPU 'h100-sxm' has no parameter set 'measured'; it has datasheet, achievable"),
+        ("h100-sxm@serves", r"unknown parameter set 'serves'; did you mean 'serving'\?"),
+        ("h100-sxm@measured", r"GPU 'h100-sxm' has no parameter set 'measured'; it has datasheet, eager, serving"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
@@ -189,7 +215,7 @@ def test_unknown_host_lists_the_nearest_first() -> None:
     ("old", "new", "message"),
     [
         ("hbm_Bps: 1e12", "hbm_Bps: -1", r"mine\.yaml: datasheet\.hbm_Bps=-1: must be greater than 0"),
-        ("hbm_Bps: 50%", "hbm_bps: 50%", r"unknown key 'achievable\.hbm_bps'; did you mean 'hbm_Bps'\?"),
+        ("hbm_Bps: 50%", "hbm_bps: 50%", r"unknown key 'eager\.hbm_bps'; did you mean 'hbm_Bps'\?"),
         ("hbm_Bps: 1e12", "hbm_Bps: fast", r"datasheet\.hbm_Bps='fast': must be a number, or a percentage"),
         ("hbm_Bps: 1e12", "hbm_Bps: .inf", r"datasheet\.hbm_Bps=inf: must be a finite number"),
         ("hbm_Bps: 1e12", "hbm_Bps: 90%", r"hbm_Bps is a percentage, but the datasheet gives no absolute"),
@@ -199,7 +225,8 @@ def test_unknown_host_lists_the_nearest_first() -> None:
         ("gather_sm_share: 0", "gather_sm_share: 5", r"gather_sm_share=5: must be between 0 and 1"),
         ("memory_bytes: 1000\n", "", r"mine\.yaml: memory_bytes is missing"),
         ("memory_bytes: 1000", "memory_bytes: 0", r"memory_bytes=0: Input should be greater than 0"),
-        ("achievable.launch_s: a", "achievable.lunch_s: a", r"sources\.achievable\.lunch_s names no figure"),
+        ("\neager:", "\nachievable: {}\neager:", r"achievable is the former name of eager; keep one of them"),
+        ("eager.launch_s: a", "eager.lunch_s: a", r"sources\.eager\.lunch_s names no figure"),
         ("fp32: 10e12}", "fp32: 10e12", r"mine\.yaml is not YAML: "),
     ],
 )
