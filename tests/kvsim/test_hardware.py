@@ -137,7 +137,9 @@ def test_a_file_takes_kernels_of_a_gpu_that_it_is_like(tmp_path: Path) -> None:
     share = 2 * 8192**3 / 100e12 / load_gpu(path).kernels.gemm_s(**rows)
     assert 0.35 <= share <= 0.5  # half of what the H100 reaches of its own peak
     assert load_gpu(f"{path}@measured").kernels.gemm_s(**rows) == load_gpu(path).kernels.gemm_s(**rows)
-    with pytest.raises(ValueError, match=r"mine\.yaml: kernels\.like='t4' names no GPU of the catalogue with constants"):
+    with pytest.raises(
+        ValueError, match=r"mine\.yaml: kernels\.like='t4' names no GPU of the catalogue with constants"
+    ):
         load_gpu(user_gpu(tmp_path, (like[0], like[1].replace("h100-sxm", "t4"))))
 
 
