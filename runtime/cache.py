@@ -3,62 +3,31 @@
 import logging
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-from policies import Full, ModelShape, Policy, Step, plan_ends, plan_layer, settle
-from policies.plan import Buffer, Tier, stored_bytes
+from policies import Full, Step, plan_ends
+from policies.plan import Buffer
 from runtime.arena import DTYPES, Arena
 from runtime.bound import Bound, BoundLayer
 from runtime.call import Call, Handed, Method
-from runtime.dense import hand_back
-from runtime.derived import Plans
 from runtime.executor import Executor
-from runtime.footprint import Footprint
+from runtime.forward import Forward
 from runtime.heard import Heard
 from runtime.hybrid import TieredHybridLayer
 from runtime.layer import TieredLayer
 from runtime.masks import Seen, read_mask
 from runtime.memory import check_fits
-from runtime.methods import method_of
-from runtime.mover import Mover
-from runtime.probe import SeenLayer
-from runtime.recorder import At, Recorder
-from runtime.rotary import UNROTATED, Rotary
+from runtime.recorder import At
+from runtime.rotaries import Rotaries
+from runtime.terms import LONG_PROMPT, Terms, own_layers
 
 LOG = logging.getLogger(__name__)
-LONG_PROMPT = 1 << 16  # tokens: no policy leaves such a prompt dense for being short
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terms:
-    """What all caches of one `offload` share; `caches` refers to those that are in use.
-
-    `decoder` is the module that the model hands its cache to: they are used in its forward alone.
-    """
-
-    shape: ModelShape
-    seen: tuple[SeenLayer, ...]
-    policy: Policy
-    plans: Plans
-    max_new_tokens: int
-    mover: Mover
-    recorder: Recorder
-    footprint: Footprint
-    decoder: "weakref.ref[torch.nn.Module]"
-    caches: "list[weakref.ref[TieredCache]]"
-
-
-def own_layers(seen: Sequence[SeenLayer]) -> list[int]:
-    """The layers that follow a policy: those that hold all tokens, for themselves alone."""
-    return [index for index, layer in enumerate(seen) if layer.kind == "full" and not layer.shared]
 
 
 class TieredCache(Cache):
@@ -73,25 +42,21 @@ class TieredCache(Cache):
         self.arena: Arena = Arena(device, 0, terms.footprint)
         self.max_tokens = 0
         self.progress: Callable[[Step], None] | None = None  # told each step that a layer has done
-        self.rotaries: dict[int, Rotary] = {}  # by layer; layers that share angles share one
-        self._extended: list[tuple[torch.Tensor, Rotary]] = []  # in this step
+        self.rotaries = Rotaries(terms.seen)
         self._bound: dict[int, BoundLayer] = {}  # by layer
         self._last_calls: dict[int, Call] = {}  # of the prompt, for whole-model work
         self._first_sequence = 0
         self._real: torch.Tensor | None = None  # which tokens are no padding, bool (batch, tokens); None: all
         self._read: tuple[torch.Tensor | None, Seen] | None = None  # the mask of this forward, and what it says
-        self._awaited: set[int] = set()  # layers that are still to take their tokens in this forward
-        self._pending: int | None = None  # the layer whose attention must come next
-        self._under_way = False  # a forward has begun and not come to its end
         self._switch_tokens = _switch_tokens(config)
         self.beyond: bool | None = None  # whether cached tokens were rotated for contexts beyond those
-        self._ended = ""  # why the cache cannot be used any more
+        self._forward = Forward()
         self._lock = threading.RLock()
         self.heard = Heard()
         self._register(self)
 
     def _own(self, index: int, stock: Any) -> TieredLayer:
-        leaf = _leaf(self.terms, LONG_PROMPT, index)
+        leaf = self.terms.leaf(LONG_PROMPT, index)
         if isinstance(stock, LinearAttentionAndFullAttentionLayer):
             return TieredHybridLayer(self, index, *leaf, number_of_states=stock.number_of_states)
         return TieredLayer(self, index, *leaf)
@@ -154,7 +119,8 @@ class TieredCache(Cache):
         if self.own and self.arena.batch:
             self._check_room(self.tiered(self.own[0]), new)
         self._check_switch(new, positions)
-        self._under_way, self._awaited, self._pending, self._read = True, set(self.own), None, None
+        self._forward.begin(self.own)
+        self._read = None
 
     def _check_switch(self, new: int, positions: torch.Tensor | None) -> None:
         """Raise ValueError where LongRoPE turns to other angles than those of what is cached."""
@@ -175,11 +141,7 @@ class TieredCache(Cache):
 
         Raises ValueError when a layer has not attended as the policy says, so that its output is worth nothing.
         """
-        if self._ended:
-            raise ValueError(self._ended)
-        if self._pending is not None or self._awaited:
-            self._missed(self._pending if self._pending is not None else min(self._awaited))
-        self._under_way = False
+        self._forward.finish()
         if self._read is not None:
             self._real, self._read = self._read[1].real, None
         else:
@@ -191,31 +153,15 @@ class TieredCache(Cache):
 
     def check_usable(self) -> None:
         """Raise ValueError when the cache has ended, or was left in the middle of a forward."""
-        if self._ended:
-            raise ValueError(self._ended)
-        if self._under_way:
-            raise ValueError(
-                "a forward with this cache has not come to its end (it was interrupted, or another thread is at it), "
-                "so that layers hold different tokens; begin again with a new kv.cache()"
-            )
+        self._forward.check_usable()
 
     def expect(self, layer: TieredLayer, keys: torch.Tensor) -> None:
         """Check that these new keys of a layer come when and as they must.
 
         Raises ValueError when they do not.
         """
-        if self._ended:
-            raise ValueError(self._ended)
-        if self._pending is not None:
-            self._missed(self._pending)
-        if layer.index not in self._awaited:
-            raise ValueError(
-                "a kvsim cache was given to a model that is not under its offload(): use it inside the context, and in "
-                "a forward of its model alone"
-            )
+        self._forward.expect(layer.index)
         self._check_batch(keys.shape[0])
-        self._awaited.remove(layer.index)
-        self._pending = layer.index
 
     def stored(self, part: torch.Tensor) -> torch.Tensor:
         """New queries, keys or values in the dtype that the cache stores, exactly.
@@ -230,12 +176,6 @@ class TieredCache(Cache):
             )
         return part.to(dtype)
 
-    def _missed(self, index: int) -> None:
-        raise ValueError(
-            f"the attention of layer {index} did not come through the runtime: its implementation was changed inside "
-            "the context, or this architecture computes attention in a way of its own; what came out is worth nothing"
-        )
-
     def _check_batch(self, batch: int) -> None:
         if self.arena.batch not in (0, batch):
             raise ValueError(
@@ -246,7 +186,7 @@ class TieredCache(Cache):
     def end(self, why: str) -> None:
         """Give all memory back for good; whoever uses the cache afterwards is told `why`."""
         with self._lock:
-            self._ended = self._ended or why
+            self._forward.end(why)
             self.release()
 
     # -- memory --------------------------------------------------------------------------------------------------
@@ -275,12 +215,12 @@ class TieredCache(Cache):
 
     def settled(self, prompt: int) -> dict[int, tuple[Method, list[Buffer]]]:
         """What each layer under the policy keeps after a first prompt of so many tokens, and the torch code for it."""
-        leaves = {index: _leaf(self.terms, prompt, index) for index in self.own}
-        return {i: (method, self._buffers(leaf, i, prompt, prompt)[0]) for i, (leaf, method) in leaves.items()}
+        leaves = {index: self.terms.leaf(prompt, index) for index in self.own}
+        return {i: (method, self.terms.buffers(leaf, i, prompt, prompt)[0]) for i, (leaf, method) in leaves.items()}
 
     def _admit(self, batch: int, prompt: int, first: int, device: torch.device) -> None:
         self._check_positions(prompt)
-        check_fits(self._needed_bytes(batch, prompt, first), device)
+        check_fits(self.terms.needed_bytes(batch, prompt, first), device)
         self.arena = Arena(device, batch, self.terms.footprint)
         self.max_tokens = prompt + self.terms.max_new_tokens
         self._first_sequence = self.terms.recorder.admit(batch)
@@ -288,13 +228,13 @@ class TieredCache(Cache):
     def _settle(self, layer: TieredLayer, prompt: int, first: int) -> list[Buffer]:
         """Decide a layer's policy by its first prompt, and allocate what it keeps; what only the prompt needs."""
         layer.prompt_tokens = layer.first_prompt_tokens = prompt
-        layer.leaf, layer.method = _leaf(self.terms, prompt, layer.index)
+        layer.leaf, layer.method = self.terms.leaf(prompt, layer.index)
         self._bound.pop(layer.index, None)
         if layer.index == self.own[0]:
             self._say_if_dense(layer, prompt)
-        if layer.method.unrotates and self.terms.seen[layer.index].rotation == UNROTATED:
-            self.rotaries[layer.index] = self.new_rotary(layer.index, self.max_tokens)
-        kept, passing = self._buffers(layer.leaf, layer.index, prompt, first)
+        if layer.method.unrotates:
+            self.rotaries.add_unrotated(layer.index, self.max_tokens)
+        kept, passing = self.terms.buffers(layer.leaf, layer.index, prompt, first)
         self.arena.allocate(layer.index, kept)
         return passing
 
@@ -304,9 +244,10 @@ class TieredCache(Cache):
             self.executor.settle()
             self.arena.release()
         self.arena = Arena(self.device, 0, self.terms.footprint)
-        for table in (self.rotaries, self._extended, self._bound, self._last_calls, self._awaited):
+        for table in (self.rotaries, self._bound, self._last_calls):
             table.clear()
-        self._real, self._read, self._pending, self._under_way = None, None, None, False
+        self._forward.forget()
+        self._real = self._read = None
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Sequence i takes the state of sequence `rows[i]`."""
@@ -342,19 +283,17 @@ class TieredCache(Cache):
         self.check_usable()
         copy = TieredCache.__new__(TieredCache)
         with self.at_work():
-            tables = {id(rotary): rotary.copy() for rotary in self.rotaries.values()}
             vars(copy).update(vars(self))
             vars(copy).update(
                 layers=[x.of(copy) if isinstance(x, TieredLayer) else deepcopy(x, memo) for x in self.layers],
                 executor=Executor(self.device, self.terms.mover),
                 arena=self._taken(self.arena, torch.arange(self.arena.batch)),
-                rotaries={index: tables[id(rotary)] for index, rotary in self.rotaries.items()},
+                rotaries=self.rotaries.copy(),
                 heard=self.heard.copy(),
                 progress=None,
-                _extended=[],
                 _bound={},
                 _last_calls={},
-                _awaited=set(),
+                _forward=Forward(),
                 _lock=threading.RLock(),
                 _first_sequence=self.terms.recorder.admit(self.arena.batch),
             )
@@ -391,28 +330,9 @@ class TieredCache(Cache):
     def _take_rest(self, rows: torch.Tensor) -> None:
         """What a cache knows of its sequences besides the arena."""
         self.heard.take(rows)
-        for rotary in {id(rotary): rotary for rotary in self.rotaries.values()}.values():
-            rotary.take(rows)
+        self.rotaries.take(rows)
         if self._real is not None:
             self._real = self._real[rows.to(self._real.device)]
-
-    def _buffers(self, leaf: Policy, layer: int, prompt: int, first: int) -> tuple[list[Buffer], list[Buffer]]:
-        """What a layer keeps, at its largest, and what only its prompt needs; `first` tokens come in the first call."""
-        shape, last = self.terms.shape, Step.decoding(prompt, self.terms.max_new_tokens)
-        at_once = method_of(leaf).execution_tokens or prompt
-        done = 0 if first == prompt <= at_once else prompt - 1
-        whole = Step(prompt_tokens=prompt, past_tokens=done, new_tokens=prompt - done)
-        kept = plan_layer(leaf, shape, last, layer).buffers
-        names = {buffer.name for buffer in kept}
-        passing = [b for b in plan_layer(leaf, shape, whole, layer).buffers if b.name not in names or b.ring]
-        return list(kept), passing
-
-    def _needed_bytes(self, batch: int, prompt: int, first: int) -> Counter[Tier]:
-        layers = []
-        for index in self.own:
-            kept, passing = self._buffers(_leaf(self.terms, prompt, index)[0], index, prompt, first)
-            layers.append(kept + passing)
-        return Counter({tier: batch * nbytes for tier, nbytes in stored_bytes(layers).items()})
 
     def _check_positions(self, tokens: int) -> None:
         most = self.terms.shape.max_positions
@@ -420,7 +340,7 @@ class TieredCache(Cache):
             raise ValueError(f"{tokens} tokens exceed the {most} positions of {self.terms.shape.name}; cut the prompt")
 
     def _say_if_dense(self, layer: TieredLayer, prompt: int) -> None:
-        meant, _ = _leaf(self.terms, LONG_PROMPT, layer.index)
+        meant, _ = self.terms.leaf(LONG_PROMPT, layer.index)
         if layer.leaf == Full() and meant != Full():
             least = meant.minimum_prompt_tokens(self.terms.shape, layer.index)
             LOG.warning("%s leaves a prompt of %d tokens dense: it begins at %d", self.terms.policy.name, prompt, least)
@@ -432,19 +352,9 @@ class TieredCache(Cache):
         layer = self.layers[index]
         if not isinstance(layer, TieredLayer) or not layer.method.unrotates:
             return
-        rotation = self.terms.seen[index].rotation
-        if rotation == UNROTATED:
-            return
-        for known, rotary in self._extended:
-            if known is cos and rotary.rotation == rotation:
-                self.rotaries[index] = rotary
-                return
-        if index not in self.rotaries:
-            prompt = self.prompt_tokens or cos.shape[1]
-            self.rotaries[index] = self.new_rotary(index, prompt + self.terms.max_new_tokens)
+        capacity_tokens = (self.prompt_tokens or cos.shape[1]) + self.terms.max_new_tokens
         with self.at_work():
-            self.rotaries[index].extend(cos, sin)
-        self._extended.append((cos, self.rotaries[index]))
+            self.rotaries.hear(index, cos, sin, capacity_tokens)
 
     def run(self, layer: TieredLayer, handed: Handed) -> torch.Tensor:
         """Plan and execute one attention call.
@@ -455,7 +365,7 @@ class TieredCache(Cache):
         past, new, prompt = layer.tokens, handed.new_k.shape[2], layer.prompt_tokens
         self._check_room(layer, new)
         handed = handed._replace(mask=self._mask(layer, handed))
-        self._pending = None
+        self._forward.attends()
         if layer.index == self.own[0]:
             self.executor.begin()
         if past >= prompt and new > 1 and layer.method.extends:
@@ -468,7 +378,7 @@ class TieredCache(Cache):
             step = Step(prompt_tokens=prompt, past_tokens=past + first, new_tokens=min(at_once, new - first))
             outs.append(self._step(layer, step, handed.span(first, step.new_tokens, step.tokens)))
         if layer.index == self.own[-1]:
-            self._extended.clear()
+            self.rotaries.end_step()
         if new == 1 and not step.prefilling:
             self._ahead(layer, step, handed)
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
@@ -528,7 +438,7 @@ class TieredCache(Cache):
             shape=self.terms.shape.layers[layer.index],
             step=step,
             state=bound.state,
-            rotary=self.rotaries.get(layer.index),
+            rotary=self.rotaries.of.get(layer.index),
             **handed._asdict(),
         )
 
@@ -554,18 +464,9 @@ class TieredCache(Cache):
         self.executor.join()
         self.arena.release_passing()
 
-    def new_rotary(self, index: int, capacity_tokens: int) -> Rotary:
-        """An empty table of angles as the model hands them to a layer."""
-        rotation = self.terms.seen[index].rotation
-        if rotation is None:
-            raise RuntimeError(f"how layer {index} rotates keys is not known")  # which `offload` has refused
-        return Rotary(capacity_tokens, rotation)
-
     def cropped(self, layer: TieredLayer, gone: int) -> None:
-        """A layer has taken back tokens; angles that layers share go once."""
-        rotary = self.rotaries.get(layer.index)
-        if rotary is not None and rotary.tokens > layer.tokens:
-            rotary.drop(gone)
+        """A layer has taken back tokens."""
+        self.rotaries.drop(layer.index, gone, layer.tokens)
         if self._real is not None:
             self._real = self._real[:, : layer.tokens]
 
@@ -576,12 +477,3 @@ def _switch_tokens(config: Any) -> int | None:
     tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]  # one for all layers, or by type
     long = (table for table in tables if table.get("rope_type") == "longrope")
     return next((table.get("original_max_position_embeddings") for table in long), None)
-
-
-def _leaf(terms: Terms, prompt: int, layer: int) -> tuple[Policy, Method]:
-    """The policy of a layer for a first prompt, and its torch code."""
-    leaf = settle(terms.policy, terms.shape, prompt, layer)
-    method = method_of(leaf)
-    if terms.seen[layer].by_itself:
-        method = replace(method, kernels={**method.kernels, "attend": hand_back})
-    return leaf, method

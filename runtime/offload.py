@@ -13,7 +13,7 @@ import torch
 from policies import Full, Policy, Step, plan_layer
 from policies.plan import Copy, Tier, flops
 from runtime.binding import bound, decoder_of
-from runtime.cache import LONG_PROMPT, Terms, TieredCache, own_layers
+from runtime.cache import TieredCache
 from runtime.derived import Plans
 from runtime.footprint import Footprint
 from runtime.methods import method_of
@@ -23,6 +23,7 @@ from runtime.recorder import Recorder
 from runtime.rotary import UNROTATED
 from runtime.saved import load_cache, save_cache
 from runtime.shapes import shape_of
+from runtime.terms import LONG_PROMPT, Terms, own_layers
 from traces.counts import Recording
 
 LOG = logging.getLogger(__name__)

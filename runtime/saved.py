@@ -64,7 +64,7 @@ def save_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> 
     layers = {index: cache.tiered(index) for index in cache.own}
     first = layers[cache.own[0]]
     rotaries = {
-        index: cache.rotaries[index] for index, layer in layers.items() if _keeps_angles(cache, index, layer.method)
+        index: cache.rotaries.of[index] for index, layer in layers.items() if _keeps_angles(cache, index, layer.method)
     }
     tables = list({id(rotary): rotary for rotary in rotaries.values()}.values())
     held = _held(cache, tables)
@@ -295,9 +295,9 @@ def _fill(cache: TieredCache, header: Header, taken: Callable[[str], Tensor]) ->
     for index, number in header.rotary.items():
         if number not in tables:
             angles = (taken(f"rotary.{number}.{part}").to(cache.device) for part in ("cos", "sin"))
-            tables[number] = cache.new_rotary(index, min(cache.max_tokens, cache.terms.shape.max_positions))
+            tables[number] = cache.rotaries.new(index, min(cache.max_tokens, cache.terms.shape.max_positions))
             tables[number].restore(*angles)
-        cache.rotaries[index] = tables[number]
+        cache.rotaries.of[index] = tables[number]
     cache.real = taken("real").to(cache.device)
     cache.beyond = header.beyond
     if header.bound:
