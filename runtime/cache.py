@@ -11,20 +11,18 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
-from policies import Full, Step, plan_ends
+from policies import Full, Step
 from policies.plan import Buffer
 from runtime.arena import DTYPES, Arena
-from runtime.bound import Bound, BoundLayer
-from runtime.call import Call, Handed, Method
-from runtime.executor import Executor
+from runtime.call import Handed, Method
 from runtime.forward import Forward
 from runtime.heard import Heard
 from runtime.hybrid import TieredHybridLayer
 from runtime.layer import TieredLayer
 from runtime.masks import Seen, read_mask
 from runtime.memory import check_fits
-from runtime.recorder import At
 from runtime.rotaries import Rotaries
+from runtime.steps import Held, Steps
 from runtime.terms import LONG_PROMPT, Terms, own_layers
 
 LOG = logging.getLogger(__name__)
@@ -38,13 +36,11 @@ class TieredCache(Cache):
         layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in terms.seen]
         self.own = own_layers(terms.seen)
         super().__init__(layers=[self._own(i, x) if i in self.own else x for i, x in enumerate(layers)])
-        self.executor = Executor(device, terms.mover)
+        self.steps = Steps(terms, device)
         self.arena: Arena = Arena(device, 0, terms.footprint)
         self.max_tokens = 0
         self.progress: Callable[[Step], None] | None = None  # told each step that a layer has done
         self.rotaries = Rotaries(terms.seen)
-        self._bound: dict[int, BoundLayer] = {}  # by layer
-        self._last_calls: dict[int, Call] = {}  # of the prompt, for whole-model work
         self._first_sequence = 0
         self._real: torch.Tensor | None = None  # which tokens are no padding, bool (batch, tokens); None: all
         self._read: tuple[torch.Tensor | None, Seen] | None = None  # the mask of this forward, and what it says
@@ -229,7 +225,7 @@ class TieredCache(Cache):
         """Decide a layer's policy by its first prompt, and allocate what it keeps; what only the prompt needs."""
         layer.prompt_tokens = layer.first_prompt_tokens = prompt
         layer.leaf, layer.method = self.terms.leaf(prompt, layer.index)
-        self._bound.pop(layer.index, None)
+        self.steps.forget(layer.index)
         if layer.index == self.own[0]:
             self._say_if_dense(layer, prompt)
         if layer.method.unrotates:
@@ -241,11 +237,11 @@ class TieredCache(Cache):
     def release(self) -> None:
         """Give all memory back, host memory zeroed."""
         with self.at_work():
-            self.executor.settle()
+            self.steps.executor.settle()
             self.arena.release()
         self.arena = Arena(self.device, 0, self.terms.footprint)
-        for table in (self.rotaries, self._bound, self._last_calls):
-            table.clear()
+        self.rotaries.clear()
+        self.steps.forget()
         self._forward.forget()
         self._real = self._read = None
 
@@ -253,7 +249,7 @@ class TieredCache(Cache):
         """Sequence i takes the state of sequence `rows[i]`."""
         self.check_usable()
         with self.at_work():
-            self.executor.settle()
+            self.steps.executor.settle()
             self.arena.reorder(rows)
             self._take_rest(rows)
 
@@ -270,7 +266,7 @@ class TieredCache(Cache):
         with self.at_work():
             before = self.arena
             self.arena = self._taken(before, rows)
-            self._bound.clear()  # they hold tensors of the arena before
+            self.steps.forget()
             before.release()
             self._take_rest(rows)
         self._first_sequence = self.terms.recorder.admit(len(rows))
@@ -286,13 +282,11 @@ class TieredCache(Cache):
             vars(copy).update(vars(self))
             vars(copy).update(
                 layers=[x.of(copy) if isinstance(x, TieredLayer) else deepcopy(x, memo) for x in self.layers],
-                executor=Executor(self.device, self.terms.mover),
+                steps=Steps(self.terms, self.device),
                 arena=self._taken(self.arena, torch.arange(self.arena.batch)),
                 rotaries=self.rotaries.copy(),
                 heard=self.heard.copy(),
                 progress=None,
-                _bound={},
-                _last_calls={},
                 _forward=Forward(),
                 _lock=threading.RLock(),
                 _first_sequence=self.terms.recorder.admit(self.arena.batch),
@@ -322,7 +316,7 @@ class TieredCache(Cache):
                 raise ValueError(f"layer {index}, a {type(layer).__name__} of Transformers, knows no {what}")
 
     def _taken(self, arena: Arena, rows: torch.Tensor) -> Arena:
-        self.executor.settle()
+        self.steps.executor.settle()
         needed = {tier: nbytes // max(1, arena.batch) * len(rows) for tier, nbytes in arena.allocated_bytes.items()}
         check_fits(needed, arena.device)
         return arena.taken(rows)
@@ -367,20 +361,24 @@ class TieredCache(Cache):
         handed = handed._replace(mask=self._mask(layer, handed))
         self._forward.attends()
         if layer.index == self.own[0]:
-            self.executor.begin()
+            self.steps.executor.begin()
         if past >= prompt and new > 1 and layer.method.extends:
             layer.prompt_tokens = prompt = past + new
         at_once = (layer.method.execution_tokens or new) if past < prompt else 1
-        outs = []
+        outs, held = [], Held(self.arena, self.rotaries, self._first_sequence)
         for first in range(0, new, at_once):
             if new > at_once:  # each is a step of its own
-                self.executor.begin()
+                self.steps.executor.begin()
             step = Step(prompt_tokens=prompt, past_tokens=past + first, new_tokens=min(at_once, new - first))
-            outs.append(self._step(layer, step, handed.span(first, step.new_tokens, step.tokens)))
+            outs.append(self.steps.run(layer, step, handed.span(first, step.new_tokens, step.tokens), held))
+            if self.progress:
+                self.progress(step)
         if layer.index == self.own[-1]:
             self.rotaries.end_step()
         if new == 1 and not step.prefilling:
-            self._ahead(layer, step, handed)
+            after = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
+            if isinstance(after, TieredLayer) and after.is_initialized and after.tokens == step.past_tokens:
+                self.steps.ahead(after, step, handed, held)
         return torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]
 
     def _mask(self, layer: TieredLayer, handed: Handed) -> torch.Tensor | None:
@@ -413,56 +411,6 @@ class TieredCache(Cache):
             )
         if layer.index == self.own[0]:
             self._check_positions(past + new)
-
-    def _step(self, layer: TieredLayer, step: Step, handed: Handed) -> torch.Tensor:
-        bound = self._bound_of(layer).at(step, self.arena)
-        call = self._call(layer, bound, step, handed)
-        self.executor.run(bound, call)
-        at = At(self._first_sequence, self.arena.batch, layer.index, layer.first_prompt_tokens)
-        self.terms.recorder.note(at, step, bound.counted.counts, call.counts)
-        if step.last_chunk:
-            self._finish(layer, step, call)
-        if self.progress:
-            self.progress(step)
-        assert call.out is not None  # noqa: S101 - the executor has checked it
-        return call.out
-
-    def _bound_of(self, layer: TieredLayer) -> BoundLayer:
-        if layer.index not in self._bound:
-            plans = self.terms.plans.of(layer.leaf, layer.index)
-            self._bound[layer.index] = BoundLayer(plans, layer.method, layer.index)
-        return self._bound[layer.index]
-
-    def _call(self, layer: TieredLayer, bound: Bound, step: Step, handed: Handed) -> Call:
-        return Call(
-            shape=self.terms.shape.layers[layer.index],
-            step=step,
-            state=bound.state,
-            rotary=self.rotaries.of.get(layer.index),
-            **handed._asdict(),
-        )
-
-    def _ahead(self, layer: TieredLayer, step: Step, handed: Handed) -> None:
-        """Let the next layer's copies begin that wait for nothing of its own."""
-        after = self.layers[layer.index + 1] if layer.index + 1 < len(self.layers) else None
-        if isinstance(after, TieredLayer) and after.is_initialized and after.tokens == step.past_tokens:
-            bound = self._bound_of(after).at(step, self.arena)
-            if bound.leading:
-                nothing = Handed(handed.q[:, :, :0], handed.new_k[:, :, :0], handed.new_v[:, :, :0], None, handed.scale)
-                self.executor.run_ahead(bound, self._call(after, bound, step, nothing))
-
-    def _finish(self, layer: TieredLayer, step: Step, call: Call) -> None:
-        """The prompt is complete on this layer: after the last one comes whole-model work, and what passes is freed."""
-        if layer.method.ends:
-            self._last_calls[layer.index] = call
-        if layer.index != self.own[-1]:
-            return
-        for end in plan_ends(self.terms.policy, self.terms.shape, step):
-            method = self.tiered(end.layers[0]).method
-            self.executor.run_end(end.ops, method, [self._last_calls[i] for i in end.layers])
-        self._last_calls.clear()
-        self.executor.join()
-        self.arena.release_passing()
 
     def cropped(self, layer: TieredLayer, gone: int) -> None:
         """A layer has taken back tokens."""

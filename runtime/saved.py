@@ -59,7 +59,7 @@ def save_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> 
     be read; OSError when the file cannot be written.
     """
     cache.check_usable()
-    cache.executor.settle()
+    cache.steps.executor.settle()
     tokens = _tokens(cache)
     layers = {index: cache.tiered(index) for index in cache.own}
     first = layers[cache.own[0]]
