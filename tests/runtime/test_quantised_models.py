@@ -25,6 +25,72 @@ def test_a_config_that_names_a_quantisation_is_no_hindrance(tiny_llama: Path) ->
             )
 
 
+POLICIES = [
+    *("full", "offload-all", "snapkv:budget_tokens=4096"),
+    "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=30,index=flat",
+]
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer that holds bytes and a scale for each row, as quantisers put in a layer's place."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+        self.register_buffer("weight_int8", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return x @ (self.weight_int8 * self.scale).T
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_layers_that_hold_no_floating_weights_are_taken(tiny_llama: Path, tmp_path: Path, policy: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, linear in list(part.named_children()):
+                    if isinstance(linear, torch.nn.Linear):
+                        setattr(part, name, Int8Linear(linear))
+    assert not [name for name, _ in model.named_parameters() if "_proj" in name]
+    follow(model, policy, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["torchao", "bitsandbytes", "optimum.quanto"])
+def test_what_quantises_on_a_cpu_is_taken(tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    """The libraries are no dependencies: each runs where it is installed."""
+    pytest.importorskip(method)
+    pytest.importorskip("accelerate")
+    if method == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        how = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif method == "bitsandbytes":
+        how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    else:
+        how = transformers.QuantoConfig(weights="int8")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_llama, quantization_config=how, dtype=torch.float32, device_map="cpu"
+    )
+    assert model.is_quantized
+    follow(model.eval(), POLICIES[1], tmp_path)
+
+
+def follow(model, policy: str, tmp_path: Path) -> None:
+    """The tokens of stock `generate`, from a policy that leaves nothing out, and from a cache that was saved."""
+    ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(1))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+    with torch.no_grad(), offload(model, parse_policy(policy), max_new_tokens=10) as kv:
+        expected = model.generate(ids, pad_token_id=0, **options)
+        assert torch.equal(model.generate(ids, pad_token_id=0, past_key_values=kv.cache(), **options), expected)
+        cache = kv.cache()
+        model(ids[:, :-1], past_key_values=cache)
+        kv.save(cache, tmp_path / "prefix.safetensors")
+        loaded = kv.load(tmp_path / "prefix.safetensors")
+        assert torch.equal(model.generate(ids, pad_token_id=0, past_key_values=loaded, **options), expected)
+
+
 def test_a_gguf_file_says_what_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
