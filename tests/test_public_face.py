@@ -166,10 +166,11 @@ def test_a_star_gives_all_names() -> None:
 
 def test_the_page_runs_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    sweep, notebook = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    sweep, notebook, kernels = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(sweep, {})  # noqa: S102
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["l40s", "h100-sxm"]
     scope: dict[str, Any] = {}
     exec(notebook, scope)  # noqa: S102
     columns = scope["columns"]
     assert columns["prompt_tokens"][scope["longest"]] == columns["prompt_tokens"].max()
+    exec(kernels, {})  # noqa: S102

@@ -228,10 +228,14 @@ def _kernels(file: GpuFile, chosen: str, rates: Rates) -> Kernels:
 
 def _alike(likeness: Likeness) -> KernelFits:
     """The constants of the catalogue's GPU that another one is taken to be like."""
-    name, data, origin = _document("gpus", "GPU", likeness.like, gpu_names())
+    if likeness.like not in gpu_names():
+        raise unknown_name("GPU of kernels.like", likeness.like, gpu_names())
+    _, data, origin = _document("gpus", "GPU", likeness.like, gpu_names())
     fits = read_gpu_file(data, origin).kernels("serving")
-    if name not in gpu_names() or not isinstance(fits, KernelFits):
-        raise ValueError(f"kernels.like={shown(likeness.like)} names no GPU of the catalogue with constants of its own")
+    if not isinstance(fits, KernelFits):
+        raise ValueError(
+            f"kernels.like={shown(likeness.like)} has no constants of its own; name the GPU it takes them from"
+        )
     return slowed(fits, likeness.products)
 
 

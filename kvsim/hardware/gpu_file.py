@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 
-from kvsim.hardware.kernels.kernel_file import KernelFits, Likeness
+from kvsim.hardware.kernels.kernel_file import CONSTANTS, KernelFits, Likeness
 from kvsim.text.documents import validated
 from kvsim.text.printable import brief
 
@@ -185,7 +185,7 @@ def _number(figure: Figure, field: str, peak: Figure | None) -> float:
 
 
 _SCHEMA = TypeAdapter(GpuFile)
-_KNOWN = [*GpuFile.model_fields, *KernelFigures.model_fields]
+_KNOWN = [*GpuFile.model_fields, *KernelFigures.model_fields, *CONSTANTS]
 
 
 def read_gpu_file(data: Mapping[str, Any], origin: str) -> GpuFile:

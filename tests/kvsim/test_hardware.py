@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import fields
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,10 +139,34 @@ def test_a_file_takes_kernels_of_a_gpu_that_it_is_like(tmp_path: Path) -> None:
     share = 2 * 8192**3 / 100e12 / load_gpu(path).kernels.gemm_s(**rows)
     assert 0.35 <= share <= 0.5  # half of what the H100 reaches of its own peak
     assert load_gpu(f"{path}@measured").kernels.gemm_s(**rows) == load_gpu(path).kernels.gemm_s(**rows)
-    with pytest.raises(
-        ValueError, match=r"mine\.yaml: kernels\.like='t4' names no GPU of the catalogue with constants"
-    ):
-        load_gpu(user_gpu(tmp_path, (like[0], like[1].replace("h100-sxm", "t4"))))
+    for other, message in (("t4", "has no constants of its own"), ("h100", "unknown GPU of kernels.like 'h100'")):
+        with pytest.raises(ValueError, match=message):
+            load_gpu(user_gpu(tmp_path, (like[0], like[1].replace("h100-sxm", other))))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("gemm", "bf16", "hbm"), 1.2, r"hbm=1.2: Input should be less than or equal to 1"),
+        (("gemm", "bf16", "hmb"), 0.9, r"hmb'; did you mean 'hbm'\?"),
+        (("gemm", "bf16", "start_s"), True, r"start_s=True: must be a number"),
+        (("gemm", "bf16", "tiles"), [], r"tiles must have one without most_rows"),
+        (("gemm", "fp7"), None, r"gemm has an unknown dtype 'fp7'; known: bf16"),
+        (("elementwise", "hbm"), float("nan"), r"elementwise.hbm=nan"),
+        (("like",), "h100-sxm", r"unknown key"),
+    ],
+)
+def test_errors_in_constants_name_the_key_and_the_rule(
+    path: tuple[str, ...], value: object, message: str, tmp_path: Path
+) -> None:
+    document = yaml.safe_load((files("kvsim") / "catalogue" / "gpus" / "h100-sxm.yaml").read_text(encoding="utf-8"))
+    place = document["serving"]["kernels"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = place["bf16"] if value is None else value
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(ValueError, match=message):
+        load_gpu(str(tmp_path / "mine.yaml"))
 
 
 def test_a_set_falls_back_figure_by_figure(tmp_path: Path) -> None:

@@ -49,6 +49,23 @@ def test_measured_rows_that_no_fit_saw(table: dict[str, Any]) -> None:
     assert sum(map(abs, errors)) / len(errors) <= EXCEPTIONS.get((dtype, kernel), PROMISED[kernel]) + CHANCE
 
 
+def test_the_page_of_errors_is_the_results() -> None:
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks" / "results" / "kernel_fit.json").read_text(encoding="utf-8"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "benchmarks")
+        from kernels.page import document
+    page = (root / "docs" / "measured" / "kernel_prices.md").read_text(encoding="utf-8")
+    assert page == document(results["errors"], results["composites"])
+    for row in results["errors"]:
+        promised = EXCEPTIONS.get((row["dtype"], row["kernel"]), PROMISED[row["kernel"]])
+        assert row["mape_unseen"] <= promised + (0.005 if row["kernel"] in ("moe", "gemm") else 0), row
+        assert abs(row["bias_unseen"]) <= (0.08 if row["rows"] < 2000 else 0.05), row
+    errors = [abs(row["priced_s"] / row["measured_s"] - 1) for row in results["composites"]]
+    assert sum(error <= 0.08 for error in errors) >= 0.94 * len(errors)
+    assert max(errors) <= 0.10
+
+
 # All linear layers of Llama-3.1-8B in one CUDA graph on one H200 (driver 580, torch 2.11): rows and ms. QKV, and gate
 # with up, are one matrix each.
 H200_LINEAR_MS = {1: 3.745, 8: 3.844, 16: 3.892, 32: 3.964, 64: 4.077, 96: 4.275, 128: 4.480, 192: 5.395, 256: 6.526,

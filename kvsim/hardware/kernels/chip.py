@@ -20,6 +20,9 @@ _STAND_INS = {
 GEMM_DTYPES = (*_STAND_INS, "int4", "int4-g32", "int4-g128")
 """Formats of weights that a GEMM is priced in: `fp8` has one scale a tensor, `fp8_block` one a block."""
 
+KV_DTYPES = ("bf16", "fp16", "fp8")
+"""Types of cached keys and values that attention is priced over."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chip:

@@ -55,6 +55,10 @@ class GemmFit:
     host: tuple[HostLaunch, ...] = ()
     ragged_s: Seconds = 0.0  # added to the host's where rows are no multiple of four
 
+    def __post_init__(self) -> None:
+        if all(tile.most_rows is not None for tile in self.tiles):
+            raise ValueError("tiles must have one without most_rows, which takes GEMMs of any size")
+
     def fitting(self, m: int) -> list[Tile]:
         """The tiles that a kernel for `m` rows chooses from: those of the smallest limit that holds them."""
         limits = [tile.most_rows for tile in self.tiles if tile.most_rows is not None and tile.most_rows >= m]

@@ -1,16 +1,17 @@
 """The `kernels` of a GPU's file: constants of every kernel, or the name of the GPU that they are taken from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
 from kvsim.hardware.kernels.attention import DecodeFit, PrefillFit
+from kvsim.hardware.kernels.chip import GEMM_DTYPES, KV_DTYPES
 from kvsim.hardware.kernels.clusters import ClusterFit
 from kvsim.hardware.kernels.collectives import AllReduceFit
 from kvsim.hardware.kernels.experts import MoeFit
-from kvsim.hardware.kernels.gemm import GemmFit
+from kvsim.hardware.kernels.gemm import GemmFit, HostLaunch, Tile
 from kvsim.hardware.kernels.shares import Seconds, Share
 from kvsim.hardware.kernels.transfers import TransferFit
 from policies.shown import shown
@@ -52,9 +53,18 @@ class KernelFits:
     all_reduce: AllReduceFit | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gemm", "prefill_attention", "decode_attention", "moe"):
-            if "bf16" not in dict(getattr(self, name)):
+        for name, known in (
+            ("gemm", GEMM_DTYPES),
+            ("moe", GEMM_DTYPES),
+            ("prefill_attention", KV_DTYPES),
+            ("decode_attention", KV_DTYPES),
+        ):
+            given = dict(getattr(self, name))
+            if "bf16" not in given:
                 raise ValueError(f"{name} must give constants for bf16, which stand in for all types without their own")
+            for dtype in given:
+                if dtype not in known:
+                    raise ValueError(f"{name} has an unknown dtype {shown(dtype)}; known: {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +75,17 @@ class Likeness:
 
     like: str
     products: Annotated[float, Field(gt=0, le=1)] = 1.0  # shares of the peak, relative to the other GPU's
+
+
+CONSTANTS = sorted(
+    {
+        field.name
+        for kind in (KernelFits, Likeness, GemmFit, Tile, HostLaunch, PrefillFit, DecodeFit, AllReduceFit, MoeFit,
+                     ElementwiseFit, TransferFit, ClusterFit)
+        for field in fields(kind)
+    }
+)  # fmt: skip
+"""Every name that `kernels` of a file may have."""
 
 
 def slowed(fits: KernelFits, products: float) -> KernelFits:

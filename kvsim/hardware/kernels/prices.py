@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 
 from kvsim.hardware.kernels.attention import attention_bytes, attention_flops
-from kvsim.hardware.kernels.chip import GEMM_DTYPES, Chip, element_bytes
+from kvsim.hardware.kernels.chip import GEMM_DTYPES, KV_DTYPES, Chip, element_bytes
 from kvsim.hardware.kernels.experts import routed
 from kvsim.hardware.kernels.fitted import FittedPrices
 from kvsim.hardware.kernels.gemm import gemm_bytes
 from kvsim.hardware.kernels.rated import RatedPrices
 from policies.shown import shown
-
-KV_DTYPES = ("bf16", "fp16", "fp8")
-"""Types of cached keys and values that attention is priced over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
