@@ -6,49 +6,29 @@ the model as it computed, to the policy, to the ids, and to its own bytes, by SH
 """
 
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from policies import describe
 from policies.shown import shown
-from runtime.arena import DTYPES
 from runtime.aside import written_aside
 from runtime.cache import TieredCache
-from runtime.call import Method
 from runtime.digest import digest, digests
 from runtime.fingerprint import fingerprint
-from runtime.hybrid import TieredHybridLayer
 from runtime.layer import TieredLayer
-from runtime.rotary import UNROTATED, Rotary
+from runtime.rotary import Rotary
 from runtime.saved_header import Header, read_header
+from runtime.saved_layout import Expected, check_kind, check_layout, expected_of, keeps_angles, layers_of
 
 MOST_HEADER_BYTES = 1 << 25  # what a header of 400 layers takes is a hundredth of it
-NAMES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-
-
-class Expected(NamedTuple):
-    """A tensor of the file: where `shape` has None, any size will do."""
-
-    shape: tuple[int | None, ...]
-    dtypes: tuple[torch.dtype, ...]
-    may_be_infinite: bool = False
 
 
 def save_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> None:
@@ -64,7 +44,7 @@ def save_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> 
     layers = {index: cache.tiered(index) for index in cache.own}
     first = layers[cache.own[0]]
     rotaries = {
-        index: cache.rotaries.of[index] for index, layer in layers.items() if _keeps_angles(cache, index, layer.method)
+        index: cache.rotaries.of[index] for index, layer in layers.items() if keeps_angles(cache, index, layer.method)
     }
     tables = list({id(rotary): rotary for rotary in rotaries.values()}.values())
     held = _held(cache, tables)
@@ -91,10 +71,10 @@ def save_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> 
         beyond=cache.beyond,
         digests={},
     )
-    expected = _expected(cache, header)
+    expected = expected_of(cache, header)
     held = {name: tensor.cpu() for name, tensor in held.items()}
     for name, tensor in held.items():
-        _check_kind(name, tuple(tensor.shape), tensor.dtype, expected[name])
+        check_kind(name, tuple(tensor.shape), tensor.dtype, expected[name])
         _check_numbers(name, tensor, expected[name])
     with written_aside(path) as new:
         try:
@@ -118,8 +98,8 @@ def load_cache(cache: TieredCache, model: Any, path: Path, *, unbound: bool) -> 
             there = shown(str(header.fingerprint))[1:-1]
             raise ValueError(f"was saved with the model {there}, and here it is {here}: {difference}")
         cache.terms = replace(cache.terms, max_new_tokens=header.max_new_tokens)
-        expected = _expected(cache, header)
-        _check_layout(file, header, expected, max(layer.head_dim for layer in cache.terms.shape.layers))
+        expected = expected_of(cache, header)
+        check_layout(file, header, expected, max(layer.head_dim for layer in cache.terms.shape.layers))
         with cache.at_work():
             cache.reopen(header.batch, header.first_prompt_tokens)
             try:
@@ -136,7 +116,7 @@ def _tokens(cache: TieredCache) -> int:
     if not cache.own:
         raise ValueError("no layer of this model keeps its cache under a policy, so that there is nothing to save")
     counts = set()
-    for index, layer in enumerate(_layers(cache)):
+    for index, layer in enumerate(layers_of(cache)):
         if isinstance(layer, TieredLayer):
             if not layer.is_initialized or layer.tokens < layer.first_prompt_tokens:
                 raise ValueError(f"layer {index} has not finished its prompt; process all of it before saving")
@@ -152,24 +132,9 @@ def _tokens(cache: TieredCache) -> int:
     return counts.pop()
 
 
-def _keeps_angles(cache: TieredCache, index: int, method: Method) -> bool:
-    return method.unrotates and cache.terms.seen[index].rotation not in (None, UNROTATED)
-
-
-def _layers(cache: TieredCache) -> Iterator[TieredLayer | DynamicSlidingWindowLayer]:
-    """The layers of a cache in turn; ValueError at the first whose state cannot be saved."""
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, TieredHybridLayer):
-            raise ValueError(f"layer {index} keeps a state beside its keys and values, which cannot be saved")
-        if isinstance(layer, TieredLayer) or type(layer) is DynamicSlidingWindowLayer:
-            yield layer
-        else:
-            raise ValueError(f"layer {index} is a {type(layer).__name__}, whose state cannot be saved")
-
-
 def _held(cache: TieredCache, tables: list[Rotary]) -> dict[str, Tensor]:
     held: dict[str, Tensor] = {}
-    for index, layer in enumerate(_layers(cache)):
+    for index, layer in enumerate(layers_of(cache)):
         if isinstance(layer, TieredLayer):
             held |= {f"{index}.{name}": tensor for name, tensor in cache.arena.kept(index).items()}
         else:
@@ -202,71 +167,6 @@ def _check_terms(cache: TieredCache, header: Header, unbound: bool) -> None:
         )
 
 
-def _expected(cache: TieredCache, header: Header) -> dict[str, Expected]:
-    """Every tensor that a cache of this header has; ValueError where the header contradicts itself or the model."""
-    batch, tokens, shape = header.batch, header.tokens, cache.terms.shape
-    first, last = header.first_prompt_tokens, max(header.prompt_tokens.values(), default=0)
-    room = first + header.max_new_tokens
-    if not max(first, last) <= tokens <= min(room, shape.max_positions):
-        raise ValueError(f"says that it holds {tokens} tokens, {max(first, last)} of them prompt, in a room for {room}")
-    settled = cache.settled(first)
-    if {*header.prompt_tokens} != {*settled}:
-        raise ValueError(
-            f"has the layers {shown(sorted(header.prompt_tokens))}, and here {sorted(settled)} keep tokens"
-        )
-    if {*header.rotary} != {index for index, (method, _) in settled.items() if _keeps_angles(cache, index, method)}:
-        raise ValueError(f"has rotary angles for the layers {shown(sorted(header.rotary))}, which are not those here")
-    tables = {*header.rotary.values()}
-    if tables != {*range(len(tables))}:
-        raise ValueError(f"numbers its {len(tables)} tables of rotary angles {shown(sorted(tables))}")
-    expected = {
-        f"{index}.{buffer.name}": Expected(
-            (batch, buffer.rows, *buffer.row_shape), (DTYPES[buffer.dtype],), buffer.name in method.may_be_infinite
-        )
-        for index, (method, buffers) in settled.items()
-        for buffer in buffers
-        if not (buffer.view or buffer.ring)
-    }
-    for index, layer in enumerate(_layers(cache)):
-        if not isinstance(layer, TieredLayer):
-            heads = shape.layers[index]
-            window = min(tokens, layer.sliding_window - 1)
-            for part, width in (("keys", heads.head_dim), ("values", heads.v_head_dim)):
-                expected[f"{index}.{part}"] = Expected(
-                    (batch, heads.kv_heads, window, width), (DTYPES[shape.kv_dtype],)
-                )
-    for number in tables:
-        angles = Expected((None, tokens, None), (torch.float32, DTYPES[shape.kv_dtype]))
-        expected |= {f"rotary.{number}.cos": angles, f"rotary.{number}.sin": angles}
-    expected["real"] = Expected((batch, tokens), (torch.bool,))
-    if header.bound:
-        expected["ids"] = Expected((batch, tokens), (torch.int64,))
-    return expected
-
-
-def _check_layout(file: Any, header: Header, expected: Mapping[str, Expected], widest: int) -> None:
-    """Compare names, shapes and dtypes, before anything is allocated."""
-    there = {*file.keys()}
-    if odd := sorted({*expected} ^ there) or sorted({*expected} ^ {*header.digests}):
-        raise ValueError(f"{'has the unknown' if odd[0] not in expected else 'lacks the'} tensor {shown(odd[0])}")
-    for name, each in expected.items():
-        part = file.get_slice(name)
-        _check_kind(name, tuple(part.get_shape()), NAMES.get(part.get_dtype()), each)
-    for number in {*header.rotary.values()}:
-        shapes = {tuple(file.get_slice(f"rotary.{number}.{part}").get_shape()) for part in ("cos", "sin")}
-        batch, _, width = shapes.pop()
-        if shapes or batch not in (1, header.batch) or width not in range(2, widest + 1, 2):
-            raise ValueError(f"has rotary angles for {batch} sequences and {width} dimensions of a head")
-
-
-def _check_kind(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, expected: Expected) -> None:
-    same = len(shape) == len(expected.shape) and all(a in (b, None) for a, b in zip(expected.shape, shape, strict=True))
-    if not same or dtype not in expected.dtypes:
-        raise ValueError(
-            f"has the tensor {name} of shape {shown(shape)} and {dtype}, where {expected.shape} is kept of it"
-        )
-
-
 def _taken(file: Any, header: Header, name: str, expected: Expected) -> Tensor:
     tensor: Tensor = file.get_tensor(name)
     if digest(tensor) != header.digests[name]:
@@ -282,7 +182,7 @@ def _check_numbers(name: str, tensor: Tensor, expected: Expected) -> None:
 
 
 def _fill(cache: TieredCache, header: Header, taken: Callable[[str], Tensor]) -> None:
-    for index, layer in enumerate(_layers(cache)):
+    for index, layer in enumerate(layers_of(cache)):
         if isinstance(layer, TieredLayer):
             layer.tokens, layer.prompt_tokens = header.tokens, header.prompt_tokens[index]
             for name, held in cache.arena.kept(index).items():
