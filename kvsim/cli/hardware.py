@@ -102,9 +102,14 @@ def _show_gpu(sets: Sequence["Gpu"], *, json: bool) -> None:
         for figures in rates.values():
             figures["matmul_flops"] = dict(figures["matmul_flops"])
         sources = {one.parameter_set: dict(one.sources) for one in sets}
-        print_json({**_described(gpu, "name", "memory_bytes", "sms"), "rates": rates, "sources": sources})
+        print_json(
+            {**_described(gpu, "name", "memory_bytes", "device_bytes", "sms"), "rates": rates, "sources": sources}
+        )
         return
-    print_facts(gpu.name, {"memory": f"{format_bytes(gpu.memory_bytes)} ({gpu.memory_bytes:,} B)", "SMs": str(gpu.sms)})
+    facts = {"memory": f"{format_bytes(gpu.memory_bytes)} ({gpu.memory_bytes:,} B)"}
+    if gpu.device_bytes is not None:
+        facts["reported"] = f"{format_bytes(gpu.device_bytes)} ({gpu.device_bytes:,} B) by the driver"
+    print_facts(gpu.name, facts | {"SMs": str(gpu.sms)})
     for note in gpu.notes:
         print_line(f"note: {note}")
     columns: Columns = {"figure": "left", **dict.fromkeys((one.parameter_set for one in sets), "right")}

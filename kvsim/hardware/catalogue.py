@@ -100,6 +100,7 @@ class Gpu:
     parameter_sets: tuple[str, ...]  # all that its file has
     sources: tuple[tuple[str, str], ...]
     kernels: Kernels  # what each kernel costs
+    device_bytes: int | None = None  # what the driver reports of memory_bytes; None where that is not known
     notes: tuple[str, ...] = ()  # what was read in another way than it was written
 
 
@@ -200,6 +201,7 @@ def load_gpu(text: str) -> Gpu:
         parameter_sets=file.parameter_sets,
         sources=tuple(sources.items()),
         kernels=kernels,
+        device_bytes=file.device_bytes,
         notes=tuple(
             f"{origin}: the parameter set {former} is called {name} now, and was read as that"
             for former, name in FORMER_NAMES.items()

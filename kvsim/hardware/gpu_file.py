@@ -17,6 +17,8 @@ PARAMETER_SETS = ("datasheet", "eager", "serving", "measured")
 A figure that one leaves out is that of the set before it.
 """
 
+_CAPACITIES = ("memory_bytes", "device_bytes", "sms")
+
 FORMER_NAMES = {"achievable": "eager"}
 """What a set was called, and is still read as, with a note."""
 
@@ -116,6 +118,7 @@ class GpuFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     memory_bytes: Annotated[int, Field(gt=0)]
+    device_bytes: Annotated[int, Field(gt=0)] | None = None
     sms: Annotated[int, Field(gt=0)]
     datasheet: Figures
     eager: Figures | None = None
@@ -138,7 +141,7 @@ class GpuFile(BaseModel):
     def figures(self, chosen: str) -> tuple[dict[str, Any], dict[str, str]]:
         """The figures of a parameter set as absolute numbers, and the sources of those that have one."""
         values: dict[str, Any] = {}
-        sources = {key: text for key, text in self.sources.items() if key in ("memory_bytes", "sms")}
+        sources = {key: text for key, text in self.sources.items() if key in _CAPACITIES}
         for name in PARAMETER_SETS[: PARAMETER_SETS.index(chosen) + 1]:
             part = getattr(self, name)
             for field in Figures.model_fields if part else ():
@@ -191,8 +194,12 @@ _KNOWN = [*GpuFile.model_fields, *KernelFigures.model_fields, *CONSTANTS]
 def read_gpu_file(data: Mapping[str, Any], origin: str) -> GpuFile:
     """Check a GPU's document; ValueError, naming `origin` and the key, when it is not valid."""
     file = validated(_SCHEMA, _renamed(data, origin), _KNOWN, origin)
-    known = {"memory_bytes", "sms", *PARAMETER_SETS}
+    known = {*_CAPACITIES, *PARAMETER_SETS}
     known |= {f"{name}.{field}" for name in PARAMETER_SETS for field in KernelFigures.model_fields}
+    if file.device_bytes is not None and file.device_bytes > file.memory_bytes:
+        raise ValueError(
+            f"{origin}: device_bytes={file.device_bytes} exceeds memory_bytes={file.memory_bytes}; a driver keeps some"
+        )
     for key in file.sources:
         if key not in known:
             raise ValueError(

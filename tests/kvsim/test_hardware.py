@@ -63,7 +63,9 @@ def test_every_figure_of_every_gpu_has_its_source(name: str) -> None:
         gpu = load_gpu(f"{name}@{parameter_set}")
         sources = dict(gpu.sources)
         fitted = ["kernels"] if parameter_set in ("serving", "measured") else []
-        assert sorted(sources) == sorted([*RATES, "memory_bytes", "sms", *fitted])
+        capacities = ["memory_bytes", "sms", *(["device_bytes"] if gpu.device_bytes else [])]
+        assert sorted(sources) == sorted([*RATES, *capacities, *fitted])
+        assert gpu.device_bytes is None or 0.9 * gpu.memory_bytes < gpu.device_bytes < gpu.memory_bytes
         assert all(len(text) > 10 for text in sources.values())
 
 
@@ -253,6 +255,7 @@ def test_unknown_host_lists_the_nearest_first() -> None:
         ("gather_sm_share: 0", "gather_sm_share: 5", r"gather_sm_share=5: must be between 0 and 1"),
         ("memory_bytes: 1000\n", "", r"mine\.yaml: memory_bytes is missing"),
         ("memory_bytes: 1000", "memory_bytes: 0", r"memory_bytes=0: Input should be greater than 0"),
+        ("sms: 10", "sms: 10\ndevice_bytes: 1001", r"device_bytes=1001 exceeds memory_bytes=1000"),
         ("\neager:", "\nachievable: {}\neager:", r"achievable is the former name of eager; keep one of them"),
         ("eager.launch_s: a", "eager.lunch_s: a", r"sources\.eager\.lunch_s names no figure"),
         ("fp32: 10e12}", "fp32: 10e12", r"mine\.yaml is not YAML: "),
