@@ -59,8 +59,8 @@ def test_the_page_of_errors_is_the_results() -> None:
     assert page == document(results["errors"], results["composites"])
     for row in results["errors"]:
         promised = EXCEPTIONS.get((row["dtype"], row["kernel"]), PROMISED[row["kernel"]])
-        assert row["mape_unseen"] <= promised + (0.005 if row["kernel"] in ("moe", "gemm") else 0), row
-        assert abs(row["bias_unseen"]) <= (0.08 if row["rows"] < 2000 else 0.05), row
+        assert row["mape_unseen"] <= promised, row
+        assert abs(row["bias_unseen"]) <= (0.08 if row["kernel"] == "all_reduce" else 0.05), row  # of a dozen rows
     errors = [abs(row["priced_s"] / row["measured_s"] - 1) for row in results["composites"]]
     assert sum(error <= 0.08 for error in errors) >= 0.94 * len(errors)
     assert max(errors) <= 0.10
