@@ -40,7 +40,7 @@ processes with all that they start.
 
 A simulation begins in the interpreter. One that would last more than {load:g} s longer takes machine code that an
 earlier run has kept, for to load that takes what the table says; one that would last more than {compile:g} s longer has
-code compiled beside it, by a process that ends with the program, and changes over between two turns when that is done:
+code compiled beside it, by a process that ends with the program, and changes over between two events when that is done:
 what would be over before the compiler is gains nothing from it. The estimate is the time so far for each request that
 has left. Features that a simulation lacks ({features}) are compiled as functions that do nothing, so a plain run waits
 for the core alone.

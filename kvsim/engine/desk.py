@@ -16,12 +16,12 @@ from kvsim.engine.requests.patience import depart, departure_s, next_departure
 from kvsim.engine.state.cluster import (
     COUNT,
     INCOMING,
+    N_TIERS,
     NOBODY,
     PREFILLING,
     PROMPTS,
     RUNNING,
     STORED,
-    TIERS,
     WANT_LOOK,
     WANT_PLAN,
     WANT_PROGRAM,
@@ -40,7 +40,7 @@ from kvsim.plans.derive import PlanTable, Structure
 from kvsim.scenario.setup import Setup
 from traces import Trace
 
-DETOURS_AT_ONCE = 100  # each starts the count of turns anew
+DETOURS_AT_ONCE = 100  # each starts the count of events anew
 
 
 class Engine:
@@ -67,16 +67,16 @@ class Engine:
             note_now(self.cluster, number, 0.0)
         self._player = Player(self.cluster.features, len(trace))
 
-    def play(self, most_turns: int) -> bool:
-        """Give replicas their turns, about so many at most; False when nothing is left to happen."""
+    def play(self, most_events: int) -> bool:
+        """Let events happen, about so many at most; False when nothing is left to happen."""
         for _ in range(DETOURS_AT_ONCE):
             try:
-                return self._player.play(self.cluster, self._prices, most_turns)
+                return self._player.play(self.cluster, self._prices, most_events)
             except Detour:
                 self._serve()
         return True
 
-    def turn(self, number: int, now_s: float) -> None:
+    def step(self, number: int, now_s: float) -> None:
         """Let a replica end what it did and begin what is next, up to something that lasts."""
         while True:
             try:
@@ -150,7 +150,7 @@ class Engine:
 
     def _load(self, structure: int, row: Ints) -> Load:
         shape = self._structures[structure]
-        return Load(shape, np.roll(row[STORED : STORED + shape.columns], -TIERS))
+        return Load(shape, np.roll(row[STORED : STORED + shape.columns], -N_TIERS))
 
     @property
     def left(self) -> int:

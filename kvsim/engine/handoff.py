@@ -21,11 +21,11 @@ from kvsim.engine.state.cluster import (
     HBM,
     IDLE,
     INCOMING,
+    N_TIERS,
     NOBODY,
     PREFILLING,
     RUNNING,
     SWAPPED,
-    TIERS,
     VECTOR,
     WAITING,
     Cluster,
@@ -50,7 +50,7 @@ def reserve(cluster: Cluster, index: int, now_s: float) -> bool:
         return False
     _set_first_need(cluster, index)
     for number in range(world["prefill_replicas"], len(replicas)):
-        if _has_room(world, replicas[number]):
+        if _can_receive(world, replicas[number]):
             lighter = replicas[number]["outstanding_tokens"] < replicas[receiver]["outstanding_tokens"]
             if receiver == NOBODY or lighter:
                 receiver = number
@@ -87,7 +87,7 @@ def take_back(cluster: Cluster, index: int, now_s: float) -> None:
     if receiver == NOBODY:
         return
     replica = cluster.replicas[receiver]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         replica["held_bytes"][tier] -= request["reserved"][tier]
     cluster.tenants[receiver, request["tenant"]]["held_bytes"] -= request["reserved"][HBM]
     replica["expected"] -= 1
@@ -103,7 +103,7 @@ def take_over(cluster: Cluster, number: int, now_s: float) -> None:
     while sender != NOBODY:
         index = cluster.replicas[sender]["first"][HANDING]
         _set_first_need(cluster, index)
-        if not _has_room(cluster.world, cluster.replicas[number]):
+        if not _can_receive(cluster.world, cluster.replicas[number]):
             break
         take_out(cluster.requests, cluster.replicas[sender], index)
         _promise(cluster, index, number, now_s)
@@ -127,7 +127,7 @@ def take_in(cluster: Cluster, number: int, now_s: float) -> None:
             replica["late"] += 1
             taken_in(replica, request, now_s)
             sender = cluster.replicas[request["sender"]]
-            for tier in range(TIERS):
+            for tier in range(N_TIERS):
                 sender["held_bytes"][tier] -= request["lent"][tier]
             cluster.tenants[request["sender"], request["tenant"]]["held_bytes"] -= request["lent"][HBM]
             note_change(cluster, request["sender"], now_s)
@@ -159,8 +159,8 @@ def _set_first_need(cluster: Cluster, index: int) -> None:
     set_need(cluster)
 
 
-def _has_room(world: Record, replica: Record) -> bool:
-    """Whether the need fits a replica on which nobody waits to come back."""
+def _can_receive(world: Record, replica: Record) -> bool:
+    """Whether a replica can receive a state: its need fits, and nobody there waits or is swapped out."""
     if replica["length"][SWAPPED] or replica["length"][WAITING]:
         return False
     sequences = replica["length"][DECODING] + replica["length"][PREFILLING] + replica["expected"]
@@ -170,7 +170,7 @@ def _has_room(world: Record, replica: Record) -> bool:
 def _promise(cluster: Cluster, index: int, receiver: int, now_s: float) -> None:
     world, replica, request = cluster.world, cluster.replicas[receiver], cluster.requests[index]
     request["receiver"] = receiver
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         request["reserved"][tier] = world["need_bytes"][tier]
         replica["held_bytes"][tier] += world["need_bytes"][tier]
     cluster.tenants[receiver, request["tenant"]]["held_bytes"] += world["need_bytes"][HBM]
@@ -195,7 +195,7 @@ def _send(cluster: Cluster, index: int, began_s: float, last_s: float, last_shar
         sender["busy_s"][NVLINK] += seconds
     else:
         nbytes = 0
-        for tier in range(TIERS):
+        for tier in range(N_TIERS):
             nbytes += request["sent"][tier]
         seconds = nbytes * max(world["tp"] / world["nic_Bps"], world["pcie_down_s"])
         way, latency_s, done_s = BY_NIC, world["nic_latency_s"], free_s + seconds
@@ -207,7 +207,7 @@ def _send(cluster: Cluster, index: int, began_s: float, last_s: float, last_shar
         come_s = max(done_s, last_s + last_share * seconds)
         sender["link_free_s"] = replica["link_free_s"] = come_s
         request["ready_s"] = bring(cluster, index, way, nbytes, now_s, max(now_s, come_s + latency_s))
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         request["lent"][tier], request["held"][tier] = request["held"][tier], request["reserved"][tier]
     request["sender"], request["replica"] = number, receiver
     push_last(cluster.requests, replica, INCOMING, index)
@@ -216,7 +216,7 @@ def _send(cluster: Cluster, index: int, began_s: float, last_s: float, last_shar
 
 
 def _through_adapters(cluster: Cluster, sender: int, receiver: int, nbytes: int, from_s: float) -> float:
-    """When the last of these bytes is through the adapters of both hosts, which serve their GPUs in turn."""
+    """When the last of these bytes is through the adapters of both hosts, which serve one GPU after the other."""
     done_s, seconds = from_s, nbytes * cluster.world["tp"] / cluster.world["nic_Bps"]
     for way, end in enumerate((sender, receiver)):
         host = cluster.replicas[cluster.replicas[end]["first_neighbour"]]

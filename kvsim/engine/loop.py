@@ -1,4 +1,4 @@
-"""The engine's loop: which replica is next, and what it does at its turn.
+"""The engine's loop: which event is next, and what a replica does at one.
 
 A replica lives through phases: it ends what has run, lets sequences leave and join, makes room, schedules and begins
 what runs next. Each step is whole or not at all, so that after a detour a replica goes on where it stopped.
@@ -8,7 +8,7 @@ import math
 
 from kvsim.engine.batch.iterations import end_iteration, join_completed, launch, stall
 from kvsim.engine.batch.neighbours import share
-from kvsim.engine.batch.preemption import make_room
+from kvsim.engine.batch.preemption import preempt_to_fit
 from kvsim.engine.batch.runs import begin_run, cut_run, end_run, steps_by
 from kvsim.engine.batch.scheduling import admit, continue_prompts, next_ready_s
 from kvsim.engine.batch.settling import settle
@@ -18,7 +18,7 @@ from kvsim.engine.handoff import take_in, take_over
 from kvsim.engine.requests.arrivals import has_arrived, next_arrival
 from kvsim.engine.requests.patience import depart, departure_s, drop_departed, has_come, next_departure
 from kvsim.engine.requests.routing import route
-from kvsim.engine.requests.tenants import begin_turn, queue_newcomer
+from kvsim.engine.requests.tenants import clear_over_quota, queue_newcomer
 from kvsim.engine.sessions.between_turns import price_anew, state_of
 from kvsim.engine.state.cluster import (
     ADMITTING,
@@ -42,19 +42,19 @@ from kvsim.engine.state.cluster import (
     Prices,
 )
 
-MOST_NOTES = 8  # of one turn
+MOST_NOTES = 8  # of one event
 
 
-def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: int) -> bool:
-    """Give replicas their turns, at most so many, and requests their replicas; False when nothing is left to happen.
+def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_events: int) -> bool:
+    """Let events happen, at most so many: a request arrives or leaves, a replica ends and begins what it runs.
 
-    At equal times requests come first, then replicas in order, and last those leave who have lost patience. Whoever
-    keeps the time by himself names the `only` replica whose turn it is, and the time. May make detours. (One long
-    function, because its parts would be compiled, with all that they call, once by themselves and once more as parts of
-    this.)
+    False when nothing is left to happen. At equal times requests come first, then replicas in order, and last those
+    leave who have lost patience. A caller that keeps the time itself names the `only` replica that an event concerns,
+    and the time. May make detours. (One long function, because its parts would be compiled, with all that they call,
+    once by themselves and once more as parts of this.)
     """
     world, requests = cluster.world, cluster.requests
-    for _ in range(most_turns):
+    for _ in range(most_events):
         number, now_s = only, at_s
         if only == NOBODY:
             now_s = math.inf
@@ -98,9 +98,9 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_turns: i
             join_completed(cluster, number, now_s)
             replica["phase"] = SCHEDULING
         if replica["phase"] == SCHEDULING:
-            begin_turn(cluster, number)
+            clear_over_quota(cluster, number)
             drop_departed(cluster, number, now_s)
-            make_room(cluster, number, now_s)
+            preempt_to_fit(cluster, number, now_s)
             if 0 < world["prefill_replicas"] <= number:
                 take_in(cluster, number, now_s)
                 take_over(cluster, number, now_s)
@@ -166,7 +166,7 @@ def _route(cluster: Cluster, prices: Prices, index: int, now_s: float) -> int:
 
 
 def _check_rows(cluster: Cluster) -> None:
-    """A turn must find room for all that it may note: each sequence that joins or returns may leave a gap.
+    """An event must find room for all that it may note: each sequence that joins or returns may leave a gap.
 
     Where tenants are told apart, so does each that joins or leaves a batch.
 

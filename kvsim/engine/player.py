@@ -1,6 +1,6 @@
 """Who plays the loop: the interpreter at once, and machine code from the moment on at which it is there and worth it.
 
-State is arrays only, and both leave off between turns, so that one goes on where the other stopped, to the bit. A run
+State is arrays only, and both leave off between events, so that one goes on where the other stopped, to the bit. A run
 that will last takes the code that an earlier one has kept; where there is none, a process beside this one compiles.
 """
 
@@ -36,34 +36,34 @@ _compilers: list[subprocess.Popen[bytes]] = []  # that it has started: they may 
 
 
 class Player:
-    """Plays the turns of one simulation of so many requests."""
+    """Plays the events of one simulation of so many requests."""
 
     def __init__(self, features: tuple[str, ...], requests: int) -> None:
         self._features, self._requests = features, requests
         self._when = _when()
         self._code: Any = None
         self._bound: tuple[Any, ...] = ()
-        self._turns, self._spent_s, self._look_s = 50, 0.0, 0.0
+        self._events, self._spent_s, self._look_s = 50, 0.0, 0.0
         self._compiler: subprocess.Popen[bytes] | None = None
         self._hopeless = False
 
-    def play(self, cluster: Cluster, prices: Prices, most_turns: int) -> bool:
-        """Give replicas their turns, at most so many; False when nothing is left to happen. May make detours."""
+    def play(self, cluster: Cluster, prices: Prices, most_events: int) -> bool:
+        """Let events happen, at most so many; False when nothing is left to happen. May make detours."""
         self._code = self._code or self._loaded()
         if self._code is None and self._when == "first":
             self._compile_first(cluster, prices)
         if self._code is None:
-            return self._interpret(cluster, prices, most_turns)
+            return self._interpret(cluster, prices, most_events)
         state = self._bind(cluster, prices)
-        return bool(self._code.play(*state, NOBODY, 0.0, most_turns))
+        return bool(self._code.play(*state, NOBODY, 0.0, most_events))
 
-    def _interpret(self, cluster: Cluster, prices: Prices, most_turns: int) -> bool:
+    def _interpret(self, cluster: Cluster, prices: Prices, most_events: int) -> bool:
         began_s = time.perf_counter()
         try:
             with _undisturbed():
-                goes_on = play(cluster, prices, NOBODY, 0.0, min(self._turns, most_turns))
+                goes_on = play(cluster, prices, NOBODY, 0.0, min(self._events, most_events))
             took_s = time.perf_counter() - began_s
-            self._turns = self._turns * 2 if took_s < _SLICE_S / 2 else max(1, int(self._turns * _SLICE_S / took_s))
+            self._events = self._events * 2 if took_s < _SLICE_S / 2 else max(1, int(self._events * _SLICE_S / took_s))
         finally:  # detours are many at first
             self._spent_s += time.perf_counter() - began_s
             if self._spent_s >= self._look_s and self._when == "beside":
@@ -131,7 +131,7 @@ def _when() -> str:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """What a signal raises comes after the turns, not in the midst of one, as if they were machine code."""
+    """What a signal raises comes between two events, not in the midst of one, as if they were machine code."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -15,6 +15,7 @@ LANES = ("sm", "h2d", "d2h", "cpu", "nvlink", "host")  # the last: the host thre
 SM, H2D, D2H, CPU, NVLINK, HOST = range(len(LANES))
 QKV_KERNELS, OUT_KERNELS, MLP_KERNELS, HEAD_KERNELS = 3, 1, 4, 2
 FLOOR, SLOWDOWN = range(2)  # rows of what a GPU has of a host that others use, by lane (`share_evenly`)
+UP, DOWN = range(2)  # which way bytes go: towards the GPU, or away from it
 Floats = NDArray[np.float64]
 
 

@@ -21,7 +21,7 @@ from policies.plan import Compute, Tier, stored_bytes
 from policies.symbolic import Polynomial, polynomial_of
 
 ATTENTION_KERNELS = 2  # append, attend
-DECODING, PROMPT = range(2)
+PER_SEQUENCE, PER_PROMPT_TOKEN = range(2)
 ONCE, EACH = range(2)
 LAUNCH, WEIGHTS, ARITHMETIC, COLLECTIVES = range(4)
 Parts = NDArray[np.float64]
@@ -122,8 +122,8 @@ class Guesser:
         head = np.zeros((2, 4))
         head[ONCE, :2] = HEAD_KERNELS * rates.launch_s, draft.head_bytes / rates.hbm_Bps
         head[EACH, ARITHMETIC] = machine.products_s([(draft.head_product, 2 * draft.head_params)])
-        self.parts[DECODING] = share * speculation.guesses * (run + head)
-        self.parts[PROMPT] = share * run
+        self.parts[PER_SEQUENCE] = share * speculation.guesses * (run + head)
+        self.parts[PER_PROMPT_TOKEN] = share * run
         self.read_bytes = (
             round(share * speculation.guesses * (layer_bytes + draft.head_bytes)),
             round(share * layer_bytes),
@@ -139,7 +139,7 @@ class Guesser:
         kernels = 2 if speculation.method == "medusa" else 1
         flop_s = 1 / self._machine.weight_flops(target.head_product)
         self.read_bytes = (self.weight_bytes, 0)
-        once, each = self.parts[DECODING]
+        once, each = self.parts[PER_SEQUENCE]
         once[LAUNCH] = guesses * kernels * rates.launch_s
         once[WEIGHTS] = self.weight_bytes / rates.hbm_Bps
         each[ARITHMETIC] = 2 * guesses * params * (speculation.candidates + 1) * flop_s

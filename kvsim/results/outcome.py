@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.engine.caches.state import DOWN as DOWNWARDS
 from kvsim.engine.caches.state import SLOW, TIER_NAMES
-from kvsim.engine.caches.state import UP as UPWARDS
 from kvsim.engine.caches.tiers import PrefixTiers
 from kvsim.engine.desk import Engine
 from kvsim.engine.state.cluster import NOBODY, REJECTED, TIMED_OUT
-from kvsim.hardware.machine import CPU, D2H, H2D, NVLINK
+from kvsim.hardware.machine import CPU, D2H, DOWN, H2D, NVLINK, UP
 from kvsim.iteration.busy import HBM_BUSY, WORK
 from kvsim.plans.derive import LINKS, TIERS
 from kvsim.plans.guessing import guesser_of
@@ -30,15 +28,15 @@ from kvsim.version import __version__
 from policies import describe
 from traces import Trace
 
-CAUSES = ("plans", "weights", "swaps", "prefix", "collectives", "handoff")
+TRAFFIC_CAUSES = ("plans", "weights", "swaps", "prefix", "collectives", "handoff")
 PEER, NIC = "gpu->gpu", "nic"
-DOWN, UP = "hbm->ddr", "ddr->hbm"
+OFFLOADS, LOADS = "hbm->ddr", "ddr->hbm"
 BOOKS = (  # what replicas record beside the bytes of plans
     ("hbm->sm", "weights", "weight_bytes"),
-    (UP, "swaps", "swap_up_bytes"),
-    (DOWN, "swaps", "swap_down_bytes"),
-    (UP, "prefix", "prefix_up_bytes"),
-    (DOWN, "prefix", "prefix_down_bytes"),
+    (LOADS, "swaps", "swap_up_bytes"),
+    (OFFLOADS, "swaps", "swap_down_bytes"),
+    (LOADS, "prefix", "prefix_up_bytes"),
+    (OFFLOADS, "prefix", "prefix_down_bytes"),
     (PEER, "collectives", "collective_bytes"),
     (PEER, "handoff", "handoff_peer_bytes"),
     (NIC, "handoff", "handoff_nic_bytes"),
@@ -103,7 +101,7 @@ class Outcome:
             cache=self._cache(),
             swaps={
                 "count": int(replicas["swaps"].sum()),
-                "bytes": sum(traffic[link]["swaps"] for link in (UP, DOWN)),
+                "bytes": sum(traffic[link]["swaps"] for link in (LOADS, OFFLOADS)),
             },
             recomputed={
                 "count": int(replicas["recomputations"].sum()),
@@ -186,7 +184,7 @@ class Outcome:
 
     @property
     def _causes(self) -> tuple[str, ...]:
-        return CAUSES if self.setup.pp == 1 else (*CAUSES, "activations")
+        return TRAFFIC_CAUSES if self.setup.pp == 1 else (*TRAFFIC_CAUSES, "activations")
 
     def _busy(self, makespan_s: float) -> dict[str, float]:
         busy_s = self.engine.cluster.replicas["busy_s"].sum(axis=0)
@@ -201,9 +199,9 @@ class Outcome:
         }
 
     def _links(self, traffic: dict[str, dict[str, int]], makespan_s: float) -> dict[str, dict[str, float]]:
-        lanes = {"hbm->sm": HBM_BUSY, "ddr->cpu": CPU, UP: H2D, DOWN: D2H, PEER: NVLINK}
+        lanes = {"hbm->sm": HBM_BUSY, "ddr->cpu": CPU, LOADS: H2D, OFFLOADS: D2H, PEER: NVLINK}
         replicas = self.engine.cluster.replicas
-        background_s = dict(zip((UP, DOWN), replicas["background_s"].sum(axis=0).tolist(), strict=True))
+        background_s = dict(zip((LOADS, OFFLOADS), replicas["background_s"].sum(axis=0).tolist(), strict=True))
         background_s[NIC] = float(replicas["nic_s"].sum())
         links = {}
         for link, causes in traffic.items():
@@ -225,12 +223,12 @@ class Outcome:
 
     def _slow_ways(self) -> dict[str, Array]:
         """The links to tiers below DDR, of all hosts."""
-        up = {f"{name}->ddr": self.prefixes.links(name, UPWARDS) for name in self._slow}
-        return up | {f"ddr->{name}": self.prefixes.links(name, DOWNWARDS) for name in self._slow}
+        up = {f"{name}->ddr": self.prefixes.links(name, UP) for name in self._slow}
+        return up | {f"ddr->{name}": self.prefixes.links(name, DOWN) for name in self._slow}
 
     def _slow_traffic(self) -> dict[str, dict[str, int]]:
         moved = {name: int(links["moved_bytes"].sum()) for name, links in self._slow_ways().items()}
-        return {name: dict.fromkeys(CAUSES, 0) | {"prefix": nbytes} for name, nbytes in moved.items()}
+        return {name: dict.fromkeys(TRAFFIC_CAUSES, 0) | {"prefix": nbytes} for name, nbytes in moved.items()}
 
     def _slow_links(self, makespan_s: float) -> dict[str, dict[str, float]]:
         rows = {}

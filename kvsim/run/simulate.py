@@ -97,7 +97,7 @@ class _Cluster:
 
 
 def _play_steps(engine: Engine) -> Generator[int, None, None]:
-    """The step fidelity: replicas take turns by themselves; says how many requests have left, now and then."""
+    """The step fidelity: the loop keeps the time; says how many requests have left, now and then."""
     while engine.play(TURNS_AT_ONCE):
         yield engine.left
     yield engine.left

@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvsim.results.causes import CAUSES as SPENT_ON
+from kvsim.results.causes import CAUSES
 from kvsim.results.summary import Array, Result
 
 GIB = 2**30
-CAUSES = ("plans", "weights", "swaps", "prefix", "collectives")
+TRAFFIC_CAUSES = ("plans", "weights", "swaps", "prefix", "collectives")
 LINKS = ("gpu0.hbm->gpu0.sm", "gpu1.hbm->gpu1.sm", "host.ddr->gpu0.hbm", "gpu0.hbm->host.ddr", "gpu0.hbm->gpu1.hbm")
 
 
 def spent(rng: np.random.Generator, ttft_s: Array, e2e_s: Array) -> dict[str, Array]:
     """Columns of seconds by cause that add up to times since admission, at random."""
-    names = [name for name in SPENT_ON if name != "queue"]
+    names = [name for name in CAUSES if name != "queue"]
     shares = rng.dirichlet(np.ones(len(names)), len(e2e_s)).T
     ttft = {name: share * ttft_s for name, share in zip(names, shares, strict=True)}
     later = rng.dirichlet(np.ones(len(names) - 1), len(e2e_s)).T  # nobody waits for a prefix once it has a token
@@ -40,7 +40,7 @@ def build_result(
     for column in (admitted_s, first_token_s, finish_s):
         column[status == "rejected"] = np.nan
     prompt_tokens = rng.integers(100, 100_000, count)
-    traffic = {link: {cause: int(rng.integers(0, 10**13)) for cause in CAUSES} for link in LINKS}
+    traffic = {link: {cause: int(rng.integers(0, 10**13)) for cause in TRAFFIC_CAUSES} for link in LINKS}
     memory = {"gpu0.hbm": 80 * GIB, "gpu1.hbm": 80 * GIB, "host.ddr": 1024 * GIB}
     rows = 1500
     fields: dict[str, Any] = {

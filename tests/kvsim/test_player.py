@@ -128,11 +128,11 @@ class Taking(Player):
 
     rng = np.random.default_rng(0)
 
-    def play(self, cluster: Any, prices: Any, most_turns: int) -> bool:
-        turns = int(self.rng.integers(1, 200))
+    def play(self, cluster: Any, prices: Any, most_events: int) -> bool:
+        events = int(self.rng.integers(1, 200))
         if self.rng.integers(2):
-            return play(cluster, prices, -1, 0.0, min(turns, most_turns))
-        return super().play(cluster, prices, min(turns, most_turns))
+            return play(cluster, prices, -1, 0.0, min(events, most_events))
+        return super().play(cluster, prices, min(events, most_events))
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def test_layouts_are_read_back() -> None:
         assert from_text(to_text(layout_of(state))) == layout_of(state)
 
 
-def test_an_interruption_comes_between_two_turns(codes: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_comes_between_two_events(codes: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The books are whole: of a run that is cut off, every request is finished, or not yet."""
     timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
     requests = random_trace(1, 3000, span_s=1000.0, prompts=(100, 2000))

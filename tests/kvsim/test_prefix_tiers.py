@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from simulated import HOST, setup, trace
 
 from kvsim.engine.caches import prefix_cache
-from kvsim.engine.caches.state import DOWN, PLACES, SLOW, UP
+from kvsim.engine.caches.state import PLACES, SLOW
 from kvsim.engine.state.cluster import DDR, HBM
+from kvsim.hardware.machine import DOWN, UP
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
 

@@ -6,7 +6,7 @@ from kvsim.engine.requests.arrivals import has_left
 from kvsim.engine.requests.queues import push_last, take_out
 from kvsim.engine.requests.tenants import advance_tenants
 from kvsim.engine.speculation import pace, steps_over
-from kvsim.engine.state.cluster import COUNT, DECODING, HBM, NOBODY, SLOPE, STORED, TIERS, VECTOR, Cluster, Record
+from kvsim.engine.state.cluster import COUNT, DECODING, HBM, N_TIERS, NOBODY, SLOPE, STORED, VECTOR, Cluster, Record
 
 
 def target_tokens(request: Record) -> int:
@@ -32,13 +32,13 @@ def join(cluster: Cluster, index: int, generated: float) -> None:
 
 
 def withdraw(cluster: Cluster, index: int) -> None:
-    """Let a request decode no further; leaves its amounts in VECTOR."""
+    """Let a request decode no further, and note which sequence is due next; leaves its amounts in VECTOR."""
     remove(cluster, index)
     set_next_due(cluster, cluster.replicas[cluster.requests[index]["replica"]])
 
 
 def remove(cluster: Cluster, index: int) -> None:
-    """The same, for whoever sees to it afterwards who is due next."""
+    """Let a request decode no further; the caller notes later which sequence is due next. Its amounts are in VECTOR."""
     take_out(cluster.requests, cluster.replicas[cluster.requests[index]["replica"]], index)
     note_member(cluster, index, -1)
     _subtract(cluster, index)
@@ -71,7 +71,7 @@ def advance(cluster: Cluster, replica_index: int, steps: int) -> None:
         if sums[replica_index, structure, 0, COUNT]:
             for i in range(sums.shape[3]):
                 sums[replica_index, structure, 0, i] += steps * sums[replica_index, structure, 1, i]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         replica["stored_bytes"][tier] += steps * replica["growth_bytes"][tier]
 
 
@@ -125,7 +125,7 @@ def _count(cluster: Cluster, index: int, sign: int) -> None:
     for i in range(piece["columns"]):
         cluster.sums[number, structure, 0, i] += sign * rows[VECTOR, i]
         cluster.sums[number, structure, 1, i] += sign * rows[SLOPE, i]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         replica["stored_bytes"][tier] += sign * rows[VECTOR, STORED + tier]
         replica["growth_bytes"][tier] += sign * rows[SLOPE, STORED + tier]
     tenant = cluster.tenants[number, request["tenant"]]

@@ -2,33 +2,32 @@
 
 from kvsim.engine.batch.decoding import last_generated, target_tokens
 from kvsim.engine.batch.plans import DECODE, PREFILL, amounts, find
-from kvsim.engine.state.cluster import DECODING, HBM, PREFILLING, STORED, TIERS, VECTOR, Cluster, Record
-from kvsim.hardware.machine import D2H, FLOOR, H2D, SLOWDOWN
+from kvsim.engine.state.cluster import DECODING, HBM, N_TIERS, PREFILLING, STORED, VECTOR, Cluster, Record
+from kvsim.hardware.machine import D2H, FLOOR, H2D, SLOWDOWN, UP
 
-UP, DOWN = 0, 1
 AMPLE = 8  # where so many times a prompt's need would fit, an output no longer than the prompt need not be examined
 
 
 def set_need(cluster: Cluster) -> None:
     """Let the need be the bytes of VECTOR."""
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         cluster.world["need_bytes"][tier] = cluster.rows[VECTOR, STORED + tier]
 
 
 def fits(world: Record, replica: Record, margin_bytes: int) -> bool:
-    """Whether the need fits beside what the next iteration holds, with a margin of HBM."""
-    for tier in range(TIERS):
+    """Whether the need fits beside what the next iteration of a replica holds, with a margin of HBM."""
+    for tier in range(N_TIERS):
         used_bytes = used(replica, tier) + world["need_bytes"][tier] + (margin_bytes if tier == HBM else 0)
         if used_bytes > world["capacity_bytes"][tier]:
             return False
     return True
 
 
-def fits_alone(cluster: Cluster, index: int, times: int) -> bool:
+def fits_empty(cluster: Cluster, index: int, times: int) -> bool:
     """Whether so many times the need of a request fits an empty memory, and its tenant's quota."""
     world, request = cluster.world, cluster.requests[index]
     quota_bytes = cluster.tenants[request["replica"], request["tenant"]]["quota_bytes"]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         capacity_bytes = world["capacity_bytes"][tier]
         if tier == HBM:
             capacity_bytes = min(capacity_bytes, quota_bytes)
@@ -57,24 +56,24 @@ def set_prefill_need(cluster: Cluster, target: int, past: int, new: int) -> None
     set_need(cluster)
 
 
-def never_fits(cluster: Cluster, index: int) -> bool:
+def exceeds_capacity(cluster: Cluster, index: int) -> bool:
     """Whether a request with this need alone exceeds the capacity or its quota, in prefill or at its last token.
 
     (One that outgrows the memory although its last token was not examined is rejected then.) May make a detour.
     """
     request = cluster.requests[index]
     target = target_tokens(request)
-    if request["output_tokens"] <= target and fits_alone(cluster, index, AMPLE):
+    if request["output_tokens"] <= target and fits_empty(cluster, index, AMPLE):
         return False
     piece = find(cluster.plans, DECODE, target, max(1, last_generated(request)), 0)
-    if not fits_alone(cluster, index, 1):
+    if not fits_empty(cluster, index, 1):
         return True
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         cluster.world["asked_bytes"][tier] = cluster.world["need_bytes"][tier]
     amounts(cluster.plans, piece, cluster.rows, VECTOR)
     set_need(cluster)
-    outgrows = not fits_alone(cluster, index, 1)
-    for tier in range(TIERS):
+    outgrows = not fits_empty(cluster, index, 1)
+    for tier in range(N_TIERS):
         cluster.world["need_bytes"][tier] = cluster.world["asked_bytes"][tier]
     return outgrows
 
@@ -90,7 +89,7 @@ def copy_s(world: Record, replica: Record, nbytes: int, share: float, direction:
 
 
 def transfer_s(world: Record, replica: Record, nbytes: int, share: float, direction: int) -> float:
-    """The same of something that moves, if anything; it counts as background."""
+    """Time of a copy between HBM and DDR, booked as one behind the iterations; 0 of no bytes."""
     if not nbytes:
         return 0.0
     seconds = copy_s(world, replica, nbytes, share, direction)
@@ -119,7 +118,7 @@ def hold(cluster: Cluster, index: int) -> None:
     """Reserve the need for a request."""
     world, request = cluster.world, cluster.requests[index]
     replica = cluster.replicas[request["replica"]]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         request["held"][tier] = world["need_bytes"][tier]
         replica["held_bytes"][tier] += world["need_bytes"][tier]
     cluster.tenants[request["replica"], request["tenant"]]["held_bytes"] += world["need_bytes"][HBM]
@@ -130,6 +129,6 @@ def release(cluster: Cluster, index: int) -> None:
     request = cluster.requests[index]
     replica = cluster.replicas[request["replica"]]
     cluster.tenants[request["replica"], request["tenant"]]["held_bytes"] -= request["held"][HBM]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         replica["held_bytes"][tier] -= request["held"][tier]
         request["held"][tier] = 0

@@ -1,47 +1,47 @@
-"""Who makes room: sequences that leave for the next iteration, or for a more urgent request, and come back later."""
+"""Preemption: sequences give up memory to the next iteration, or to a more urgent request, and come back later."""
 
 from kvsim.engine.batch.decoding import generated_tokens, leave, target_tokens, withdraw
-from kvsim.engine.batch.memory import DOWN, fits, fits_alone, hold, margin_bytes, release, set_need, swap, used
+from kvsim.engine.batch.memory import fits, fits_empty, hold, margin_bytes, release, set_need, swap, used
 from kvsim.engine.books.causes import preempted, prefix_ready
 from kvsim.engine.features import needs
 from kvsim.engine.requests.queues import take_out
-from kvsim.engine.requests.tenants import pick, put, queue_again
-from kvsim.engine.requests.tenants import used as used_by
-from kvsim.engine.sessions.between_turns import evictable_bytes, make_fit
+from kvsim.engine.requests.tenants import pick, put, queue_again, used_by_tenant
+from kvsim.engine.sessions.between_turns import evict_to_fit, evictable_bytes
 from kvsim.engine.state.cluster import (
     DDR,
     DECODING,
     HBM,
+    N_TIERS,
     NOBODY,
     PREFILLING,
     PRIORITY,
     REJECTED,
     SWAPPED,
-    TIERS,
     Cluster,
     Record,
 )
+from kvsim.hardware.machine import DOWN
 
 ANY = 1 << 62  # above every priority
 
 
-def make_room(cluster: Cluster, number: int, now_s: float) -> None:
+def preempt_to_fit(cluster: Cluster, number: int, now_s: float) -> None:
     """Preempt sequences until the next decode iteration fits, and each tenant's part of it fits its quota."""
     replica, need_bytes = cluster.replicas[number], cluster.world["need_bytes"]
     for i in range(cluster.tenants.shape[1]):
         tenant = cluster.tenants[number, i]
-        while used_by(tenant) > tenant["quota_bytes"] and tenant["decoding"]:
+        while used_by_tenant(tenant) > tenant["quota_bytes"] and tenant["decoding"]:
             _preempt(cluster, replica, _last_of(cluster, replica, i), now_s)
     while replica["length"][DECODING]:
-        for tier in range(TIERS):
+        for tier in range(N_TIERS):
             need_bytes[tier] = 0
-        if make_fit(cluster, number, 0):
+        if evict_to_fit(cluster, number, 0):
             break
         _preempt(cluster, replica, next_victim(cluster, number), now_s)
 
 
 def next_victim(cluster: Cluster, number: int) -> int:
-    """The decoding sequence that makes room: the one that joined last, with `priority` of the least urgent ones."""
+    """The decoding sequence to preempt next: the one that joined last, with `priority` of the least urgent ones."""
     replica = cluster.replicas[number]
     if cluster.world["scheduler"] == PRIORITY:
         return _least_urgent(cluster, number, DECODING, ANY)
@@ -68,20 +68,20 @@ def _last_of(cluster: Cluster, replica: Record, tenant: int) -> int:
     return int(index)
 
 
-def has_slot(cluster: Cluster, replica: Record) -> bool:
-    """Whether one more sequence may run beside those that do."""
+def below_max_num_seqs(cluster: Cluster, replica: Record) -> bool:
+    """Whether a replica runs fewer sequences than it may at a time."""
     return bool(replica["length"][DECODING] + replica["length"][PREFILLING] < cluster.world["max_num_seqs"])
 
 
 @needs("tenants", otherwise=False)
-def outranks(cluster: Cluster, number: int, index: int) -> bool:
-    """Whether there are sequences that are to make way for a request where it finds no room."""
+def may_preempt(cluster: Cluster, number: int, index: int) -> bool:
+    """Whether a request may preempt others where its need does not fit: with `priority`, less urgent ones."""
     if cluster.world["scheduler"] != PRIORITY:
         return False
     priority = cluster.tenants[number, cluster.requests[index]["tenant"]]["priority"]
     for i in range(cluster.tenants.shape[1]):
         tenant = cluster.tenants[number, i]
-        if tenant["priority"] < priority and (used_by(tenant) or tenant["length"][SWAPPED]):
+        if tenant["priority"] < priority and (used_by_tenant(tenant) or tenant["length"][SWAPPED]):
             return True
     return False
 
@@ -91,42 +91,42 @@ def _bytes_below(cluster: Cluster, number: int, priority: int) -> int:
     nbytes = 0
     for i in range(cluster.tenants.shape[1]):
         if cluster.tenants[number, i]["priority"] < priority:
-            nbytes += used_by(cluster.tenants[number, i])
+            nbytes += used_by_tenant(cluster.tenants[number, i])
     return nbytes
 
 
 @needs("tenants", otherwise=False)
-def make_way(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
+def preempt_below(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     """Preempt strictly less urgent sequences until a request may run and its need fits; it stays the need.
 
     False, with nobody preempted, where all of them together hold too little HBM.
     """
     world, replica = cluster.world, cluster.replicas[number]
-    if not outranks(cluster, number, index):
+    if not may_preempt(cluster, number, index):
         return False
     priority = cluster.tenants[number, cluster.requests[index]["tenant"]]["priority"]
     kept_bytes = used(replica, HBM) - _bytes_below(cluster, number, priority) - evictable_bytes(cluster, number, HBM)
     margin = world["watermark_bytes"] if kept_bytes else 0
     if kept_bytes + world["need_bytes"][HBM] + margin > world["capacity_bytes"][HBM]:
         return False
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         world["asked_bytes"][tier] = world["need_bytes"][tier]
     while True:
-        for tier in range(TIERS):
+        for tier in range(N_TIERS):
             world["need_bytes"][tier] = world["asked_bytes"][tier]
-        if has_slot(cluster, replica) and make_fit(cluster, number, margin_bytes(world, replica)):
+        if below_max_num_seqs(cluster, replica) and evict_to_fit(cluster, number, margin_bytes(world, replica)):
             return True
-        if not _evict_below(cluster, number, priority, now_s):
-            return has_slot(cluster, replica) and _drop_swapped_below(cluster, number, priority)
+        if not _preempt_one_below(cluster, number, priority, now_s):
+            return below_max_num_seqs(cluster, replica) and _recompute_swapped_below(cluster, number, priority)
 
 
-def _drop_swapped_below(cluster: Cluster, number: int, priority: int) -> bool:
+def _recompute_swapped_below(cluster: Cluster, number: int, priority: int) -> bool:
     """Let less urgent sequences that are swapped out be recomputed instead, where that makes the asked bytes fit.
 
     So that those who wait for a request never hold what it waits for.
     """
     world, replica = cluster.world, cluster.replicas[number]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         freed_bytes = 0
         for i in range(cluster.tenants.shape[1]):
             tenant = cluster.tenants[number, i]
@@ -144,7 +144,7 @@ def _drop_swapped_below(cluster: Cluster, number: int, priority: int) -> bool:
             pick(cluster, number, index)
             release(cluster, index)
             _begin_anew(cluster, index, cluster.requests[index]["generated_at_join"])
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         world["need_bytes"][tier] = world["asked_bytes"][tier]
     return True
 
@@ -165,7 +165,7 @@ def _drop(cluster: Cluster, index: int, tokens: int) -> None:
     queue_again(cluster, request["replica"], index)
 
 
-def _evict_below(cluster: Cluster, number: int, priority: int, now_s: float) -> bool:
+def _preempt_one_below(cluster: Cluster, number: int, priority: int, now_s: float) -> bool:
     """Preempt one sequence, of the least urgent ones the one begun last; whether there is one below the priority."""
     prefilling = _least_urgent(cluster, number, PREFILLING, priority)
     if prefilling != NOBODY:
@@ -214,7 +214,7 @@ def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> Non
     generated = generated_tokens(world, request, replica["iteration"])
     withdraw(cluster, index)  # leaves its amounts in VECTOR
     set_need(cluster)
-    if not fits_alone(cluster, index, 1):
+    if not fits_empty(cluster, index, 1):
         reject(cluster, index, now_s)
         return
     request["preemptions"] += 1
@@ -223,7 +223,7 @@ def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> Non
     hbm_bytes = world["need_bytes"][HBM]
     world["need_bytes"][HBM] = 0
     world["need_bytes"][DDR] += hbm_bytes
-    if world["swaps"] and make_fit(cluster, request["replica"], 0):
+    if world["swaps"] and evict_to_fit(cluster, request["replica"], 0):
         request["generated_at_join"] = generated
         hold(cluster, index)
         put(cluster, request["replica"], index, SWAPPED, True)

@@ -10,12 +10,12 @@ import math
 from kvsim.engine.batch.decoding import advance
 from kvsim.engine.batch.load import first_load, set_decoding_batch
 from kvsim.engine.batch.memory import used
-from kvsim.engine.batch.preemption import has_slot
+from kvsim.engine.batch.preemption import below_max_num_seqs
 from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.batch.scheduling import next_ready_s
 from kvsim.engine.books.replica import charge_model, charge_plans, emit, gap, look, note, note_now
 from kvsim.engine.pipeline import charge_circulation, circulate, note_exits
-from kvsim.engine.requests.tenants import steps_to_turn, steps_within_quotas
+from kvsim.engine.requests.tenants import steps_until_overtaken, steps_within_quotas
 from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state.cluster import (
     COUNT,
@@ -46,8 +46,8 @@ def begin_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> No
         if growth > 0:
             steps = min(steps, (cluster.world["capacity_bytes"][tier] - used(replica, tier)) // growth + 1)
     steps = steps_within_quotas(cluster, number, steps)
-    if replica["batch_tokens"] > 0 and has_slot(cluster, replica):
-        steps = steps_to_turn(cluster, number, steps)
+    if replica["batch_tokens"] > 0 and below_max_num_seqs(cluster, replica):
+        steps = steps_until_overtaken(cluster, number, steps)
     replica["n_parts"] = split(cluster, prices, number, steps)
     note_now(cluster, number, now_s)
     replica["run_stall_s"], replica["stall_s"] = replica["stall_s"], 0.0

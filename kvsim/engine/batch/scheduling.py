@@ -4,10 +4,9 @@ import math
 
 from kvsim.engine.batch.decoding import join, target_tokens
 from kvsim.engine.batch.memory import (
-    UP,
+    exceeds_capacity,
     hold,
     margin_bytes,
-    never_fits,
     release,
     set_need,
     set_prefill_need,
@@ -15,29 +14,30 @@ from kvsim.engine.batch.memory import (
     transfer_s,
 )
 from kvsim.engine.batch.plans import DECODE, amounts, find
-from kvsim.engine.batch.preemption import has_slot, make_way, outranks, reject, take_chunks_below
+from kvsim.engine.batch.preemption import below_max_num_seqs, may_preempt, preempt_below, reject, take_chunks_below
 from kvsim.engine.books.causes import enter_batch, prefix_ready, returned
 from kvsim.engine.caches.prompts import admitted, look_up, refused
 from kvsim.engine.features import needs
 from kvsim.engine.handoff import hands_over, reserve
 from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.requests.queues import push_before
-from kvsim.engine.requests.tenants import charge_prompt, next_request, pick, within_quota
-from kvsim.engine.sessions.between_turns import add_state, make_fit, resume, state_here
+from kvsim.engine.requests.tenants import charge_prompt, fits_quota, next_request, pick
+from kvsim.engine.sessions.between_turns import add_state, evict_to_fit, resume, state_here
 from kvsim.engine.state.cluster import (
     DECODING,
     HBM,
     INCOMING,
+    N_TIERS,
     NOBODY,
     PREFILLING,
     PRIORITY,
     SWAPPED,
-    TIERS,
     VECTOR,
     Cluster,
     Prices,
     Record,
 )
+from kvsim.hardware.machine import UP
 
 
 def continue_prompts(cluster: Cluster, replica: Record, now_s: float) -> None:
@@ -72,7 +72,8 @@ def admit(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
             priority = cluster.tenants[number, request["tenant"]]["priority"]
             wanted = cluster.world["step_tokens"] if swapped else target_tokens(request)
             take_chunks_below(cluster, number, priority, wanted)
-        if replica["batch_tokens"] <= 0 or not (has_slot(cluster, replica) or outranks(cluster, number, index)):
+        may_run = below_max_num_seqs(cluster, replica) or may_preempt(cluster, number, index)
+        if replica["batch_tokens"] <= 0 or not may_run:
             break
         if not (_swap_in(cluster, number, index, now_s) if swapped else _begin(cluster, prices, number, index, now_s)):
             break
@@ -114,14 +115,14 @@ def _begin(cluster: Cluster, prices: Prices, number: int, index: int, now_s: flo
         find(cluster.plans, DECODE, target, 1, 0)  # `reserve` must make no detour
     chunk = min(replica["batch_tokens"], target - past)
     set_prefill_need(cluster, target, past, chunk)
-    if never_fits(cluster, index):
+    if exceeds_capacity(cluster, index):
         pick(cluster, number, index)
         reject(cluster, index, now_s)
         if looks_up:
             refused(cluster, number, index, now_s)
         return True
     cluster.world["spared"] = turn
-    room = _find_room(cluster, number, index, now_s)
+    room = _free_memory(cluster, number, index, now_s)
     cluster.world["spared"] = NOBODY
     if not room:
         return bool(cluster.tenants[number, request["tenant"]]["over_quota"])
@@ -169,9 +170,9 @@ def _swap_in(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     amounts(plans, find(plans, DECODE, target_tokens(request), int(generated), 0), cluster.rows, VECTOR)
     set_need(cluster)
     hbm_bytes = world["need_bytes"][HBM]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         world["need_bytes"][tier] -= request["held"][tier]
-    if not _find_room(cluster, number, index, now_s):
+    if not _free_memory(cluster, number, index, now_s):
         return bool(cluster.tenants[number, request["tenant"]]["over_quota"])
     pick(cluster, number, index)
     release(cluster, index)
@@ -184,21 +185,23 @@ def _swap_in(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     return True
 
 
-def _find_room(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
-    """Whether the need fits, if others make way where they must; otherwise its tenant may have become over quota."""
+def _free_memory(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
+    """Free memory for a request by evicting states and preempting sequences where it must; whether its need fits.
+
+    Where that exceeds its tenant's quota, the tenant is marked as over it."""
     replica = cluster.replicas[number]
-    if not within_quota(cluster, number, index):
+    if not fits_quota(cluster, number, index):
         cluster.tenants[number, cluster.requests[index]["tenant"]]["over_quota"] = 1
         return False
     add_state(cluster, -1)
-    room = has_slot(cluster, replica) and make_fit(cluster, number, margin_bytes(cluster.world, replica))
-    room = room or make_way(cluster, number, index, now_s)
+    room = below_max_num_seqs(cluster, replica) and evict_to_fit(cluster, number, margin_bytes(cluster.world, replica))
+    room = room or preempt_below(cluster, number, index, now_s)
     add_state(cluster, 1)
     return room
 
 
 def _enlist(cluster: Cluster, number: int, index: int) -> None:
-    """Let a request's prefill take its turn after the others', with `priority` before those that are less urgent."""
+    """Let a request's prefill come after the others', with `priority` before those that are less urgent."""
     requests, replica = cluster.requests, cluster.replicas[number]
     other = replica["first"][PREFILLING]
     if cluster.world["scheduler"] == PRIORITY:

@@ -8,9 +8,9 @@ from kvsim.engine.state.cluster import (
     HBM,
     IDLE,
     INCOMING,
+    N_TIERS,
     PREFILLING,
     SWAPPED,
-    TIERS,
     WAITING,
     WANT_LOOK,
     Cluster,
@@ -39,7 +39,7 @@ def note(cluster: Cluster, number: int, time_s: float, steps: int) -> None:
 def note_now(cluster: Cluster, number: int, time_s: float) -> None:
     """Record what the next iteration will hold."""
     replica = cluster.replicas[number]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         replica["used_bytes"][tier] = replica["held_bytes"][tier] + replica["stored_bytes"][tier]
     note(cluster, number, time_s, 0)
 

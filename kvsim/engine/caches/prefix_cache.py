@@ -7,8 +7,9 @@ prompt's state goes to every tier; written `back`, it goes to the first one, and
 
 from kvsim.engine.caches.eviction import add, entry_of, evict, renew, use
 from kvsim.engine.caches.links import send, would_take_s
-from kvsim.engine.caches.state import ADDED, DOWN, KNOWN, MISSING, PLACES, PRESENT, SLOW, UP, Prefixes
+from kvsim.engine.caches.state import ADDED, KNOWN, MISSING, PLACES, PRESENT, SLOW, Prefixes
 from kvsim.engine.state.cluster import DDR, HBM, NOBODY, Ints, Record
+from kvsim.hardware.machine import DOWN, UP
 
 
 def match(prefixes: Prefixes, number: int, index: int, prompt_tokens: int, hit: Record) -> None:
@@ -266,7 +267,7 @@ def put_chain(prefixes: Prefixes, tier: Record, keys: Ints, first: int, length: 
             renew(prefixes, tier, keys[first + i])
     for i in range(fitting - 1, -1, -1):
         key, fits = keys[first + i], marks[i] == MISSING
-        fits = fits and _make_room(prefixes, tier, key, nbytes)
+        fits = fits and _evict_for(prefixes, tier, key, nbytes)
         if fits and entry_of(prefixes, tier, key) == NOBODY:  # an id may stand twice in a prompt
             add(prefixes, tier, key, nbytes)
             tier["used_bytes"] += nbytes
@@ -278,7 +279,7 @@ def put_chain(prefixes: Prefixes, tier: Record, keys: Ints, first: int, length: 
     tier["changes"] += shelf["added"] > 0 or shelf["evicted"] > 0
 
 
-def _make_room(prefixes: Prefixes, tier: Record, newcomer: int, nbytes: int) -> bool:
+def _evict_for(prefixes: Prefixes, tier: Record, newcomer: int, nbytes: int) -> bool:
     """Evict until so many bytes are free; False where what is there is worth more than the newcomer."""
     while tier["capacity_bytes"] - tier["used_bytes"] < nbytes:
         victim = evict(prefixes, tier, newcomer)

@@ -1,4 +1,4 @@
-"""Prefix caches and the requests of a cluster: what a prompt hits at its turn, what it loads, what it leaves behind.
+"""Prefix caches and the requests of a cluster: what a prompt hits when it is next, loads and leaves behind.
 
 Every function is for a replica that has caches. Replicas take note of a change by a version, and of what tiers hold.
 """
@@ -34,7 +34,7 @@ def arrived(cluster: Cluster, number: int, index: int, now_s: float) -> None:
 
 @needs("caches")
 def look_up(cluster: Cluster, prices: Prices, number: int, index: int, now_s: float) -> None:
-    """Have the hit of a request whose turn it is up to date. May make detours."""
+    """Have the hit of the request that is next up to date. May make detours."""
     hit, version = cluster.prefixes.hits[index], cluster.replicas[number]["cache_version"]
     if hit["version"] != version:
         match(cluster.prefixes, number, index, cluster.requests[index]["prompt_tokens"], hit)

@@ -1,10 +1,11 @@
 """Load a cached prefix or compute it anew, whichever is sooner (Mooncake, FAST'25, section 2.2, as a decision)."""
 
 from kvsim.engine.batch.estimate import prefill_s
-from kvsim.engine.batch.memory import UP, copy_s
+from kvsim.engine.batch.memory import copy_s
 from kvsim.engine.caches.prefix_cache import begin, extend, fetch_s, place_of, weigh
 from kvsim.engine.caches.state import Prefixes
 from kvsim.engine.state.cluster import NOBODY, Cluster, Prices, Record
+from kvsim.hardware.machine import UP
 
 
 def shorten(cluster: Cluster, prices: Prices, number: int, index: int, now_s: float) -> None:

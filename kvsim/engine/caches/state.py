@@ -12,7 +12,6 @@ PLACES = len(TIER_NAMES)
 NVME, REMOTE = 2, 3
 SLOW = 2  # the first place below DDR
 LRU, LFU, FIFO, BELADY, AWARE = range(len(EVICTIONS))
-UP, DOWN = range(2)
 UNSEEN, BEYOND, WITHIN, GONE = range(4)  # where a request stands towards a look-ahead window
 KNOWN, PRESENT, MISSING, ADDED = range(4)
 

@@ -10,7 +10,6 @@ from kvsim.engine.caches.state import (
     CACHE,
     CANDIDATE,
     CHAIN,
-    DOWN,
     ENTRY,
     HELD,
     HIT,
@@ -20,11 +19,11 @@ from kvsim.engine.caches.state import (
     SLOW,
     TIER,
     TIER_NAMES,
-    UP,
     Prefixes,
 )
 from kvsim.engine.state.cluster import NOBODY
 from kvsim.hardware.catalogue import Host
+from kvsim.hardware.machine import DOWN, UP
 from kvsim.iteration.arrays import Ints, Records
 from kvsim.plans.derive import TIERS
 from kvsim.scenario.choices import EVICTIONS

@@ -1,6 +1,6 @@
 """Whose request is next: the queues of the tenants at a replica, their service counters and their quotas.
 
-`next_request` is the one place that says whose turn it is. `fcfs` and `priority` need no more than the order of arrival
+`next_request` is the one place that says who is next. `fcfs` and `priority` need no more than the order of arrival
 and a number; `fair` is the Virtual Token Counter of arXiv:2401.00588 (Algorithm 2), one counter for each tenant and
 replica: the service that a tenant has had, by its weight, raised when it comes back to the queue after an absence.
 """
@@ -11,7 +11,7 @@ from kvsim.engine.state.cluster import FAIR, HBM, NOBODY, PRIORITY, SWAPPED, WAI
 
 
 def next_request(cluster: Cluster, number: int, iterations: int) -> int:
-    """The swapped or waiting request whose turn it is after so many further decode iterations.
+    """The swapped or waiting request that is next after so many further decode iterations.
 
     Requests of a tenant that is over its quota are passed over. Those swapped out come before those that wait (with
     `priority`, among equals), and at a tie the one that has queued for longest.
@@ -55,7 +55,7 @@ def counter(cluster: Cluster, number: int, tenant: int, iterations: int) -> floa
 
 
 def queue_newcomer(cluster: Cluster, number: int, index: int, iterations: int) -> bool:
-    """Let a request that has arrived wait, `iterations` after the last boundary; whether it changes whose turn it is.
+    """Let a request that has arrived wait, `iterations` after the last boundary; whether it changes who is next.
 
     That is judged at the end of the iteration under way.
     """
@@ -125,8 +125,8 @@ def pick(cluster: Cluster, number: int, index: int) -> None:
     take_out(cluster.requests, cluster.tenants[number, request["tenant"]], index)
 
 
-def steps_to_turn(cluster: Cluster, number: int, steps: int) -> int:
-    """Iterations until the turn passes from one waiting request to another's, at most `steps`.
+def steps_until_overtaken(cluster: Cluster, number: int, steps: int) -> int:
+    """Iterations until another tenant's request overtakes the waiting one that is next, at most `steps`.
 
     Counters of decoding tenants grow evenly, so once another one's is smaller it stays so.
     """
@@ -154,24 +154,24 @@ def steps_within_quotas(cluster: Cluster, number: int, steps: int) -> int:
     for i in range(cluster.tenants.shape[1]):
         tenant = cluster.tenants[number, i]
         if tenant["growth_bytes"] > 0:
-            steps = min(steps, (tenant["quota_bytes"] - used(tenant)) // tenant["growth_bytes"] + 1)
+            steps = min(steps, (tenant["quota_bytes"] - used_by_tenant(tenant)) // tenant["growth_bytes"] + 1)
     return steps
 
 
-def used(tenant: Record) -> int:
+def used_by_tenant(tenant: Record) -> int:
     """Bytes of HBM that a tenant's sequences hold in the next iteration."""
     return int(tenant["held_bytes"] + tenant["stored_bytes"])
 
 
-def within_quota(cluster: Cluster, number: int, index: int) -> bool:
+def fits_quota(cluster: Cluster, number: int, index: int) -> bool:
     """Whether the need fits a request's tenant's quota, with a margin as that of a replica."""
     tenant = cluster.tenants[number, cluster.requests[index]["tenant"]]
-    margin_bytes = tenant["watermark_bytes"] if used(tenant) else 0
-    return bool(used(tenant) + cluster.world["need_bytes"][HBM] + margin_bytes <= tenant["quota_bytes"])
+    margin_bytes = tenant["watermark_bytes"] if used_by_tenant(tenant) else 0
+    return bool(used_by_tenant(tenant) + cluster.world["need_bytes"][HBM] + margin_bytes <= tenant["quota_bytes"])
 
 
-def begin_turn(cluster: Cluster, number: int) -> None:
-    """Forget who was over quota."""
+def clear_over_quota(cluster: Cluster, number: int) -> None:
+    """Forget which tenants were over their quota when requests were last admitted."""
     for tenant in range(cluster.tenants.shape[1]):
         cluster.tenants[number, tenant]["over_quota"] = 0
 
@@ -195,7 +195,7 @@ def advance_tenants(cluster: Cluster, number: int, steps: int) -> None:
     """All decoding sequences have done `steps` iterations."""
     for i in range(cluster.tenants.shape[1]):
         tenant = cluster.tenants[number, i]
-        last_bytes = used(tenant) + (steps - 1) * tenant["growth_bytes"]
-        tenant["peak_bytes"] = max(tenant["peak_bytes"], used(tenant), last_bytes)
+        last_bytes = used_by_tenant(tenant) + (steps - 1) * tenant["growth_bytes"]
+        tenant["peak_bytes"] = max(tenant["peak_bytes"], used_by_tenant(tenant), last_bytes)
         tenant["output_tokens"] += steps * tenant["decoding"] * cluster.world["tokens_per_step"]
         tenant["stored_bytes"] += steps * tenant["growth_bytes"]

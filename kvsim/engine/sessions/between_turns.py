@@ -13,7 +13,7 @@ evicted from HBM.
 import math
 
 from kvsim.engine.batch.estimate import prefill_s
-from kvsim.engine.batch.memory import DOWN, UP, copy_s, fits, set_need, transfer_s, used
+from kvsim.engine.batch.memory import copy_s, fits, set_need, transfer_s, used
 from kvsim.engine.features import needs
 from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.requests.queues import push_before, push_last, take_out
@@ -21,10 +21,10 @@ from kvsim.engine.state.cluster import (
     DDR,
     HBM,
     KEPT,
+    N_TIERS,
     NOBODY,
     PARKED,
     SWAPPED,
-    TIERS,
     TURNS_ANEW,
     TURNS_CHEAPEST,
     TURNS_KEEP,
@@ -33,6 +33,7 @@ from kvsim.engine.state.cluster import (
     Cluster,
     Prices,
 )
+from kvsim.hardware.machine import DOWN, UP
 
 
 @needs("sessions")
@@ -53,10 +54,10 @@ def end_turn(cluster: Cluster, index: int, now_s: float) -> None:
         world["need_bytes"][DDR] += request["state_bytes"]
     if choice == TURNS_SWAP:
         world["need_bytes"][HBM] = 0
-    if choice == TURNS_ANEW or not make_fit(cluster, number, 0):
+    if choice == TURNS_ANEW or not evict_to_fit(cluster, number, 0):
         replica["turns_dropped"] += 1
         return
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         request["held"][tier] = world["need_bytes"][tier]
         replica["held_bytes"][tier] += world["need_bytes"][tier]
     request["parked_s"] = now_s
@@ -108,18 +109,18 @@ def _copies(cluster: Cluster, index: int) -> bool:
     return bool(ddr_bytes <= world["capacity_bytes"][DDR])
 
 
-def make_fit(cluster: Cluster, number: int, margin_bytes: int) -> bool:
+def evict_to_fit(cluster: Cluster, number: int, margin_bytes: int) -> bool:
     """Evict states of sessions, the oldest first but never the one that is spared, until the need fits.
 
     False, with none evicted, where all of them would not do.
     """
-    return fits(cluster.world, cluster.replicas[number], margin_bytes) or _evict_to_fit(cluster, number, margin_bytes)
+    return fits(cluster.world, cluster.replicas[number], margin_bytes) or _evict_states(cluster, number, margin_bytes)
 
 
 @needs("sessions", otherwise=False)
-def _evict_to_fit(cluster: Cluster, number: int, margin_bytes: int) -> bool:
+def _evict_states(cluster: Cluster, number: int, margin_bytes: int) -> bool:
     world, replica = cluster.world, cluster.replicas[number]
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         kept_bytes = used(replica, tier) - evictable_bytes(cluster, number, tier)
         margin = margin_bytes if tier == HBM else 0
         if kept_bytes + world["need_bytes"][tier] + margin > world["capacity_bytes"][tier]:
@@ -166,7 +167,7 @@ def _evict(cluster: Cluster, index: int) -> None:
     if not kept or not request["copied"]:
         return
     request["held"][HBM] -= nbytes
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         replica["held_bytes"][tier] += request["held"][tier]
     younger = replica["first"][PARKED]
     while younger != NOBODY and cluster.requests[younger]["finish_s"] <= request["finish_s"]:
@@ -179,7 +180,7 @@ def give_up(cluster: Cluster, index: int) -> None:
     request = cluster.requests[index]
     replica = cluster.replicas[request["replica"]]
     take_out(cluster.requests, replica, index)
-    for tier in range(TIERS):
+    for tier in range(N_TIERS):
         replica["held_bytes"][tier] -= request["held"][tier]
 
 
@@ -206,7 +207,7 @@ def add_state(cluster: Cluster, sign: int) -> None:
     """Count what the spared state holds among the need, or no more: its session's next turn takes it over."""
     spared, world = cluster.world["spared"], cluster.world
     if spared != NOBODY:
-        for tier in range(TIERS):
+        for tier in range(N_TIERS):
             world["need_bytes"][tier] += sign * cluster.requests[spared]["held"][tier]
 
 

@@ -11,9 +11,9 @@ Records = arrays.Records
 Record = arrays.Record
 Prices = price.Prices
 
-LINKS = 4
-TIERS = 3
-HBM, DDR, NVME = range(TIERS)
+N_LINKS = 4
+N_TIERS = 3
+HBM, DDR, NVME = range(N_TIERS)
 
 # A vector: of how many sequences it is, their bytes per tier, then of each operation its work, contiguous and scattered
 # bytes. In the row of a batch, the first column says which structure the load has instead.

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsim.engine.state.cluster import LINKS, QUEUES, TENANT_QUEUES, TIERS
+from kvsim.engine.state.cluster import N_LINKS, N_TIERS, QUEUES, TENANT_QUEUES
 from kvsim.hardware.machine import LANES
 from kvsim.iteration.busy import BOUNDS, BUSY
 from kvsim.plans.guessing import FIELDS as GUESSING
@@ -76,10 +76,14 @@ REQUEST = np.dtype(
     )
     + _ints("receiver", "sender")  # replicas: where memory for its decoding is reserved, and who had its prompt
     + [
-        ("held", np.int64, (TIERS,)),  # bytes reserved for its prefill, or taken while it is swapped out or on its way
-        ("sent", np.int64, (TIERS,)),  # of its state after the prompt
-        ("reserved", np.int64, (TIERS,)),  # at its receiver, before it is on its way
-        ("lent", np.int64, (TIERS,)),  # at its sender, until it has arrived
+        (
+            "held",
+            np.int64,
+            (N_TIERS,),
+        ),  # bytes reserved for its prefill, or taken while it is swapped out or on its way
+        ("sent", np.int64, (N_TIERS,)),  # of its state after the prompt
+        ("reserved", np.int64, (N_TIERS,)),  # at its receiver, before it is on its way
+        ("lent", np.int64, (N_TIERS,)),  # at its sender, until it has arrived
     ]
     + [(name, np.float64, (len(BOUNDS),)) for name in ("bound_s", "ttft_bound_s")]  # all of it, up to its first token
 )
@@ -147,12 +151,12 @@ REPLICA = np.dtype(
         ("first", np.int64, (QUEUES,)),
         ("last", np.int64, (QUEUES,)),
         ("length", np.int64, (QUEUES,)),
-        ("held_bytes", np.int64, (TIERS,)),  # by sequences in prefill and by swapped ones
-        ("stored_bytes", np.int64, (TIERS,)),  # by decoding sequences in the next iteration
-        ("growth_bytes", np.int64, (TIERS,)),  # and how much more in each further one
-        ("used_bytes", np.int64, (TIERS,)),  # at the start of this iteration or run
-        ("cache_bytes", np.int64, (TIERS,)),
-        ("plan_bytes", np.int64, (LINKS,)),
+        ("held_bytes", np.int64, (N_TIERS,)),  # by sequences in prefill and by swapped ones
+        ("stored_bytes", np.int64, (N_TIERS,)),  # by decoding sequences in the next iteration
+        ("growth_bytes", np.int64, (N_TIERS,)),  # and how much more in each further one
+        ("used_bytes", np.int64, (N_TIERS,)),  # at the start of this iteration or run
+        ("cache_bytes", np.int64, (N_TIERS,)),
+        ("plan_bytes", np.int64, (N_LINKS,)),
         ("stall_bytes", np.int64, (2,)),
         ("adapters_free_s", np.float64, (2,)),  # of its host, if it is the first there: sending and receiving
         ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
@@ -173,7 +177,7 @@ TENANT = np.dtype(  # one tenant at one replica
         "priority",
         "quota_bytes",  # of HBM
         "watermark_bytes",
-        "over_quota",  # its next request has to wait for its own ones; of this turn
+        "over_quota",  # its next request has to wait for its own ones; of this schedule
         "decoding",  # sequences
         "prompt_tokens",  # served: computed by prefill
         "held_bytes",  # of HBM: as those of a replica
@@ -248,9 +252,9 @@ WORLD = np.dtype(
     + _floats("round_s")  # of all micro-batches of the iteration priced last
     + _floats("widest_stage")  # the largest part of a sequence's HBM that a stage holds
     + [
-        ("capacity_bytes", np.int64, (TIERS,)),
-        ("need_bytes", np.int64, (TIERS,)),  # scratch
-        ("asked_bytes", np.int64, (TIERS,)),  # scratch: a need for which others are preempted
+        ("capacity_bytes", np.int64, (N_TIERS,)),
+        ("need_bytes", np.int64, (N_TIERS,)),  # scratch
+        ("asked_bytes", np.int64, (N_TIERS,)),  # scratch: a need for which others are preempted
         ("wanted", np.int64, (5,)),  # by a detour: what, and its arguments
         ("first_piece", np.int64, (2,)),  # the one found last, for decode steps and chunks of prompts
         *_seconds("busy_s", "round_busy_s"),  # of the batch priced last, and of all micro-batches on all stages

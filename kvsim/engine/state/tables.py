@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvsim.engine.batch.plans import FLOOR, INPUTS, MOST_FACTORS, PIECE, TERM, TEST
-from kvsim.engine.state.cluster import NOBODY, TIERS, Floats, Plans, Record, Records
+from kvsim.engine.state.cluster import N_TIERS, NOBODY, Floats, Plans, Record, Records
 from kvsim.iteration.clock import Clock
 from kvsim.iteration.price import OWN, PARTS
 from kvsim.plans.derive import Piece
@@ -61,7 +61,7 @@ def _counted(piece: Piece) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int6
     monomials = [(), *(m for m in piece.monomials if m)]
     matrix = np.zeros((len(piece.matrix) + 1, len(monomials)), dtype=np.int64)
     n = len(piece.conditions)
-    rows = np.concatenate([np.arange(n), n + 1 + (np.arange(piece.columns) + TIERS) % piece.columns])
+    rows = np.concatenate([np.arange(n), n + 1 + (np.arange(piece.columns) + N_TIERS) % piece.columns])
     for position, monomial in enumerate(piece.monomials):
         matrix[rows, monomials.index(monomial)] = piece.matrix[:, position]
     matrix[n, 0] = 1

@@ -61,7 +61,7 @@ class _Arrivals:
         env.process(self._run())
 
     def look(self) -> None:
-        """A replica has had its turn: in closed loop, whoever left may let another come."""
+        """A replica has begun what is next: in closed loop, a request that left may let another come."""
         if self.engine.next_arrival() != self._next and not self._other.triggered:
             self._other.succeed()
 
@@ -122,7 +122,7 @@ class _Replica:
                 else:
                     yield self._wake
             self._until_s = -math.inf  # nobody need wake it
-            self.engine.turn(self.number, self.env.now)
+            self.engine.step(self.number, self.env.now)
             self.transfers.set_out()
             for other in self.beside:
                 other.look()

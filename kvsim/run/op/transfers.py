@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 
 import simpy
 
-from kvsim.engine.batch.memory import DOWN, UP
 from kvsim.engine.desk import Engine
 from kvsim.engine.inbound import BY_LOADER, BY_NIC
 from kvsim.engine.state.cluster import IDLE, Record
 from kvsim.hardware.fairshare import FairShare
+from kvsim.hardware.machine import DOWN, UP
 from kvsim.iteration.busy import BY_SWAP
 from kvsim.iteration.timeline import HANDOFF, LOAD, STORE
 from kvsim.scenario.setup import Setup
@@ -98,7 +98,7 @@ class Transfers:
         return self._engine.cluster.replicas[self.number]
 
     def set_out(self) -> None:
-        """Let move whatever a turn of the replica has left to be moved, to others too."""
+        """Let move whatever a step of the replica's engine has left to be moved, to others too."""
         ends = self._all if self._hand_over else [self]
         waiting = sorted((*place, end.number) for end in ends for place in self._engine.inbound(end.number))
         for _, index, number in waiting:
