@@ -50,7 +50,7 @@ _KERNELS = (
     "sessions.between_turns",
     "speculation",
 )
-_PRICES = ("kvsim.hardware.machine", "kvsim.iteration.busy", "kvsim.iteration.price")
+_PRICES = ("kvsim.hardware.machine", "kvsim.hardware.sharing", "kvsim.iteration.busy", "kvsim.iteration.price")
 _PART: Any = {"_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 

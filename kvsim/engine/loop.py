@@ -7,7 +7,7 @@ what runs next. Each step is whole or not at all, so that after a detour a repli
 import math
 
 from kvsim.engine.batch.iterations import end_iteration, join_completed, launch, stall
-from kvsim.engine.batch.neighbours import share
+from kvsim.engine.batch.neighbours import publish, set_sharing
 from kvsim.engine.batch.preemption import preempt_to_fit
 from kvsim.engine.batch.runs import begin_run, cut_run, end_run, steps_by
 from kvsim.engine.batch.scheduling import admit, continue_prompts, next_ready_s
@@ -79,9 +79,9 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_events: 
             continue
         if replica["phase"] == STALLED:
             launch(cluster, prices, number, now_s)
+            publish(cluster, prices, number, now_s)
             continue
         if replica["phase"] == IDLE:
-            share(cluster, prices, number, 1, now_s)
             note_now(cluster, number, now_s)
             replica["phase"] = SCHEDULING
         elif replica["phase"] == ITERATING:
@@ -91,6 +91,7 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_events: 
             end_run(cluster, prices, number, now_s)
             replica["phase"] = SETTLING
         # Decide what is next.
+        set_sharing(cluster, number)
         if replica["phase"] == SETTLING:
             settle(cluster, number, now_s)
             replica["phase"] = JOINING
@@ -118,8 +119,8 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_events: 
         else:
             note_now(cluster, number, now_s)
             ready_s = next_ready_s(cluster, replica, now_s)
-            share(cluster, prices, number, int(ready_s < math.inf), now_s)  # what loads uses the host
             replica["phase"], replica["wake_s"] = IDLE, ready_s
+        publish(cluster, prices, number, now_s)
     return True
 
 

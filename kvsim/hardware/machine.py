@@ -13,8 +13,11 @@ from policies.plan import Access, Buffer, Copy, Engine, Op, Processor, Sync, Tie
 
 LANES = ("sm", "h2d", "d2h", "cpu", "nvlink", "host")  # the last: the host thread that waits and launches
 SM, H2D, D2H, CPU, NVLINK, HOST = range(len(LANES))
+HOST_LANES = (H2D, D2H, CPU)  # that GPUs of a host have in common
 QKV_KERNELS, OUT_KERNELS, MLP_KERNELS, HEAD_KERNELS = 3, 1, 4, 2
-FLOOR, SLOWDOWN = range(2)  # rows of what a GPU has of a host that others use, by lane (`share_evenly`)
+# Rows of what a GPU has of a host that others use, by lane: the seconds per byte below which no transfer goes, the same
+# while others use the lane, the share of time in which nobody else does, and a factor of the lane's work.
+SHARING = FLOOR, CROWDED, ALONE, SLOWDOWN = range(4)
 UP, DOWN = range(2)  # which way bytes go: towards the GPU, or away from it
 Floats = NDArray[np.float64]
 
@@ -41,12 +44,23 @@ def copy_floor_s(on_host: int, on_switch: int, ddr_Bps: float, switch_Bps: float
 def share_evenly(sharing: Floats, on_host: int, on_switch: int, ddr_Bps: float, switch_Bps: float) -> None:
     """Set what a GPU has of a host that so many use, and its PCIe switch, all the time: itself among them.
 
-    `sharing` is (2, lanes): the FLOOR of seconds per byte of each lane, and its SLOWDOWN, a factor of all its work.
+    `sharing` is (SHARING, lanes).
     """
     for lane in range(len(LANES)):
-        sharing[FLOOR, lane], sharing[SLOWDOWN, lane] = 0.0, 1.0
+        sharing[FLOOR, lane], sharing[CROWDED, lane], sharing[ALONE, lane] = 0.0, 0.0, 1.0
+        sharing[SLOWDOWN, lane] = 1.0
     sharing[FLOOR, H2D] = sharing[FLOOR, D2H] = copy_floor_s(on_host, on_switch, ddr_Bps, switch_Bps)
     sharing[SLOWDOWN, CPU] = on_host
+
+
+def byte_s(own_s: float, sharing: Floats, lane: int) -> float:
+    """Seconds per byte of a transfer that takes `own_s` by itself: its mean rate, now alone and now beside others."""
+    alone_s = max(own_s, sharing[FLOOR, lane])
+    crowded_s = max(own_s, sharing[CROWDED, lane])
+    if alone_s == 0 or sharing[ALONE, lane] == 1 or crowded_s <= alone_s:
+        return float(sharing[SLOWDOWN, lane] * alone_s)
+    rate = sharing[ALONE, lane] / alone_s + (1 - sharing[ALONE, lane]) / crowded_s
+    return float(sharing[SLOWDOWN, lane] / rate)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +78,7 @@ class Machine:
 
     def sharing(self, on_host: int, on_switch: int) -> Floats:
         """What a GPU has of the host (`share_evenly`)."""
-        sharing = np.empty((2, len(LANES)))
+        sharing = np.empty((len(SHARING), len(LANES)))
         share_evenly(sharing, on_host, on_switch, self.host.ddr_Bps, self.host.switch_Bps)
         return sharing
 

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvsim.hardware.machine import CPU, D2H, H2D, LANES
+from kvsim.hardware.machine import HOST_LANES, LANES
 from kvsim.iteration.arrays import Floats, Record, Records
 from kvsim.iteration.price import LAYERS, OP, PROGRAM, SLOT, STRUCTURE, TIME, WAIT, Prices
 from kvsim.iteration.program import Program, Slot
 from kvsim.plans.derive import Structure
-
-HOST_LANES = (H2D, D2H, CPU)
 
 
 def lay_out(

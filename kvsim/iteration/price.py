@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvsim.hardware.machine import FLOOR, LANES, NVLINK, SLOWDOWN, SM
+from kvsim.hardware.machine import LANES, NVLINK, SLOWDOWN, SM, byte_s
 from kvsim.iteration.arrays import Floats, Ints, Record, Records
 from kvsim.iteration.busy import BUSY, BY_COMPUTE, BY_HBM, HBM_BUSY, WORK, expose
 from kvsim.plans.derive import AMOUNTS, TIERS
@@ -79,8 +79,7 @@ class Batch(NamedTuple):
 def price(prices: Prices, batch: Batch, sharing: Floats, busy: Floats) -> float:
     """Seconds of an iteration; sets the seconds of each of BUSY, and of each operation (`prices.seconds`).
 
-    `sharing` is (2, lanes): FLOOR, the seconds per byte below which no transfer of a lane goes, and SLOWDOWN, how many
-    times as long all its work takes as alone.
+    `sharing` is what there is of each lane (`kvsim.hardware.machine.SHARING`).
     """
     seconds, n = prices.seconds, len(batch.own_s)
     for i in range(len(BUSY)):
@@ -129,9 +128,8 @@ def _op_s(
     """Seconds of one operation: the larger of its work and its bytes, and what comes with any."""
     lane, work_s, streamed_s, scattered_s = op["lane"], op["work_s"], op["streamed_s"], op["scattered_s"]
     if lane != SM:  # the SMs are the GPU's own
-        floor_s, slowdown = sharing[FLOOR, lane], sharing[SLOWDOWN, lane]
-        work_s *= slowdown
-        streamed_s, scattered_s = slowdown * max(streamed_s, floor_s), slowdown * max(scattered_s, floor_s)
+        work_s *= sharing[SLOWDOWN, lane]
+        streamed_s, scattered_s = byte_s(streamed_s, sharing, lane), byte_s(scattered_s, sharing, lane)
     arithmetic = work * work_s
     transfers = contiguous_bytes * streamed_s + scattered_bytes * scattered_s
     seconds = max(arithmetic, transfers)

@@ -3,7 +3,7 @@
 from kvsim.engine.batch.decoding import last_generated, target_tokens
 from kvsim.engine.batch.plans import DECODE, PREFILL, amounts, find
 from kvsim.engine.state.cluster import DECODING, HBM, N_TIERS, PREFILLING, STORED, VECTOR, Cluster, Record
-from kvsim.hardware.machine import D2H, FLOOR, H2D, SLOWDOWN, UP
+from kvsim.hardware.machine import D2H, H2D, UP, byte_s
 
 AMPLE = 8  # where so many times a prompt's need would fit, an output no longer than the prompt need not be examined
 
@@ -84,8 +84,7 @@ def copy_s(world: Record, replica: Record, nbytes: int, share: float, direction:
     Each stage moves its part, a `share` of it at the most.
     """
     lane, link_s = (H2D, world["pcie_up_s"]) if direction == UP else (D2H, world["pcie_down_s"])
-    byte_s = replica["sharing"][SLOWDOWN, lane] * max(link_s, replica["sharing"][FLOOR, lane])
-    return float(world["pcie_latency_s"] + nbytes * share * byte_s)
+    return float(world["pcie_latency_s"] + nbytes * share * byte_s(link_s, replica["sharing"], lane))
 
 
 def transfer_s(world: Record, replica: Record, nbytes: int, share: float, direction: int) -> float:

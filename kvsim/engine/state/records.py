@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from kvsim.engine.state.cluster import N_LINKS, N_TIERS, QUEUES, TENANT_QUEUES
-from kvsim.hardware.machine import LANES
+from kvsim.hardware.machine import HOST_LANES, LANES, SHARING
+from kvsim.hardware.sharing import MOST_GPUS
 from kvsim.iteration.busy import BOUNDS, BUSY
 from kvsim.plans.guessing import FIELDS as GUESSING
 from kvsim.scenario.stages import MOST_STAGES
@@ -162,7 +163,9 @@ REPLICA = np.dtype(
         ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
         ("stage_free_s", np.float64, (MOST_STAGES,)),  # when each stage is free
         ("exit_s", np.float64, (MOST_STAGES,)),  # when those micro-batches are out
-        ("sharing", np.float64, (2, len(LANES))),  # what it has of the host (`kvsim.hardware.machine.share_evenly`)
+        ("sharing", np.float64, (len(SHARING), len(LANES))),  # what it has of the host
+        ("use", np.float64, (len(HOST_LANES),)),  # the share of time in which it uses each of these lanes now
+        ("bound", np.float64, (len(HOST_LANES),)),  # and of the iteration under way, what is bound by each
         ("shared_s", np.float64, (3,)),  # copies, CPU work and all-reduces of the iteration under way, if alone
         *_seconds("busy_s"),
     ]
@@ -260,6 +263,7 @@ WORLD = np.dtype(
         *_seconds("busy_s", "round_busy_s"),  # of the batch priced last, and of all micro-batches on all stages
         ("stage_s", np.float64, (MOST_STAGES,)),  # when stages are free, and micro-batches out, of the iteration priced
         ("exit_s", np.float64, (MOST_STAGES,)),
-        ("sharing", np.float64, (2, len(LANES))),  # scratch: of one stage of a pipeline
+        ("chances", np.float64, (MOST_GPUS + 1,)),  # scratch
+        ("sharing", np.float64, (len(SHARING), len(LANES))),  # scratch: of one stage of a pipeline
     ]
 )
