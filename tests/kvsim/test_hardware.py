@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvsim.hardware.catalogue import Host, Rates, gpu_names, host_names, interpolate, load_gpu, load_host
+from kvsim.hardware.catalogue import Host, gpu_names, host_names, load_gpu, load_host
+from kvsim.hardware.rates import Rates, interpolate
 
 RATES = [field.name for field in fields(Rates)]
 USER_GPU = """

@@ -1,15 +1,12 @@
 """Prices by a parameter set's rates alone: those of `datasheet`, `eager` and files without kernels' constants."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvsim.hardware.kernels.attention import attention_bytes, attention_flops
 from kvsim.hardware.kernels.chip import Chip, element_bytes
 from kvsim.hardware.kernels.experts import Routed
 from kvsim.hardware.kernels.gemm import gemm_bytes
-
-if TYPE_CHECKING:
-    from kvsim.hardware.catalogue import Rates
+from kvsim.hardware.rates import Rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +14,7 @@ class RatedPrices:
     """Bytes and products at a set's rates: at once (`datasheet`), or one after the other, as in code without graphs."""
 
     chip: Chip
-    rates: "Rates"
+    rates: Rates
     overlapped: bool
 
     def _products_s(self, dtype: str, nbytes: float, flops: float, launches: int) -> float:
