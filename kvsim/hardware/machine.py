@@ -17,7 +17,7 @@ HOST_LANES = (H2D, D2H, CPU)  # that GPUs of a host have in common
 QKV_KERNELS, OUT_KERNELS, MLP_KERNELS, HEAD_KERNELS = 3, 1, 4, 2
 # Rows of what a GPU has of a host that others use, by lane: the seconds per byte below which no transfer goes, the same
 # while others use the lane, the share of time in which nobody else does, and a factor of the lane's work.
-SHARING = FLOOR, CROWDED, ALONE, SLOWDOWN = range(4)
+SHARING = FLOOR, CROWDED, ALONE, SLOWDOWN = 0, 1, 2, 3
 UP, DOWN = range(2)  # which way bytes go: towards the GPU, or away from it
 Floats = NDArray[np.float64]
 
