@@ -254,8 +254,8 @@ same. Budgets are shares of the context; *kept* and *moved* (decoding alone) are
   text (0.063). Scores of a query group's mean instead of its largest make no difference beyond noise.
 - Quest, selecting for each query head (its paper's models have a KV head for each) loses less at the same budget, but
   reads what any head of a group chose: 1.46 times as much here. With as many bytes, at 2/11 of the context, selecting
-  for each KV head loses less at 2,048 and 4,096 tokens and as much, within noise, at 6,144 and 8,128; `kv_head` is the
-  default.
+  for each KV head loses less at 2,048 and 4,096 tokens; at 6,144 and 8,128 neither is ahead on every text (four places
+  a text, not tested for significance). `kv_head` is the default.
 - What drops keys for good, a window or SnapKV, keeps up with Quest on prose and loses up to several times as much where
   a text comes back to what it said: code, and a reference with its recurring forms.
 - InfLLM at a budget loses about what a window of its size does, or more: blocks are found by what local attention

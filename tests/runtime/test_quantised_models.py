@@ -57,6 +57,7 @@ def test_layers_that_hold_no_floating_weights_are_taken(tiny_llama: Path, tmp_pa
     follow(model, policy, tmp_path)
 
 
+@pytest.mark.filterwarnings("default")  # what these libraries warn of at import is theirs
 @pytest.mark.parametrize("method", ["torchao", "bitsandbytes", "optimum.quanto"])
 def test_what_quantises_on_a_cpu_is_taken(tiny_llama: Path, tmp_path: Path, method: str) -> None:
     """The libraries are no dependencies: each runs where it is installed."""
