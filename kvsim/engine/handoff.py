@@ -8,7 +8,7 @@ memory, until a receiver has room. A link carries the states that a replica send
 import math
 
 from kvsim.engine.batch.decoding import join, last_generated, target_tokens
-from kvsim.engine.batch.memory import fits, margin_bytes, release, set_need
+from kvsim.engine.batch.memory import fits, margin_bytes, need_of, release
 from kvsim.engine.batch.plans import DECODE, amounts, find
 from kvsim.engine.books.causes import leave_batch, taken_in
 from kvsim.engine.books.replica import note_change
@@ -29,6 +29,7 @@ from kvsim.engine.state.cluster import (
     VECTOR,
     WAITING,
     Cluster,
+    Need,
     Record,
 )
 from kvsim.hardware.machine import NVLINK
@@ -48,15 +49,15 @@ def reserve(cluster: Cluster, index: int, now_s: float) -> bool:
     world, replicas, receiver = cluster.world, cluster.replicas, NOBODY
     if _next_sender(cluster) != NOBODY:
         return False
-    _set_first_need(cluster, index)
+    need = _first_need(cluster, index)
     for number in range(world["prefill_replicas"], len(replicas)):
-        if _can_receive(world, replicas[number]):
+        if _can_receive(world, replicas[number], need):
             lighter = replicas[number]["outstanding_tokens"] < replicas[receiver]["outstanding_tokens"]
             if receiver == NOBODY or lighter:
                 receiver = number
     if receiver == NOBODY:
         return False
-    _promise(cluster, index, receiver, now_s)
+    _promise(cluster, index, receiver, need, now_s)
     return True
 
 
@@ -102,11 +103,11 @@ def take_over(cluster: Cluster, number: int, now_s: float) -> None:
     sender = _next_sender(cluster)
     while sender != NOBODY:
         index = cluster.replicas[sender]["first"][HANDING]
-        _set_first_need(cluster, index)
-        if not _can_receive(cluster.world, cluster.replicas[number]):
+        need = _first_need(cluster, index)
+        if not _can_receive(cluster.world, cluster.replicas[number], need):
             break
         take_out(cluster.requests, cluster.replicas[sender], index)
-        _promise(cluster, index, number, now_s)
+        _promise(cluster, index, number, need, now_s)
         _send(cluster, index, now_s, now_s, 0.0, now_s)
         sender = _next_sender(cluster)
     take_in(cluster, number, now_s)  # what stays where it is, in the host's DDR, has come at once
@@ -153,27 +154,29 @@ def _next_sender(cluster: Cluster) -> int:
     return sender
 
 
-def _set_first_need(cluster: Cluster, index: int) -> None:
+def _first_need(cluster: Cluster, index: int) -> Need:
+    """What a prompt needs in its first decode step, whose plan is known."""
     target = target_tokens(cluster.requests[index])
     amounts(cluster.plans, find(cluster.plans, DECODE, target, 1, 0), cluster.rows, VECTOR)
-    set_need(cluster)
+    return need_of(cluster.rows)
 
 
-def _can_receive(world: Record, replica: Record) -> bool:
-    """Whether a replica can receive a state: its need fits, and nobody there waits or is swapped out."""
+def _can_receive(world: Record, replica: Record, need: Need) -> bool:
+    """Whether a replica can receive a state: what it needs fits, and nobody there waits or is swapped out."""
     if replica["length"][SWAPPED] or replica["length"][WAITING]:
         return False
     sequences = replica["length"][DECODING] + replica["length"][PREFILLING] + replica["expected"]
-    return bool(sequences < world["max_num_seqs"] and fits(world, replica, margin_bytes(world, replica)))
+    return bool(sequences < world["max_num_seqs"] and fits(world, replica, need, margin_bytes(world, replica)))
 
 
-def _promise(cluster: Cluster, index: int, receiver: int, now_s: float) -> None:
-    world, replica, request = cluster.world, cluster.replicas[receiver], cluster.requests[index]
+def _promise(cluster: Cluster, index: int, receiver: int, need: Need, now_s: float) -> None:
+    """Reserve what a prompt needs for decoding at its receiver."""
+    replica, request = cluster.replicas[receiver], cluster.requests[index]
     request["receiver"] = receiver
     for tier in range(N_TIERS):
-        request["reserved"][tier] = world["need_bytes"][tier]
-        replica["held_bytes"][tier] += world["need_bytes"][tier]
-    cluster.tenants[receiver, request["tenant"]]["held_bytes"] += world["need_bytes"][HBM]
+        request["reserved"][tier] = need[tier]
+        replica["held_bytes"][tier] += need[tier]
+    cluster.tenants[receiver, request["tenant"]]["held_bytes"] += need[HBM]
     replica["expected"] += 1
     replica["outstanding_tokens"] += request["prompt_tokens"] + request["output_tokens"]
     note_change(cluster, receiver, now_s)

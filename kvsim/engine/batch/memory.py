@@ -2,36 +2,53 @@
 
 from kvsim.engine.batch.decoding import last_generated, target_tokens
 from kvsim.engine.batch.plans import DECODE, PREFILL, amounts, find
-from kvsim.engine.state.cluster import DECODING, HBM, N_TIERS, PREFILLING, STORED, VECTOR, Cluster, Record
+from kvsim.engine.state.cluster import (
+    DDR,
+    DECODING,
+    HBM,
+    N_TIERS,
+    NVME,
+    PREFILLING,
+    STORED,
+    VECTOR,
+    Cluster,
+    Ints,
+    Need,
+    Record,
+)
 from kvsim.hardware.machine import D2H, H2D, UP, byte_s
 
 AMPLE = 8  # where so many times a prompt's need would fit, an output no longer than the prompt need not be examined
 
 
-def set_need(cluster: Cluster) -> None:
-    """Let the need be the bytes of VECTOR."""
-    for tier in range(N_TIERS):
-        cluster.world["need_bytes"][tier] = cluster.rows[VECTOR, STORED + tier]
+def need_of(rows: Ints) -> Need:
+    """The bytes of each tier that VECTOR stores."""
+    return int(rows[VECTOR, STORED + HBM]), int(rows[VECTOR, STORED + DDR]), int(rows[VECTOR, STORED + NVME])
 
 
-def fits(world: Record, replica: Record, margin_bytes: int) -> bool:
-    """Whether the need fits beside what the next iteration of a replica holds, with a margin of HBM."""
+def need_beside(need: Need, held: Ints) -> Need:
+    """What a need asks for where some bytes of each tier are held for it already."""
+    return int(need[HBM] - held[HBM]), int(need[DDR] - held[DDR]), int(need[NVME] - held[NVME])
+
+
+def fits(world: Record, replica: Record, need: Need, margin_bytes: int) -> bool:
+    """Whether a need fits beside what the next iteration of a replica holds, with a margin of HBM."""
     for tier in range(N_TIERS):
-        used_bytes = used(replica, tier) + world["need_bytes"][tier] + (margin_bytes if tier == HBM else 0)
+        used_bytes = used(replica, tier) + need[tier] + (margin_bytes if tier == HBM else 0)
         if used_bytes > world["capacity_bytes"][tier]:
             return False
     return True
 
 
-def fits_empty(cluster: Cluster, index: int, times: int) -> bool:
-    """Whether so many times the need of a request fits an empty memory, and its tenant's quota."""
+def fits_empty(cluster: Cluster, index: int, need: Need, times: int) -> bool:
+    """Whether so many times a request's need fits an empty memory, and its tenant's quota."""
     world, request = cluster.world, cluster.requests[index]
     quota_bytes = cluster.tenants[request["replica"], request["tenant"]]["quota_bytes"]
     for tier in range(N_TIERS):
         capacity_bytes = world["capacity_bytes"][tier]
         if tier == HBM:
             capacity_bytes = min(capacity_bytes, quota_bytes)
-        if times * world["need_bytes"][tier] > capacity_bytes:
+        if times * need[tier] > capacity_bytes:
             return False
     return True
 
@@ -43,8 +60,8 @@ def margin_bytes(world: Record, replica: Record) -> int:
     return 0
 
 
-def set_prefill_need(cluster: Cluster, target: int, past: int, new: int) -> None:
-    """Set the need to the most that a prompt's prefill stores: at its end, after one step or after a last whole chunk.
+def prefill_need(cluster: Cluster, target: int, past: int, new: int) -> Need:
+    """The most that a prompt's prefill stores: at its end, after one step or after a last whole chunk.
 
     `past` and `new` tokens are those of its first step. May make a detour.
     """
@@ -53,29 +70,23 @@ def set_prefill_need(cluster: Cluster, target: int, past: int, new: int) -> None
         past = target - new
     piece = find(cluster.plans, PREFILL, target, past, new)
     amounts(cluster.plans, piece, cluster.rows, VECTOR)
-    set_need(cluster)
+    return need_of(cluster.rows)
 
 
-def exceeds_capacity(cluster: Cluster, index: int) -> bool:
-    """Whether a request with this need alone exceeds the capacity or its quota, in prefill or at its last token.
+def exceeds_capacity(cluster: Cluster, index: int, need: Need) -> bool:
+    """Whether a request whose prefill needs this exceeds the capacity or its quota, in prefill or at its last token.
 
     (One that outgrows the memory although its last token was not examined is rejected then.) May make a detour.
     """
     request = cluster.requests[index]
     target = target_tokens(request)
-    if request["output_tokens"] <= target and fits_empty(cluster, index, AMPLE):
+    if request["output_tokens"] <= target and fits_empty(cluster, index, need, AMPLE):
         return False
     piece = find(cluster.plans, DECODE, target, max(1, last_generated(request)), 0)
-    if not fits_empty(cluster, index, 1):
+    if not fits_empty(cluster, index, need, 1):
         return True
-    for tier in range(N_TIERS):
-        cluster.world["asked_bytes"][tier] = cluster.world["need_bytes"][tier]
     amounts(cluster.plans, piece, cluster.rows, VECTOR)
-    set_need(cluster)
-    outgrows = not fits_empty(cluster, index, 1)
-    for tier in range(N_TIERS):
-        cluster.world["need_bytes"][tier] = cluster.world["asked_bytes"][tier]
-    return outgrows
+    return not fits_empty(cluster, index, need_of(cluster.rows), 1)
 
 
 def copy_s(world: Record, replica: Record, nbytes: int, share: float, direction: int) -> float:
@@ -113,14 +124,14 @@ def used(replica: Record, tier: int) -> int:
     return int(replica["held_bytes"][tier] + replica["stored_bytes"][tier])
 
 
-def hold(cluster: Cluster, index: int) -> None:
-    """Reserve the need for a request."""
-    world, request = cluster.world, cluster.requests[index]
+def hold(cluster: Cluster, index: int, need: Need) -> None:
+    """Reserve what a request needs."""
+    request = cluster.requests[index]
     replica = cluster.replicas[request["replica"]]
     for tier in range(N_TIERS):
-        request["held"][tier] = world["need_bytes"][tier]
-        replica["held_bytes"][tier] += world["need_bytes"][tier]
-    cluster.tenants[request["replica"], request["tenant"]]["held_bytes"] += world["need_bytes"][HBM]
+        request["held"][tier] = need[tier]
+        replica["held_bytes"][tier] += need[tier]
+    cluster.tenants[request["replica"], request["tenant"]]["held_bytes"] += need[HBM]
 
 
 def release(cluster: Cluster, index: int) -> None:

@@ -1,7 +1,7 @@
 """Preemption: sequences give up memory to the next iteration, or to a more urgent request, and come back later."""
 
 from kvsim.engine.batch.decoding import generated_tokens, leave, target_tokens, withdraw
-from kvsim.engine.batch.memory import fits, fits_empty, hold, margin_bytes, release, set_need, swap, used
+from kvsim.engine.batch.memory import fits, fits_empty, hold, margin_bytes, need_beside, need_of, release, swap, used
 from kvsim.engine.books.causes import preempted, prefix_ready
 from kvsim.engine.features import needs
 from kvsim.engine.requests.queues import take_out
@@ -11,13 +11,15 @@ from kvsim.engine.state.cluster import (
     DDR,
     DECODING,
     HBM,
-    N_TIERS,
     NOBODY,
+    NOTHING,
+    NVME,
     PREFILLING,
     PRIORITY,
     REJECTED,
     SWAPPED,
     Cluster,
+    Need,
     Record,
 )
 from kvsim.hardware.machine import DOWN
@@ -27,17 +29,13 @@ ANY = 1 << 62  # above every priority
 
 def preempt_to_fit(cluster: Cluster, number: int, now_s: float) -> None:
     """Preempt sequences until the next decode iteration fits, and each tenant's part of it fits its quota."""
-    replica, need_bytes = cluster.replicas[number], cluster.world["need_bytes"]
+    replica = cluster.replicas[number]
     for i in range(cluster.tenants.shape[1]):
         tenant = cluster.tenants[number, i]
         while used_by_tenant(tenant) > tenant["quota_bytes"] and tenant["decoding"]:
-            _preempt(cluster, replica, _last_of(cluster, replica, i), now_s)
-    while replica["length"][DECODING]:
-        for tier in range(N_TIERS):
-            need_bytes[tier] = 0
-        if evict_to_fit(cluster, number, 0):
-            break
-        _preempt(cluster, replica, next_victim(cluster, number), now_s)
+            _preempt(cluster, replica, _last_of(cluster, replica, i), NOBODY, now_s)
+    while replica["length"][DECODING] and not evict_to_fit(cluster, number, NOTHING, 0, NOBODY):
+        _preempt(cluster, replica, next_victim(cluster, number), NOBODY, now_s)
 
 
 def next_victim(cluster: Cluster, number: int) -> int:
@@ -96,8 +94,8 @@ def _bytes_below(cluster: Cluster, number: int, priority: int) -> int:
 
 
 @needs("tenants", otherwise=False)
-def preempt_below(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
-    """Preempt strictly less urgent sequences until a request may run and its need fits; it stays the need.
+def preempt_below(cluster: Cluster, number: int, index: int, need: Need, spared: int, now_s: float) -> bool:
+    """Preempt strictly less urgent sequences until a request may run and its need fits; a state is not to be evicted.
 
     False, with nobody preempted, where all of them together hold too little HBM.
     """
@@ -105,37 +103,32 @@ def preempt_below(cluster: Cluster, number: int, index: int, now_s: float) -> bo
     if not may_preempt(cluster, number, index):
         return False
     priority = cluster.tenants[number, cluster.requests[index]["tenant"]]["priority"]
-    kept_bytes = used(replica, HBM) - _bytes_below(cluster, number, priority) - evictable_bytes(cluster, number, HBM)
+    kept_bytes = used(replica, HBM) - _bytes_below(cluster, number, priority)
+    kept_bytes -= evictable_bytes(cluster, number, HBM, spared)
     margin = world["watermark_bytes"] if kept_bytes else 0
-    if kept_bytes + world["need_bytes"][HBM] + margin > world["capacity_bytes"][HBM]:
+    if kept_bytes + need[HBM] + margin > world["capacity_bytes"][HBM]:
         return False
-    for tier in range(N_TIERS):
-        world["asked_bytes"][tier] = world["need_bytes"][tier]
     while True:
-        for tier in range(N_TIERS):
-            world["need_bytes"][tier] = world["asked_bytes"][tier]
-        if below_max_num_seqs(cluster, replica) and evict_to_fit(cluster, number, margin_bytes(world, replica)):
+        margin = margin_bytes(world, replica)
+        if below_max_num_seqs(cluster, replica) and evict_to_fit(cluster, number, need, margin, spared):
             return True
-        if not _preempt_one_below(cluster, number, priority, now_s):
-            return below_max_num_seqs(cluster, replica) and _recompute_swapped_below(cluster, number, priority)
+        if not _preempt_one_below(cluster, number, priority, spared, now_s):
+            return below_max_num_seqs(cluster, replica) and _recompute_swapped_below(cluster, number, priority, need)
 
 
-def _recompute_swapped_below(cluster: Cluster, number: int, priority: int) -> bool:
-    """Let less urgent sequences that are swapped out be recomputed instead, where that makes the asked bytes fit.
+def _recompute_swapped_below(cluster: Cluster, number: int, priority: int, need: Need) -> bool:
+    """Let less urgent sequences that are swapped out be recomputed instead, where that makes a need fit.
 
     So that those who wait for a request never hold what it waits for.
     """
-    world, replica = cluster.world, cluster.replicas[number]
-    for tier in range(N_TIERS):
-        freed_bytes = 0
-        for i in range(cluster.tenants.shape[1]):
-            tenant = cluster.tenants[number, i]
-            index = tenant["first"][SWAPPED] if tenant["priority"] < priority else NOBODY
-            while index != NOBODY:
-                freed_bytes += cluster.requests[index]["held"][tier]
-                index = cluster.requests[index]["after"]
-        world["need_bytes"][tier] = world["asked_bytes"][tier] - freed_bytes
-    if not fits(world, replica, margin_bytes(world, replica)):
+    world, replica, left = cluster.world, cluster.replicas[number], need
+    for i in range(cluster.tenants.shape[1]):
+        tenant = cluster.tenants[number, i]
+        index = tenant["first"][SWAPPED] if tenant["priority"] < priority else NOBODY
+        while index != NOBODY:
+            left = need_beside(left, cluster.requests[index]["held"])
+            index = cluster.requests[index]["after"]
+    if not fits(world, replica, left, margin_bytes(world, replica)):
         return False
     for i in range(cluster.tenants.shape[1]):
         tenant = cluster.tenants[number, i]
@@ -144,8 +137,6 @@ def _recompute_swapped_below(cluster: Cluster, number: int, priority: int) -> bo
             pick(cluster, number, index)
             release(cluster, index)
             _begin_anew(cluster, index, cluster.requests[index]["generated_at_join"])
-    for tier in range(N_TIERS):
-        world["need_bytes"][tier] = world["asked_bytes"][tier]
     return True
 
 
@@ -165,14 +156,14 @@ def _drop(cluster: Cluster, index: int, tokens: int) -> None:
     queue_again(cluster, request["replica"], index)
 
 
-def _preempt_one_below(cluster: Cluster, number: int, priority: int, now_s: float) -> bool:
+def _preempt_one_below(cluster: Cluster, number: int, priority: int, spared: int, now_s: float) -> bool:
     """Preempt one sequence, of the least urgent ones the one begun last; whether there is one below the priority."""
     prefilling = _least_urgent(cluster, number, PREFILLING, priority)
     if prefilling != NOBODY:
         priority = cluster.tenants[number, cluster.requests[prefilling]["tenant"]]["priority"]
     decoding = _least_urgent(cluster, number, DECODING, priority)
     if decoding != NOBODY:
-        _preempt(cluster, cluster.replicas[number], decoding, now_s)
+        _preempt(cluster, cluster.replicas[number], decoding, spared, now_s)
         cluster.replicas[number]["batch_tokens"] += cluster.world["step_tokens"]
     elif prefilling != NOBODY:
         _abandon(cluster, number, prefilling, now_s)
@@ -209,25 +200,24 @@ def _abandon(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     _drop(cluster, index, request["past_tokens"])
 
 
-def _preempt(cluster: Cluster, replica: Record, index: int, now_s: float) -> None:
+def _preempt(cluster: Cluster, replica: Record, index: int, spared: int, now_s: float) -> None:
+    """Swap a decoding sequence out or let it begin anew; reject it where it could never run."""
     request, world = cluster.requests[index], cluster.world
     generated = generated_tokens(world, request, replica["iteration"])
     withdraw(cluster, index)  # leaves its amounts in VECTOR
-    set_need(cluster)
-    if not fits_empty(cluster, index, 1):
+    need = need_of(cluster.rows)
+    if not fits_empty(cluster, index, need, 1):
         reject(cluster, index, now_s)
         return
     request["preemptions"] += 1
     request["last_token_s"] = now_s
     preempted(replica, request, now_s)
-    hbm_bytes = world["need_bytes"][HBM]
-    world["need_bytes"][HBM] = 0
-    world["need_bytes"][DDR] += hbm_bytes
-    if world["swaps"] and evict_to_fit(cluster, request["replica"], 0):
+    below = (0, need[DDR] + need[HBM], need[NVME])
+    if world["swaps"] and evict_to_fit(cluster, request["replica"], below, 0, spared):
         request["generated_at_join"] = generated
-        hold(cluster, index)
+        hold(cluster, index, below)
         put(cluster, request["replica"], index, SWAPPED, True)
-        swap(world, replica, hbm_bytes, DOWN)
+        swap(world, replica, need[HBM], DOWN)
     else:
         _begin_anew(cluster, index, generated)
 

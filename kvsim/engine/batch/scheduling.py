@@ -7,9 +7,10 @@ from kvsim.engine.batch.memory import (
     exceeds_capacity,
     hold,
     margin_bytes,
+    need_beside,
+    need_of,
+    prefill_need,
     release,
-    set_need,
-    set_prefill_need,
     swap,
     transfer_s,
 )
@@ -22,18 +23,18 @@ from kvsim.engine.handoff import hands_over, reserve
 from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.requests.queues import push_before
 from kvsim.engine.requests.tenants import charge_prompt, fits_quota, next_request, pick
-from kvsim.engine.sessions.between_turns import add_state, evict_to_fit, resume, state_here
+from kvsim.engine.sessions.between_turns import evict_to_fit, resume, state_here
 from kvsim.engine.state.cluster import (
     DECODING,
     HBM,
     INCOMING,
-    N_TIERS,
     NOBODY,
     PREFILLING,
     PRIORITY,
     SWAPPED,
     VECTOR,
     Cluster,
+    Need,
     Prices,
     Record,
 )
@@ -114,20 +115,17 @@ def _begin(cluster: Cluster, prices: Prices, number: int, index: int, now_s: flo
     if hands:
         find(cluster.plans, DECODE, target, 1, 0)  # `reserve` must make no detour
     chunk = min(replica["batch_tokens"], target - past)
-    set_prefill_need(cluster, target, past, chunk)
-    if exceeds_capacity(cluster, index):
+    need = prefill_need(cluster, target, past, chunk)
+    if exceeds_capacity(cluster, index, need):
         pick(cluster, number, index)
         reject(cluster, index, now_s)
         if looks_up:
             refused(cluster, number, index, now_s)
         return True
-    cluster.world["spared"] = turn
-    room = _free_memory(cluster, number, index, now_s)
-    cluster.world["spared"] = NOBODY
-    if not room:
+    if not _free_memory(cluster, number, index, need, turn, now_s):
         return bool(cluster.tenants[number, request["tenant"]]["over_quota"])
     pick(cluster, number, index)
-    hold(cluster, index)
+    hold(cluster, index, need)
     _enlist(cluster, number, index)
     if turn != NOBODY:
         ready_s = resume(cluster, index, turn, now_s)
@@ -168,15 +166,12 @@ def _swap_in(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     request, replica, plans, world = cluster.requests[index], cluster.replicas[number], cluster.plans, cluster.world
     generated = request["generated_at_join"]
     amounts(plans, find(plans, DECODE, target_tokens(request), int(generated), 0), cluster.rows, VECTOR)
-    set_need(cluster)
-    hbm_bytes = world["need_bytes"][HBM]
-    for tier in range(N_TIERS):
-        world["need_bytes"][tier] -= request["held"][tier]
-    if not _free_memory(cluster, number, index, now_s):
+    need = need_of(cluster.rows)
+    if not _free_memory(cluster, number, index, need_beside(need, request["held"]), NOBODY, now_s):
         return bool(cluster.tenants[number, request["tenant"]]["over_quota"])
     pick(cluster, number, index)
     release(cluster, index)
-    swap(world, replica, hbm_bytes, UP)
+    swap(world, replica, need[HBM], UP)
     join(cluster, index, generated)
     replica["late"] += 1
     replica["batch_tokens"] -= world["step_tokens"]
@@ -185,19 +180,22 @@ def _swap_in(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
     return True
 
 
-def _free_memory(cluster: Cluster, number: int, index: int, now_s: float) -> bool:
+def _free_memory(cluster: Cluster, number: int, index: int, need: Need, state: int, now_s: float) -> bool:
     """Free memory for a request by evicting states and preempting sequences where it must; whether its need fits.
 
-    Where that exceeds its tenant's quota, the tenant is marked as over it."""
+    The turn whose `state` it takes over, if any, is not evicted, and what that holds is part of the need. Where the
+    need exceeds its tenant's quota, the tenant is marked as over it.
+    """
     replica = cluster.replicas[number]
-    if not fits_quota(cluster, number, index):
+    if not fits_quota(cluster, number, index, need[HBM]):
         cluster.tenants[number, cluster.requests[index]["tenant"]]["over_quota"] = 1
         return False
-    add_state(cluster, -1)
-    room = below_max_num_seqs(cluster, replica) and evict_to_fit(cluster, number, margin_bytes(cluster.world, replica))
-    room = room or preempt_below(cluster, number, index, now_s)
-    add_state(cluster, 1)
-    return room
+    if state != NOBODY:
+        need = need_beside(need, cluster.requests[state]["held"])
+    margin = margin_bytes(cluster.world, replica)
+    if below_max_num_seqs(cluster, replica) and evict_to_fit(cluster, number, need, margin, state):
+        return True
+    return preempt_below(cluster, number, index, need, state, now_s)
 
 
 def _enlist(cluster: Cluster, number: int, index: int) -> None:

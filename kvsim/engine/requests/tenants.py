@@ -7,7 +7,7 @@ replica: the service that a tenant has had, by its weight, raised when it comes 
 
 from kvsim.engine.features import needs
 from kvsim.engine.requests.queues import push_first, push_last, take_out
-from kvsim.engine.state.cluster import FAIR, HBM, NOBODY, PRIORITY, SWAPPED, WAITING, Cluster, Record
+from kvsim.engine.state.cluster import FAIR, NOBODY, PRIORITY, SWAPPED, WAITING, Cluster, Record
 
 
 def next_request(cluster: Cluster, number: int, iterations: int) -> int:
@@ -163,11 +163,11 @@ def used_by_tenant(tenant: Record) -> int:
     return int(tenant["held_bytes"] + tenant["stored_bytes"])
 
 
-def fits_quota(cluster: Cluster, number: int, index: int) -> bool:
-    """Whether the need fits a request's tenant's quota, with a margin as that of a replica."""
+def fits_quota(cluster: Cluster, number: int, index: int, hbm_bytes: int) -> bool:
+    """Whether so much more HBM fits the quota of a request's tenant, with a margin as that of a replica."""
     tenant = cluster.tenants[number, cluster.requests[index]["tenant"]]
     margin_bytes = tenant["watermark_bytes"] if used_by_tenant(tenant) else 0
-    return bool(used_by_tenant(tenant) + cluster.world["need_bytes"][HBM] + margin_bytes <= tenant["quota_bytes"])
+    return bool(used_by_tenant(tenant) + hbm_bytes + margin_bytes <= tenant["quota_bytes"])
 
 
 def clear_over_quota(cluster: Cluster, number: int) -> None:

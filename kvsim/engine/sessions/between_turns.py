@@ -13,7 +13,7 @@ evicted from HBM.
 import math
 
 from kvsim.engine.batch.estimate import prefill_s
-from kvsim.engine.batch.memory import copy_s, fits, set_need, transfer_s, used
+from kvsim.engine.batch.memory import copy_s, fits, need_of, transfer_s, used
 from kvsim.engine.features import needs
 from kvsim.engine.inbound import BY_LOADER, bring
 from kvsim.engine.requests.queues import push_before, push_last, take_out
@@ -23,6 +23,7 @@ from kvsim.engine.state.cluster import (
     KEPT,
     N_TIERS,
     NOBODY,
+    NVME,
     PARKED,
     SWAPPED,
     TURNS_ANEW,
@@ -31,6 +32,7 @@ from kvsim.engine.state.cluster import (
     TURNS_SWAP,
     WAITING,
     Cluster,
+    Need,
     Prices,
 )
 from kvsim.hardware.machine import DOWN, UP
@@ -44,22 +46,22 @@ def end_turn(cluster: Cluster, index: int, now_s: float) -> None:
         return
     number = request["replica"]
     replica = cluster.replicas[number]
-    set_need(cluster)
-    request["state_bytes"] = world["need_bytes"][HBM]
+    need = need_of(cluster.rows)
+    request["state_bytes"] = need[HBM]
     choice = world["session_kv"]
     if choice == TURNS_CHEAPEST:
-        choice = _cheapest(cluster, index)
-    request["copied"] = choice == TURNS_SWAP or (choice == TURNS_KEEP and _copies(cluster, index))
+        choice = _cheapest(cluster, index, need)
+    request["copied"] = choice == TURNS_SWAP or (choice == TURNS_KEEP and _copies(cluster, index, need[DDR]))
     if request["copied"]:
-        world["need_bytes"][DDR] += request["state_bytes"]
+        need = (need[HBM], need[DDR] + need[HBM], need[NVME])
     if choice == TURNS_SWAP:
-        world["need_bytes"][HBM] = 0
-    if choice == TURNS_ANEW or not evict_to_fit(cluster, number, 0):
+        need = (0, need[DDR], need[NVME])
+    if choice == TURNS_ANEW or not evict_to_fit(cluster, number, need, 0, NOBODY):
         replica["turns_dropped"] += 1
         return
     for tier in range(N_TIERS):
-        request["held"][tier] = world["need_bytes"][tier]
-        replica["held_bytes"][tier] += world["need_bytes"][tier]
+        request["held"][tier] = need[tier]
+        replica["held_bytes"][tier] += need[tier]
     request["parked_s"] = now_s
     if request["copied"]:  # behind the iterations: nobody waits for it but the session itself
         request["parked_s"] += transfer_s(world, replica, request["state_bytes"], world["widest_stage"], DOWN)
@@ -81,21 +83,21 @@ def price_anew(cluster: Cluster, prices: Prices, index: int) -> None:
         request["anew_s"] = prefill_s(cluster, prices, context_tokens, 0)
 
 
-def _cheapest(cluster: Cluster, index: int) -> int:
-    """What to do with a state of which all is needed."""
+def _cheapest(cluster: Cluster, index: int, need: Need) -> int:
+    """What to do with a state that needs so much where it is kept."""
     world, request = cluster.world, cluster.requests[index]
     replica = cluster.replicas[request["replica"]]
     up_s = copy_s(world, replica, request["state_bytes"], world["widest_stage"], UP)
     hold_s = 0.0
     waits = replica["length"][WAITING] + replica["length"][SWAPPED] > 0
-    if waits or not fits(world, replica, int(world["watermark_bytes"])):
+    if waits or not fits(world, replica, need, int(world["watermark_bytes"])):
         hold_s = world["think_s"] * (request["state_bytes"] / world["capacity_bytes"][HBM])
     if hold_s <= world["return_share"] * min(up_s, request["anew_s"]):
         return TURNS_KEEP
     return TURNS_SWAP if up_s < request["anew_s"] else TURNS_ANEW
 
 
-def _copies(cluster: Cluster, index: int) -> bool:
+def _copies(cluster: Cluster, index: int, own_ddr_bytes: int) -> bool:
     """Whether a state that is kept is copied to DDR meanwhile, so that nobody waits when it is evicted."""
     world, request = cluster.world, cluster.requests[index]
     replica, nbytes = cluster.replicas[request["replica"]], request["state_bytes"]
@@ -104,55 +106,57 @@ def _copies(cluster: Cluster, index: int) -> bool:
         or copy_s(world, replica, nbytes, world["widest_stage"], UP) >= request["anew_s"]
     ):
         return False
-    parked_bytes = evictable_bytes(cluster, request["replica"], DDR)
-    ddr_bytes = used(replica, DDR) - parked_bytes + world["need_bytes"][DDR] + nbytes
+    parked_bytes = evictable_bytes(cluster, request["replica"], DDR, NOBODY)
+    ddr_bytes = used(replica, DDR) - parked_bytes + own_ddr_bytes + nbytes
     return bool(ddr_bytes <= world["capacity_bytes"][DDR])
 
 
-def evict_to_fit(cluster: Cluster, number: int, margin_bytes: int) -> bool:
-    """Evict states of sessions, the oldest first but never the one that is spared, until the need fits.
+def evict_to_fit(cluster: Cluster, number: int, need: Need, margin_bytes: int, spared: int) -> bool:
+    """Evict states of sessions, the oldest first but never the one that is spared, until a need fits.
 
     False, with none evicted, where all of them would not do.
     """
-    return fits(cluster.world, cluster.replicas[number], margin_bytes) or _evict_states(cluster, number, margin_bytes)
+    if fits(cluster.world, cluster.replicas[number], need, margin_bytes):
+        return True
+    return _evict_states(cluster, number, need, margin_bytes, spared)
 
 
 @needs("sessions", otherwise=False)
-def _evict_states(cluster: Cluster, number: int, margin_bytes: int) -> bool:
+def _evict_states(cluster: Cluster, number: int, need: Need, margin_bytes: int, spared: int) -> bool:
     world, replica = cluster.world, cluster.replicas[number]
     for tier in range(N_TIERS):
-        kept_bytes = used(replica, tier) - evictable_bytes(cluster, number, tier)
+        kept_bytes = used(replica, tier) - evictable_bytes(cluster, number, tier, spared)
         margin = margin_bytes if tier == HBM else 0
-        if kept_bytes + world["need_bytes"][tier] + margin > world["capacity_bytes"][tier]:
+        if kept_bytes + need[tier] + margin > world["capacity_bytes"][tier]:
             return False
-    while not fits(world, replica, margin_bytes):
-        short = used(replica, HBM) + world["need_bytes"][HBM] + margin_bytes > world["capacity_bytes"][HBM]
+    while not fits(world, replica, need, margin_bytes):
+        short = used(replica, HBM) + need[HBM] + margin_bytes > world["capacity_bytes"][HBM]
         victim = NOBODY
         if not short:
-            victim = _oldest(cluster, number, PARKED)
+            victim = _oldest(cluster, number, PARKED, spared)
         if victim == NOBODY:
-            victim = _oldest(cluster, number, KEPT)
+            victim = _oldest(cluster, number, KEPT, spared)
         if victim == NOBODY:
             return False
         _evict(cluster, victim)
     return True
 
 
-def evictable_bytes(cluster: Cluster, number: int, tier: int) -> int:
+def evictable_bytes(cluster: Cluster, number: int, tier: int, spared: int) -> int:
     """Bytes of a tier that states of sessions take, but for the one that is spared."""
     nbytes = 0
     for queue in (KEPT, PARKED):
         index = cluster.replicas[number]["first"][queue]
         while index != NOBODY:
-            if index != cluster.world["spared"]:
+            if index != spared:
                 nbytes += cluster.requests[index]["held"][tier]
             index = cluster.requests[index]["after"]
     return int(nbytes)
 
 
-def _oldest(cluster: Cluster, number: int, queue: int) -> int:
+def _oldest(cluster: Cluster, number: int, queue: int, spared: int) -> int:
     index = cluster.replicas[number]["first"][queue]
-    if index != NOBODY and index == cluster.world["spared"]:
+    if index != NOBODY and index == spared:
         index = cluster.requests[index]["after"]
     return int(index)
 
@@ -195,20 +199,11 @@ def state_of(cluster: Cluster, index: int) -> int:
 
 @needs("sessions", otherwise=NOBODY)
 def state_here(cluster: Cluster, number: int, index: int) -> int:
-    """The same of a request that is to begin at this replica; what was preempted begins anew."""
+    """The turn whose state a request that begins at this replica goes on from; what was preempted begins anew."""
     parent = state_of(cluster, index)
     if parent != NOBODY and math.isnan(cluster.requests[index]["admitted_s"]):
         return parent if cluster.requests[parent]["replica"] == number else NOBODY
     return NOBODY
-
-
-@needs("sessions")
-def add_state(cluster: Cluster, sign: int) -> None:
-    """Count what the spared state holds among the need, or no more: its session's next turn takes it over."""
-    spared, world = cluster.world["spared"], cluster.world
-    if spared != NOBODY:
-        for tier in range(N_TIERS):
-            world["need_bytes"][tier] += sign * cluster.requests[spared]["held"][tier]
 
 
 @needs("sessions", otherwise=0.0)

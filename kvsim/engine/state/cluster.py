@@ -14,6 +14,8 @@ Prices = price.Prices
 N_LINKS = 4
 N_TIERS = 3
 HBM, DDR, NVME = range(N_TIERS)
+Need = tuple[int, int, int]  # bytes of each tier that something asks for
+NOTHING = (0, 0, 0)
 
 # A vector: of how many sequences it is, their bytes per tier, then of each operation its work, contiguous and scattered
 # bytes. In the row of a batch, the first column says which structure the load has instead.

@@ -192,7 +192,6 @@ def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:
     world["pcie_latency_s"] = rates.pcie_latency_s
     world["pcie_up_s"], world["pcie_down_s"] = 1 / rates.pcie_h2d_Bps, 1 / rates.pcie_d2h_Bps
     world["ddr_Bps"], world["switch_Bps"], world["nic_Bps"] = host.ddr_Bps, host.switch_Bps, host.nic_Bps
-    world["spared"] = NOBODY
     world["session_kv"] = SESSION_KVS.index(setup.session_kv)
     world["several_tenants"] = len(trace.tenants) > 1
     return world

@@ -217,8 +217,7 @@ WORLD = np.dtype(
         "router",
         "scheduler",
         "several_tenants",  # have sent requests
-        "session_kv",  # what becomes of turns' state, and which is not to be evicted
-        "spared",
+        "session_kv",  # what becomes of turns' state
         "prefill_replicas",  # the first so many process prompts, the others decode; 0: all do both
         "streams_chunks",  # whether state is final once it is computed, so that chunks can be sent
         "layers",
@@ -256,8 +255,6 @@ WORLD = np.dtype(
     + _floats("widest_stage")  # the largest part of a sequence's HBM that a stage holds
     + [
         ("capacity_bytes", np.int64, (N_TIERS,)),
-        ("need_bytes", np.int64, (N_TIERS,)),  # scratch
-        ("asked_bytes", np.int64, (N_TIERS,)),  # scratch: a need for which others are preempted
         ("wanted", np.int64, (5,)),  # by a detour: what, and its arguments
         ("first_piece", np.int64, (2,)),  # the one found last, for decode steps and chunks of prompts
         *_seconds("busy_s", "round_busy_s"),  # of the batch priced last, and of all micro-batches on all stages
