@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from kvsim.engine.batch.estimate import prefill_s
-from kvsim.engine.batch.load import first_load
+from kvsim.engine.batch.load import first_load, scheduled
 from kvsim.engine.batch.plans import INPUTS
 from kvsim.engine.books.replica import note_now
 from kvsim.engine.caches.tiers import PrefixTiers
@@ -13,8 +13,10 @@ from kvsim.engine.loop import arrive, play
 from kvsim.engine.player import Player
 from kvsim.engine.requests.arrivals import next_arrival
 from kvsim.engine.requests.patience import depart, departure_s, next_departure
+from kvsim.engine.speculation import guess
 from kvsim.engine.state.cluster import (
     COUNT,
+    DECODING,
     INCOMING,
     N_TIERS,
     NOBODY,
@@ -34,6 +36,7 @@ from kvsim.engine.state.cluster import (
 from kvsim.engine.state.initial import initial_cluster, set_turns
 from kvsim.engine.state.records import NOTE
 from kvsim.engine.state.tables import own_arrays, plan_arrays
+from kvsim.iteration.busy import BUSY
 from kvsim.iteration.clock import Clock, Load
 from kvsim.iteration.timeline import Span, Timeline
 from kvsim.plans.derive import PlanTable, Structure
@@ -142,11 +145,15 @@ class Engine:
             index = int(request["after"])
         return found
 
-    def batch(self) -> tuple[list[Load], int, int, float]:
-        """The iteration begun last: its loads, tokens and rows of the head, and the seconds of guessing."""
-        world, first = self.cluster.world, first_load(self.cluster)
-        loads = [self._load(int(row[0]), row) for row in self.cluster.rows[first : first + world["loads"]]]
-        return loads, int(world["tokens"]), int(world["logits"]), float(world["guess_s"])
+    def batch(self, number: int) -> tuple[list[Load], int, int, float]:
+        """What a replica's iteration under way computes: loads, tokens, rows of the head, and seconds of guessing."""
+        batch, decoding = scheduled(self.cluster, number, 0, 1), int(self.cluster.replicas[number]["length"][DECODING])
+        loads = [self._load(int(row[0]), row) for row in batch.loads]
+        prompt_tokens = int(batch.tokens - decoding * self.cluster.world["step_tokens"])
+        return loads, int(batch.tokens), int(batch.logits), self._guess_s(decoding, prompt_tokens)
+
+    def _guess_s(self, sequences: int, prompt_tokens: int) -> float:
+        return guess(self.cluster.world, np.zeros(len(BUSY)), sequences, prompt_tokens)
 
     def _load(self, structure: int, row: Ints) -> Load:
         shape = self._structures[structure]
@@ -217,7 +224,7 @@ class Engine:
             self._lay_out_plans()
         elif wanted == WANT_PROGRAM:
             first = first_load(cluster)
-            self._combinations.append(tuple(cluster.rows[first : first + world["loads"], 0].tolist()))
+            self._combinations.append(tuple(cluster.rows[first : first + arguments[0], 0].tolist()))
             self._lay_out_prices()
         elif wanted == WANT_TIMES:
             tokens = arguments[0]
@@ -245,10 +252,10 @@ class Engine:
             loads, growth = ([self._load(s, sums[s, i]) for s in used.tolist()] for i in (0, 1))
             parts = cluster.parts[number][: replica["n_parts"]]
             steps = [(int(part["steps"]), float(part["first_s"]), float(part["slope_s"])) for part in parts]
-            stall_s, guess_s = float(replica["run_stall_s"]), float(cluster.world["guess_s"])
+            stall_s, guess_s = float(replica["run_stall_s"]), self._guess_s(int(replica["decoding_now"]), 0)
             span = Span(began_s, stall_s, steps, loads, growth, tokens, tokens, sharing, guess_s)
         else:
-            loads, tokens, logits, guess_s = self.batch()
+            loads, tokens, logits, guess_s = self.batch(number)
             steps = [(1, float(replica["wake_s"]) - began_s, 0.0)]
             stall_s = began_s - float(replica["began_s"])
             span = Span(began_s - stall_s, stall_s, steps, loads, [], tokens, logits, sharing, guess_s)

@@ -11,7 +11,7 @@ FEATURES = ("caches", "handoff", "impatience", "pipeline", "sessions", "tenants"
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
-def needs(feature: str, otherwise: float | bool | None = None) -> Callable[[Function], Function]:
+def needs(feature: str, otherwise: float | tuple[float, ...] | None = None) -> Callable[[Function], Function]:
     """Mark a function that serves a feature; `otherwise` is what stands for its answer where there is none of it."""
     if feature not in FEATURES:
         raise ValueError(f"there is no feature {feature!r}; features: {', '.join(FEATURES)}")

@@ -6,49 +6,63 @@ that decode enter again when their token is out. Of many equal decode iterations
 on the slowest stage, or one of them through all stages.
 """
 
-from kvsim.engine.batch.load import first_load, prompt_tokens, set_batch, share_of
+from kvsim.engine.batch.load import Scheduled, prompt_tokens, scheduled, share_of
 from kvsim.engine.batch.pricing import price_batch
-from kvsim.engine.books.replica import charge_model, charge_plans
+from kvsim.engine.books.replica import charge_loads, charge_model
 from kvsim.engine.features import needs
 from kvsim.engine.speculation import charge_guesses, guess
-from kvsim.engine.state.cluster import DECODING, NOBODY, PREFILLING, WANT_TIMES, Cluster, Detour, Prices, Record
+from kvsim.engine.state.cluster import (
+    DECODING,
+    NOBODY,
+    PREFILLING,
+    WANT_TIMES,
+    Cluster,
+    Detour,
+    Floats,
+    Ints,
+    Prices,
+    Record,
+)
 from kvsim.hardware.machine import NVLINK, share_evenly
 from kvsim.iteration.busy import BOUND, BUSY, BY_NVLINK
 
 
-@needs("pipeline", otherwise=0)
-def price_round(cluster: Cluster, prices: Prices, number: int, now_s: float) -> int:
-    """Set `round_s` and `round_busy_s` to an iteration's; the micro-batches that it has. May make detours.
+@needs("pipeline", otherwise=(0, 0.0))
+def price_round(cluster: Cluster, prices: Prices, number: int, now_s: float) -> tuple[int, float]:
+    """The micro-batches that an iteration has, and its seconds; sets `round_busy_s`. May make detours.
 
     As many as there are stages, or one where nobody decodes and that is out earlier: each of them reads all weights.
     """
     decoding = cluster.replicas[number]["length"][DECODING]
     split = int(min(cluster.world["stages"], max(decoding, prompt_tokens(cluster, number))))
-    whole_s = 0.0 if decoding else _pass(cluster, prices, number, now_s, 1)
-    if _pass(cluster, prices, number, now_s, split) <= whole_s or decoding:
-        return split
-    _pass(cluster, prices, number, now_s, 1)
-    return 1
+    whole_s = 0.0
+    if not decoding:
+        _, whole_s = _pass(cluster, prices, number, now_s, 1)
+    seconds, last_s = _pass(cluster, prices, number, now_s, split)
+    if last_s <= whole_s or decoding:
+        return split, seconds
+    seconds, _ = _pass(cluster, prices, number, now_s, 1)
+    return 1, seconds
 
 
-def _pass(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: int) -> float:
-    """Let an iteration pass in so many micro-batches; when the last is out. May make detours.
+def _pass(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: int) -> tuple[float, float]:
+    """Let an iteration pass in so many micro-batches; its seconds, and when the last is out. May make detours.
 
-    Sets `round_s`, `round_busy_s`, when stages are free (`stage_s`) and when micro-batches are out (`exit_s`).
+    Sets `round_busy_s`, when stages are free (`stage_s`) and when micro-batches are out (`exit_s`).
     """
     world, replica = cluster.world, cluster.replicas[number]
     follows = replica["round_end_s"] == now_s  # at once after another iteration
     ready_s = _ready_s(cluster, number) if follows else now_s
-    _clear(world)
+    _clear(world["round_busy_s"])
     for stage in range(world["stages"]):
         world["stage_s"][stage] = replica["stage_free_s"][stage]
-    decoding, ends, work_s = replica["length"][DECODING], 0, 0.0
+    decoding, ends, tokens, work_s = replica["length"][DECODING], 0, 0, 0.0
     for part in range(parts):
-        set_batch(cluster, number, part, parts)
-        tokens, logits = world["tokens"], world["logits"]
+        batch = scheduled(cluster, number, part, parts)
+        tokens = batch.tokens
         decodes = share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)
         prompts = tokens - decodes * world["step_tokens"]
-        ends += logits - (tokens - prompts)
+        ends += batch.logits - (tokens - prompts)
         at_s = ready_s if prompts else 0.0
         if decodes:
             out_s = replica["exit_s"][max(0, replica["parts"] - parts + part)]
@@ -56,7 +70,7 @@ def _pass(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: in
         for stage in range(world["stages"]):
             if stage:
                 at_s += _hop_s(world, stage, tokens)
-            seconds = _price_stage(cluster, prices, number, stage, 1.0, tokens, logits, parts)
+            seconds = _price_stage(cluster, prices, number, batch, 1.0, stage, parts, world["round_busy_s"])
             if stage == world["stages"] - 1:
                 seconds += guess(world, world["round_busy_s"], decodes, prompts)
             at_s = max(at_s, world["stage_s"][stage]) + seconds
@@ -66,8 +80,9 @@ def _pass(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: in
     last_s = world["exit_s"][parts - 1]
     emits = decoding > 0 or ends > 0
     seconds = max(0.0, (last_s if emits else world["stage_s"][0]) - now_s)
-    _finish(world, seconds, min(seconds, send_s(world, tokens)) if emits else 0.0, work_s, 1)
-    return float(last_s)
+    sent_s = min(seconds, send_s(world, tokens)) if emits else 0.0
+    _attribute(world["round_busy_s"], seconds, sent_s, work_s, 1)
+    return float(seconds), float(last_s)
 
 
 def _ready_s(cluster: Cluster, number: int) -> float:
@@ -85,9 +100,9 @@ def _ready_s(cluster: Cluster, number: int) -> float:
     return float(replica["round_begin_s"])
 
 
-@needs("pipeline")
-def circulate(cluster: Cluster, prices: Prices, number: int) -> None:
-    """Set `round_s` and `round_busy_s` to a decode iteration's, whose rows are set. May make detours.
+@needs("pipeline", otherwise=0.0)
+def circulate(cluster: Cluster, prices: Prices, number: int, loads: Ints, busy: Floats) -> float:
+    """Seconds of a decode iteration that computes these loads; sets the seconds of each of BUSY. May make detours.
 
     Each micro-batch has the mean of the sequences, so that times stay convex in the step.
     """
@@ -97,19 +112,21 @@ def circulate(cluster: Cluster, prices: Prices, number: int) -> None:
     if not prices.own[last * world["stages"]]["known"]:  # for the books
         world["wanted"][0], world["wanted"][1] = WANT_TIMES, last
         raise Detour
-    _clear(world)
+    _clear(busy)
+    batch = Scheduled(loads, tokens, tokens)
     slowest_s = through_s = 0.0
     for stage in range(world["stages"]):
-        seconds = _price_stage(cluster, prices, number, stage, size / decoding, tokens, tokens, parts)
+        seconds = _price_stage(cluster, prices, number, batch, size / decoding, stage, parts, busy)
         if stage == world["stages"] - 1:
-            seconds += guess(world, world["round_busy_s"], size, 0)
+            seconds += guess(world, busy, size, 0)
         slowest_s = max(slowest_s, parts * seconds)
         through_s += seconds
     sent_s = send_s(world, tokens)
-    if through_s + sent_s > slowest_s:
-        _finish(world, through_s + sent_s, sent_s, parts * through_s, parts)
-    else:
-        _finish(world, slowest_s, 0.0, parts * through_s, parts)
+    if through_s + sent_s <= slowest_s:
+        _attribute(busy, slowest_s, 0.0, parts * through_s, parts)
+        return float(slowest_s)
+    _attribute(busy, through_s + sent_s, sent_s, parts * through_s, parts)
+    return float(through_s + sent_s)
 
 
 def note_exits(world: Record, replica: Record, now_s: float, seconds: float) -> None:
@@ -143,18 +160,17 @@ def _hop_s(world: Record, stage: int, tokens: int) -> float:
 
 
 @needs("pipeline")
-def charge_round(cluster: Cluster, prices: Prices, number: int, now_s: float, parts: int) -> None:
-    """Book an iteration that begins now in so many micro-batches and has been priced."""
-    world, replica, rows, first = cluster.world, cluster.replicas[number], cluster.rows, first_load(cluster)
+def charge_round(cluster: Cluster, prices: Prices, number: int, now_s: float, seconds: float, parts: int) -> None:
+    """Book an iteration that begins now, takes so long in so many micro-batches, and was the last to be priced."""
+    world, replica = cluster.world, cluster.replicas[number]
     decoding = replica["length"][DECODING]
     for part in range(parts):
-        set_batch(cluster, number, part, parts)
+        batch = scheduled(cluster, number, part, parts)
         decodes = share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)
-        for row in range(first, first + world["loads"]):
-            charge_plans(world, replica, prices, rows[row, 0], rows[row], 1)
-        charge_model(world, replica, prices, 1, world["tokens"], world["logits"])
-        charge_sends(world, replica, 1, world["tokens"])
-        charge_guesses(world, replica, 1, decodes, world["tokens"] - decodes * world["step_tokens"])
+        charge_loads(world, replica, prices, batch.loads)
+        charge_model(world, replica, prices, 1, batch.tokens, batch.logits)
+        charge_sends(world, replica, 1, batch.tokens)
+        charge_guesses(world, replica, 1, decodes, batch.tokens - decodes * world["step_tokens"])
     for i in range(len(BUSY)):
         replica["busy_s"][i] += world["round_busy_s"][i]
     for stage in range(world["stages"]):
@@ -162,7 +178,7 @@ def charge_round(cluster: Cluster, prices: Prices, number: int, now_s: float, pa
     for part in range(parts):
         replica["exit_s"][part] = world["exit_s"][part]
     replica["parts"] = parts if decoding else 0
-    replica["round_begin_s"], replica["round_end_s"] = now_s, now_s + world["round_s"]
+    replica["round_begin_s"], replica["round_end_s"] = now_s, now_s + seconds
     replica["full"] = replica["batch_tokens"] <= 0
 
 
@@ -192,9 +208,16 @@ def _sent_bytes(world: Record, tokens: int) -> int:
 
 
 def _price_stage(
-    cluster: Cluster, prices: Prices, number: int, stage: int, share: float, tokens: int, logits: int, parts: int
+    cluster: Cluster,
+    prices: Prices,
+    number: int,
+    batch: Scheduled,
+    share: float,
+    stage: int,
+    parts: int,
+    total: Floats,
 ) -> float:
-    """Seconds of one micro-batch of `parts` on a stage; as many stages work at a time. Adds to `round_busy_s`."""
+    """Seconds of one micro-batch of `parts` on a stage, with as many stages at work; adds those of BUSY to a total."""
     world, replica = cluster.world, cluster.replicas[number]
     own = world["gpus_on_host"]
     idle = own - min(own, parts * world["tp"])
@@ -202,26 +225,24 @@ def _price_stage(
     on_host = replica["on_host"] - idle
     on_switch = replica["on_switch"] - own_switch + min(own_switch, own - idle)
     share_evenly(world["sharing"], on_host, on_switch, world["ddr_Bps"], world["switch_Bps"])
-    first = first_load(cluster)
-    seconds = price_batch(world, prices, cluster.rows, first, stage, share, tokens, logits, world["sharing"])
+    seconds = price_batch(world, prices, batch, share, stage, world["sharing"], world["busy_s"])
     for i in range(len(BUSY)):
-        world["round_busy_s"][i] += world["busy_s"][i]
+        total[i] += world["busy_s"][i]
     return seconds
 
 
-def _clear(world: Record) -> None:
+def _clear(busy: Floats) -> None:
     for i in range(len(BUSY)):
-        world["round_busy_s"][i] = 0.0
+        busy[i] = 0.0
 
 
-def _finish(world: Record, seconds: float, sent_s: float, work_s: float, times: int) -> None:
+def _attribute(busy: Floats, seconds: float, sent_s: float, work_s: float, times: int) -> None:
     """An iteration takes so long, `sent_s` of it for activations; the rest is bound by what all its work is bound by.
 
-    What was added to `round_busy_s` happens so many times.
+    What has been added up happens so many times.
     """
     for i in range(len(BUSY)):
-        world["round_busy_s"][i] *= times
+        busy[i] *= times
         if i >= BOUND:
-            world["round_busy_s"][i] *= (seconds - sent_s) / work_s
-    world["round_busy_s"][BY_NVLINK] += sent_s
-    world["round_s"] = seconds
+            busy[i] *= (seconds - sent_s) / work_s
+    busy[BY_NVLINK] += sent_s

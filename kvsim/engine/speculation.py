@@ -28,12 +28,10 @@ def pace(world: Record, rows: Ints, columns: int, fraction: float) -> None:
 
 
 def guess(world: Record, busy: Floats, sequences: int, prompt_tokens: int) -> float:
-    """Seconds that guessing adds to an iteration, after all else; sets `guess_s` and adds to what `busy` has."""
-    total_s = 0.0
+    """Seconds that guessing adds to an iteration, after all else; adds to what `busy` has."""
     if world["step_tokens"] > 1:
-        total_s = add_guesses(world["guess_parts_s"], busy, sequences, prompt_tokens)
-    world["guess_s"] = total_s
-    return total_s
+        return add_guesses(world["guess_parts_s"], busy, sequences, prompt_tokens)
+    return 0.0
 
 
 def charge_guesses(world: Record, replica: Record, iterations: int, sequences: int, prompt_tokens: int) -> None:

@@ -1,6 +1,6 @@
 """How long a prompt's prefill takes by itself on a replica: what routers and the choice to load or compute ask."""
 
-from kvsim.engine.batch.load import first_load
+from kvsim.engine.batch.load import Scheduled, first_load
 from kvsim.engine.batch.plans import PREFILL, amounts, find
 from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.pipeline import send_s
@@ -30,9 +30,8 @@ def prefill_s(cluster: Cluster, prices: Prices, prompt_tokens: int, cached_token
 
 
 def _chunk_s(cluster: Cluster, prices: Prices, prompt_tokens: int, past_tokens: int, new_tokens: int) -> float:
-    _set_chunk(cluster, prompt_tokens, past_tokens, new_tokens)
     logits = past_tokens + new_tokens == prompt_tokens
-    return _stage_s(cluster, prices, 0, new_tokens, int(logits), 1)
+    return _stage_s(cluster, prices, _chunk(cluster, prompt_tokens, past_tokens, new_tokens, int(logits)), 0, 1)
 
 
 def _piped_s(cluster: Cluster, prices: Prices, prompt_tokens: int, cached_tokens: int) -> float:
@@ -76,10 +75,10 @@ def _through_s(
     cluster: Cluster, prices: Prices, prompt_tokens: int, past_tokens: int, new_tokens: int, parts: int
 ) -> tuple[float, float, float]:
     """What one of so many micro-batches takes before, on and after the slowest stage; the head aside."""
-    _set_chunk(cluster, prompt_tokens, past_tokens, new_tokens)
+    batch = _chunk(cluster, prompt_tokens, past_tokens, new_tokens, 0)
     before_s, slowest_s, after_s = 0.0, 0.0, send_s(cluster.world, new_tokens)
     for stage in range(cluster.world["stages"]):
-        seconds = _stage_s(cluster, prices, stage, new_tokens, 0, parts)
+        seconds = _stage_s(cluster, prices, batch, stage, parts)
         if seconds > slowest_s:
             if stage:
                 before_s += slowest_s + after_s
@@ -90,18 +89,19 @@ def _through_s(
     return before_s, slowest_s, after_s
 
 
-def _set_chunk(cluster: Cluster, prompt_tokens: int, past_tokens: int, new_tokens: int) -> None:
+def _chunk(cluster: Cluster, prompt_tokens: int, past_tokens: int, new_tokens: int, logits: int) -> Scheduled:
+    """An iteration that computes no more than some tokens of a prompt."""
     plans, row = cluster.plans, first_load(cluster)
     piece = find(plans, PREFILL, prompt_tokens, past_tokens, new_tokens)
     amounts(plans, piece, cluster.rows, row)
-    cluster.rows[row, 0], cluster.world["loads"] = plans.pieces[piece]["structure"], 1
+    cluster.rows[row, 0] = plans.pieces[piece]["structure"]
+    return Scheduled(cluster.rows[row : row + 1], new_tokens, logits)
 
 
-def _stage_s(cluster: Cluster, prices: Prices, stage: int, new_tokens: int, logits: int, parts: int) -> float:
-    """The chunk that is set on a stage, alone on the host with as many stages as there are micro-batches."""
+def _stage_s(cluster: Cluster, prices: Prices, chunk: Scheduled, stage: int, parts: int) -> float:
+    """Seconds of a chunk on a stage, alone on the host with as many stages as there are micro-batches."""
     world = cluster.world
     busy = min(world["gpus_on_host"], parts * world["tp"])
     on_switch = min(busy, world["gpus_per_switch"])
     share_evenly(world["sharing"], busy, on_switch, world["ddr_Bps"], world["switch_Bps"])
-    row = first_load(cluster)
-    return price_batch(world, prices, cluster.rows, row, stage, 1.0, new_tokens, logits, world["sharing"])
+    return price_batch(world, prices, chunk, 1.0, stage, world["sharing"], world["busy_s"])

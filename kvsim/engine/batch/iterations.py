@@ -3,12 +3,12 @@
 import math
 
 from kvsim.engine.batch.decoding import advance, join, last_generated, leave, target_tokens
-from kvsim.engine.batch.load import first_load, set_batch
+from kvsim.engine.batch.load import scheduled
 from kvsim.engine.batch.memory import release
 from kvsim.engine.batch.plans import DECODE, amounts, find
 from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.books.causes import contend, finish, first_token, note_shared
-from kvsim.engine.books.replica import charge_model, charge_plans, emit, gap, look, note, note_member, note_now
+from kvsim.engine.books.replica import charge_loads, charge_model, emit, gap, look, note, note_member, note_now
 from kvsim.engine.caches.prompts import completed
 from kvsim.engine.handoff import first_layer_s, hand_over, hands_over
 from kvsim.engine.pipeline import charge_round, price_round
@@ -46,36 +46,35 @@ def stall(cluster: Cluster, number: int, now_s: float) -> bool:
 
 def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
     """Price and book an iteration whose swaps are done. May make detours."""
-    replica, world, rows, first = cluster.replicas[number], cluster.world, cluster.rows, first_load(cluster)
-    decoding, piped = replica["length"][DECODING], world["stages"] > 1
-    tokens = logits = prompt_tokens = parts = 0
-    if piped:
-        parts = price_round(cluster, prices, number, now_s)
-        seconds = world["round_s"]
+    replica = cluster.replicas[number]
+    if cluster.world["stages"] > 1:
+        parts, seconds = price_round(cluster, prices, number, now_s)
+        charge_round(cluster, prices, number, now_s, seconds, parts)
     else:
-        set_batch(cluster, number, 0, 1)
-        tokens, logits = world["tokens"], world["logits"]
-        seconds = price_batch(world, prices, rows, first, 0, 1.0, tokens, logits, replica["sharing"])
-        prompt_tokens = tokens - decoding * world["step_tokens"]
-        guess_s = guess(world, world["busy_s"], decoding, prompt_tokens)
-        replica["tail_s"] = guess_s + head_s(prices.head, logits)
-        seconds += guess_s
+        seconds = _charge_batch(cluster, prices, number)
     if replica["phase"] != STALLED:
         note_now(cluster, number, now_s)
         replica["began_s"] = now_s
-    if piped:
-        charge_round(cluster, prices, number, now_s, parts)
-    else:
-        for row in range(first, first + world["loads"]):
-            charge_plans(world, replica, prices, rows[row, 0], rows[row], 1)
-        charge_model(world, replica, prices, 1, tokens, logits)
-        charge_guesses(world, replica, 1, decoding, prompt_tokens)
-        for i in range(len(BUSY)):
-            replica["busy_s"][i] += world["busy_s"][i]
-        note_shared(replica, world["busy_s"])
-    replica["decoding_now"] = decoding
+    replica["decoding_now"] = replica["length"][DECODING]
     replica["phase"], replica["wake_s"] = ITERATING, now_s + seconds
     look(cluster, number, now_s)
+
+
+def _charge_batch(cluster: Cluster, prices: Prices, number: int) -> float:
+    """Price and book an iteration of a replica without stages; its seconds. May make detours."""
+    replica, world, batch = cluster.replicas[number], cluster.world, scheduled(cluster, number, 0, 1)
+    decoding, busy = replica["length"][DECODING], world["busy_s"]
+    prompt_tokens = batch.tokens - decoding * world["step_tokens"]
+    seconds = price_batch(world, prices, batch, 1.0, 0, replica["sharing"], busy)
+    guess_s = guess(world, busy, decoding, prompt_tokens)
+    replica["tail_s"] = guess_s + head_s(prices.head, batch.logits)
+    charge_loads(world, replica, prices, batch.loads)
+    charge_model(world, replica, prices, 1, batch.tokens, batch.logits)
+    charge_guesses(world, replica, 1, decoding, prompt_tokens)
+    for i in range(len(BUSY)):
+        replica["busy_s"][i] += busy[i]
+    note_shared(replica, busy)
+    return seconds + guess_s
 
 
 def end_iteration(cluster: Cluster, number: int, now_s: float) -> None:

@@ -1,8 +1,18 @@
 """What an iteration computes: rows of amounts, one for each structure of sequences that decode and of prompts."""
 
+from typing import NamedTuple
+
 from kvsim.engine.batch.decoding import target_tokens
 from kvsim.engine.batch.plans import PREFILL, amounts, find
-from kvsim.engine.state.cluster import COUNT, DECODING, NO_QUOTA, NOBODY, PREFILLING, PROMPTS, VECTOR, Cluster
+from kvsim.engine.state.cluster import COUNT, DECODING, NO_QUOTA, NOBODY, PREFILLING, PROMPTS, VECTOR, Cluster, Ints
+
+
+class Scheduled(NamedTuple):
+    """What an iteration, or one of its micro-batches, computes."""
+
+    loads: Ints  # (loads, columns): rows of the state, good until others are scheduled
+    tokens: int  # new ones
+    logits: int  # rows of the head
 
 
 def first_load(cluster: Cluster) -> int:
@@ -24,16 +34,16 @@ def share_of(total: int, part: int, parts: int) -> int:
     return total * part // parts
 
 
-def set_batch(cluster: Cluster, number: int, part: int, parts: int) -> None:
-    """Set the rows of the batch, its tokens and rows of the head, to a part of an iteration's. May make detours.
+def scheduled(cluster: Cluster, number: int, part: int, parts: int) -> Scheduled:
+    """One of so many equal parts of what a replica's iteration computes. May make detours.
 
     Equal parts have as many sequences that decode and as many tokens of prompts as each other, but for one. Loads
     stand in the order of their structures, decode before prefill, so that equal batches take equal times whatever
     happened before.
     """
-    replica, world, rows, plans = cluster.replicas[number], cluster.world, cluster.rows, cluster.plans
+    replica, rows, plans = cluster.replicas[number], cluster.rows, cluster.plans
     n_structures, decoding = cluster.sums.shape[1], replica["length"][DECODING]
-    tokens = (share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)) * world["step_tokens"]
+    tokens = (share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)) * cluster.world["step_tokens"]
     logits, before, low, high = tokens, 0, 0, NO_QUOTA
     if parts > 1:
         chunks = prompt_tokens(cluster, number)
@@ -57,21 +67,28 @@ def set_batch(cluster: Cluster, number: int, part: int, parts: int) -> None:
             tokens += end - begin
             logits += past + end == target
         index = request["after"]
-    set_decoding_batch(cluster, number, 0)
+    first, loads = first_load(cluster), _set_decoding_loads(cluster, number, 0)
     if parts > 1:
-        _keep_part(cluster, decoding, part, parts)
+        loads = _keep_part(cluster, loads, decoding, part, parts)
     for structure in range(n_structures):
         if rows[PROMPTS + structure, COUNT]:
-            row = first_load(cluster) + world["loads"]
+            row = first + loads
             for i in range(1, rows.shape[1]):
                 rows[row, i] = rows[PROMPTS + structure, i]
             rows[row, 0] = structure
-            world["loads"] += 1
-    world["tokens"], world["logits"] = tokens, logits
+            loads += 1
+    return Scheduled(rows[first : first + loads], tokens, logits)
 
 
-def set_decoding_batch(cluster: Cluster, number: int, step: int) -> None:
-    """Set the rows of the batch to the decoding sequences' loads in the iteration after the next `step`."""
+def decoding_alone(cluster: Cluster, number: int, step: int) -> Scheduled:
+    """What a replica's iteration after the next `step` computes where no prompt is under way."""
+    first, tokens = first_load(cluster), cluster.replicas[number]["length"][DECODING] * cluster.world["step_tokens"]
+    loads = _set_decoding_loads(cluster, number, step)
+    return Scheduled(cluster.rows[first : first + loads], tokens, tokens)
+
+
+def _set_decoding_loads(cluster: Cluster, number: int, step: int) -> int:
+    """Set rows to the decoding sequences' loads in the iteration after the next `step`; how many these are."""
     sums, rows, row = cluster.sums, cluster.rows, first_load(cluster)
     for structure in range(sums.shape[1]):
         if sums[number, structure, 0, COUNT]:
@@ -79,15 +96,14 @@ def set_decoding_batch(cluster: Cluster, number: int, step: int) -> None:
                 rows[row, i] = sums[number, structure, 0, i] + step * sums[number, structure, 1, i]
             rows[row, 0] = structure
             row += 1
-    cluster.world["loads"] = row - first_load(cluster)
+    return row - first_load(cluster)
 
 
-def _keep_part(cluster: Cluster, decoding: int, part: int, parts: int) -> None:
-    """Leave one of equal parts of the decoding sequences' loads, which all parts together add up to."""
-    world, rows, first = cluster.world, cluster.rows, first_load(cluster)
+def _keep_part(cluster: Cluster, loads: int, decoding: int, part: int, parts: int) -> int:
+    """Leave one of equal parts of the decoding sequences' loads, which add up to all; how many loads are left."""
+    rows, first = cluster.rows, first_load(cluster)
     low, high = share_of(decoding, part, parts), share_of(decoding, part + 1, parts)
-    for row in range(first, first + world["loads"]):
+    for row in range(first, first + loads):
         for i in range(1, rows.shape[1]):
             rows[row, i] = share_of(rows[row, i], high, decoding) - share_of(rows[row, i], low, decoding)
-    if high == low:
-        world["loads"] = 0
+    return loads if high > low else 0

@@ -8,7 +8,7 @@ inner point lies on the chord, and the run is split exactly where that fails.
 import math
 
 from kvsim.engine.batch.decoding import advance
-from kvsim.engine.batch.load import first_load, set_decoding_batch
+from kvsim.engine.batch.load import decoding_alone
 from kvsim.engine.batch.memory import used
 from kvsim.engine.batch.preemption import below_max_num_seqs
 from kvsim.engine.batch.pricing import price_batch
@@ -148,20 +148,11 @@ def _copy(span: Record, part: Record) -> None:
 
 def _price_step(cluster: Cluster, prices: Prices, number: int, step: int, busy: Floats) -> float:
     """Seconds of the decode iteration after the next `step`; sets the seconds of each of BUSY."""
-    replica, world = cluster.replicas[number], cluster.world
-    set_decoding_batch(cluster, number, step)
+    replica, world, batch = cluster.replicas[number], cluster.world, decoding_alone(cluster, number, step)
     if world["stages"] > 1:
-        circulate(cluster, prices, number)
-        for i in range(len(BUSY)):
-            busy[i] = world["round_busy_s"][i]
-        return float(world["round_s"])
-    n, first = replica["length"][DECODING], first_load(cluster)
-    tokens = n * world["step_tokens"]
-    seconds = price_batch(world, prices, cluster.rows, first, 0, 1.0, tokens, tokens, replica["sharing"])
-    seconds += guess(world, world["busy_s"], n, 0)
-    for i in range(len(BUSY)):
-        busy[i] = world["busy_s"][i]
-    return seconds
+        return circulate(cluster, prices, number, batch.loads, busy)
+    seconds = price_batch(world, prices, batch, 1.0, 0, replica["sharing"], busy)
+    return seconds + guess(world, busy, replica["length"][DECODING], 0)
 
 
 def part_s(part: Record, steps: int) -> float:

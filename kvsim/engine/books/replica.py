@@ -61,6 +61,12 @@ def charge_plans(world: Record, replica: Record, prices: Prices, structure: int,
             replica["plan_bytes"][op["link"]] += times * nbytes
 
 
+def charge_loads(world: Record, replica: Record, prices: Prices, loads: Ints) -> None:
+    """Book the bytes of one iteration's loads."""
+    for i in range(len(loads)):
+        charge_plans(world, replica, prices, loads[i, 0], loads[i], 1)
+
+
 def charge_model(world: Record, replica: Record, prices: Prices, iterations: int, tokens: int, logits: int) -> None:
     """Book the weights that iterations read and the bytes of their collectives."""
     if logits:

@@ -236,9 +236,6 @@ WORLD = np.dtype(
         "gaps",
         "aways",
         "set_out",  # states so far for which requests wait, where somebody else keeps the time
-        "loads",  # of the batch, which was priced last, its tokens and its rows of the head
-        "tokens",
-        "logits",
         "step_tokens",  # that run through the model in a decode step of one sequence
     )
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte
@@ -249,9 +246,7 @@ WORLD = np.dtype(
     + _floats("window_from_s", "window_to_s")  # what begins within is shown
     + _floats("look_s")  # when that began, swaps aside
     + _floats("tokens_per_step")  # that a decode step of one sequence emits
-    + _floats("guess_s")  # of the batch priced last
     + GUESSING
-    + _floats("round_s")  # of all micro-batches of the iteration priced last
     + _floats("widest_stage")  # the largest part of a sequence's HBM that a stage holds
     + [
         ("capacity_bytes", np.int64, (N_TIERS,)),

@@ -107,7 +107,7 @@ class _Replica:
         record = self.engine.cluster.replicas[self.number]
         while True:
             if record["phase"] == ITERATING:
-                yield from self.rank.execute(*self.engine.batch(), self.transfers.streams())
+                yield from self.rank.execute(*self.engine.batch(self.number), self.transfers.streams())
             elif record["phase"] == STALLED:
                 began_s = self.env.now
                 yield from self.transfers.swap()
