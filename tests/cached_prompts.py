@@ -3,12 +3,8 @@
 import numpy as np
 from simulated import HOST, trace
 
-from kvsim.engine.caches import eviction, prefix_cache
-from kvsim.engine.caches import window as prefix_window
-from kvsim.engine.caches.foresight import Chains
-from kvsim.engine.caches.state import CACHE, TIER
-from kvsim.engine.caches.tiers import cache_arrays, links_of
-from kvsim.engine.state.cluster import NOBODY
+from kvsim.engine.testing import CACHE, NOBODY, TIER, Chains, cache_arrays, eviction, links_of, prefix_cache
+from kvsim.engine.testing import window as prefix_window
 from policies import Reuse
 
 

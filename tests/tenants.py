@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from simulated import setup, trace
 
-from kvsim.engine.desk import Engine
+from kvsim.engine.testing import Engine
 from kvsim.run.simulate import _Cluster
 from traces import Trace
 

@@ -103,6 +103,16 @@ def test_a_scenario_knows_nothing_of_who_plays_it(graph: Graph) -> None:
     assert below <= {"scenario", "text", "hardware", "models"}
 
 
+def test_tests_reach_the_engine_by_what_it_opens_to_them(graph: Graph) -> None:
+    """But for those of its compiler, which stand in for parts of that."""
+    of_compiler = {"test_player.py", "test_kept_code.py", Path(__file__).name}
+    inside = {name for name in graph if room_is(name, "engine")} - {"kvsim.engine.testing"}
+    for path in Path(__file__).parent.rglob("*.py"):
+        if path.name not in of_compiler:
+            assert not imports(path.read_text(encoding="utf-8"), graph) & inside, path
+    assert not any("kvsim.engine.testing" in imported for imported in graph.values())
+
+
 def room_is(module: str, name: str) -> bool:
     """Whether a module lies in a room."""
     return module != FACE and room(module) == name

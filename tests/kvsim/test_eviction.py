@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import traces
-from kvsim.engine.state.cluster import HBM
+from kvsim.engine.testing import HBM
 from kvsim.scenario.choices import EVICTIONS
 from traces.stats import infinite_cache_hit_ratio
 

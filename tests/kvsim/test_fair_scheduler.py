@@ -5,7 +5,7 @@ import pytest
 from simulated import setup, trace
 from tenants import mixed, turns
 
-from kvsim.engine.state.cluster import WAITING
+from kvsim.engine.testing import WAITING
 from kvsim.run.simulate import simulate
 from kvsim.scenario.tenants import Tenant
 from traces import Trace

@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
-from kvsim.engine.batch import runs
-from kvsim.engine.state.cluster import MOST_PARTS, OPEN_SPANS
-from kvsim.engine.state.records import PART, REPLICA
+from kvsim.engine.testing import MOST_PARTS, OPEN_SPANS, PART, REPLICA, runs
 from kvsim.hardware.machine import Machine
 from kvsim.iteration.clock import Clock, Load
 from kvsim.models import load_model

@@ -8,7 +8,7 @@ from cached_prompts import Cache, prompts
 from simulated import setup, trace
 
 import traces
-from kvsim.engine.state.cluster import HBM
+from kvsim.engine.testing import HBM
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
 from policies import Reuse

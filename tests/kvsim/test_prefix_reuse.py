@@ -12,12 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import GPU, HOST, MODEL, setup, trace
 
-from kvsim.engine.caches import prompts as service
-from kvsim.engine.caches.prefix_cache import begin, extend, fetch_s, weigh
-from kvsim.engine.caches.reuse import is_cut
-from kvsim.engine.caches.state import SLOW
-from kvsim.engine.state.cluster import DDR
-from kvsim.engine.state.records import REPLICA, REQUEST
+from kvsim.engine.testing import DDR, REPLICA, REQUEST, SLOW, prefix_cache, reuse
+from kvsim.engine.testing import prompts as served
 from kvsim.hardware.catalogue import load_gpu
 from kvsim.models import load_model
 from kvsim.run.simulate import simulate
@@ -113,13 +109,15 @@ def test_the_cut_is_the_best_of_all(places, tail, chunk, block_s, fixed_s):
         return sum(fixed_s + 0.02 * (b - a) + 0.001 * (b**2 - a**2) / 2 for a, b in pairwise(edges))
 
     totals = []
-    begin(hit)
+    prefix_cache.begin(hit)
     for count in range(n + 1):
-        assert count == 0 or extend(arrays, 0, chain, count - 1, hit)
-        weigh(arrays, chain, prompt, hit)
-        totals.append(max(load_s(hit["load_bytes"]), fetch_s(arrays, 0, hit, 0.0)) + prefill_s(prompt, hit["tokens"]))
+        assert count == 0 or prefix_cache.extend(arrays, 0, chain, count - 1, hit)
+        prefix_cache.weigh(arrays, chain, prompt, hit)
+        totals.append(
+            max(load_s(hit["load_bytes"]), prefix_cache.fetch_s(arrays, 0, hit, 0.0)) + prefill_s(prompt, hit["tokens"])
+        )
     assert hit["blocks"].tolist() == [places.count(place) for place in range(4)]
-    best = min(totals[count] for count in range(n + 1) if is_cut(arrays, 0, chain, n, count, prompt, chunk))
+    best = min(totals[count] for count in range(n + 1) if reuse.is_cut(arrays, 0, chain, n, count, prompt, chunk))
     assert best == pytest.approx(min(totals), rel=1e-9)
 
 
@@ -206,10 +204,10 @@ def test_a_prefetch_takes_no_more_than_its_room(room, fetched):
     records = np.zeros(2, REQUEST)
     records["admitted_s"], records["prompt_tokens"] = np.nan, requests.prompt_tokens
     cluster = SimpleNamespace(prefixes=cache.arrays, requests=records, replicas=np.zeros(1, REPLICA))
-    service.arrived(cluster, 0, 0, 0.0)
+    served.arrived(cluster, 0, 0, 0.0)
     assert cache.held(DDR) == fetched
     assert cache.tier(DDR)["taken_bytes"] == 16 * len(fetched)
-    service.arrived(cluster, 0, 1, 0.0)
+    served.arrived(cluster, 0, 1, 0.0)
     assert cache.tier(DDR)["taken_bytes"] == cache.arrays.links["moved_bytes"].sum() == 16 * len(fetched)
 
 

@@ -10,9 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated import HOST, setup, trace
 
-from kvsim.engine.caches import prefix_cache
-from kvsim.engine.caches.state import PLACES, SLOW
-from kvsim.engine.state.cluster import DDR, HBM
+from kvsim.engine.testing import DDR, HBM, PLACES, SLOW, prefix_cache
 from kvsim.hardware.machine import DOWN, UP
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated import HOST, MODEL, setup, trace
 
-from kvsim.engine.caches.state import CANDIDATE
-from kvsim.engine.requests.routing import BALANCE_RATIO, BALANCE_REQUESTS, kv_aware, prefix_affinity
+from kvsim.engine.testing import CANDIDATE, routing
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
 from kvsim.scenario.tenants import Tenant
@@ -31,17 +30,17 @@ def chosen(choose, *candidates):
 
 
 def test_affinity_by_hand():
-    assert chosen(prefix_affinity, candidate(cached=512), candidate(cached=1024), candidate()) == 1
+    assert chosen(routing.prefix_affinity, candidate(cached=512), candidate(cached=1024), candidate()) == 1
     # Two hold as much of it: the less loaded one. Nobody holds any: the least loaded of all.
     two = candidate(cached=512, tokens=9), candidate(cached=512, tokens=8)
-    assert chosen(prefix_affinity, *two, candidate()) == 1
-    assert chosen(prefix_affinity, candidate(tokens=9), candidate(tokens=7), candidate(tokens=8)) == 1
+    assert chosen(routing.prefix_affinity, *two, candidate()) == 1
+    assert chosen(routing.prefix_affinity, candidate(tokens=9), candidate(tokens=7), candidate(tokens=8)) == 1
     # The guard takes both: more than 64 requests above the least, and more than 1.5 times as many.
     hot = candidate(requests=100 + 65, tokens=10**6, cached=1024)
-    assert chosen(prefix_affinity, hot, candidate(requests=100, tokens=500)) == 1
-    assert chosen(prefix_affinity, hot, candidate(requests=101, tokens=500)) == 0
-    assert chosen(prefix_affinity, hot, candidate(requests=111, tokens=500)) == 0
-    assert (BALANCE_REQUESTS, BALANCE_RATIO) == (64, 1.5)
+    assert chosen(routing.prefix_affinity, hot, candidate(requests=100, tokens=500)) == 1
+    assert chosen(routing.prefix_affinity, hot, candidate(requests=101, tokens=500)) == 0
+    assert chosen(routing.prefix_affinity, hot, candidate(requests=111, tokens=500)) == 0
+    assert (routing.BALANCE_REQUESTS, routing.BALANCE_RATIO) == (64, 1.5)
 
 
 CANDIDATES = st.lists(
@@ -59,8 +58,8 @@ def test_the_choice_by_its_definition(candidates):
     loads = [requests for requests, *_ in candidates]
     guard = any(a - b > 64 and a > 1.5 * b for a in loads for b in loads)
     for choose, rank in (
-        (prefix_affinity, lambda _requests, tokens, cached, *_: (0 if guard else -cached, tokens)),
-        (kv_aware, lambda _requests, tokens, _cached, ttft_s, *_: (ttft_s, tokens)),
+        (routing.prefix_affinity, lambda _requests, tokens, cached, *_: (0 if guard else -cached, tokens)),
+        (routing.kv_aware, lambda _requests, tokens, _cached, ttft_s, *_: (ttft_s, tokens)),
     ):
         best = chosen(choose, *candidates)
         for i, other in enumerate(candidates):
@@ -168,7 +167,7 @@ def test_a_hot_prefix_does_not_swamp_a_replica():
     requests = trace([0.0, *[5.0] * 300], 3 * BLOCK, 2, block_tokens=BLOCK, block_ids=ids, block_counts=[3] * 301)
     result = simulate(requests, setup(router="prefix-affinity", **CACHED))
     each = np.bincount(result.requests["replica"], minlength=3)
-    assert each.min() >= 300 / 3 - BALANCE_REQUESTS
+    assert each.min() >= 300 / 3 - routing.BALANCE_REQUESTS
     assert each.max() > each.min()
 
 

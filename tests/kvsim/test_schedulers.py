@@ -5,7 +5,6 @@ import pytest
 from simulated import setup, trace
 from tenants import TIMES, alone, mixed, same, turns
 
-from kvsim.engine.state.cluster import Records
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import simulate
 from kvsim.scenario.choices import SCHEDULERS
@@ -59,7 +58,7 @@ def test_what_is_taken_is_given_back_and_quotas_hold(seed: int) -> None:
         assert np.all(records["peak_bytes"] <= quotas)
         assert records["held_bytes"].sum() == engine.cluster.replicas[0]["held_bytes"][0]
         assert records["stored_bytes"].sum() == engine.cluster.replicas[0]["stored_bytes"][0]
-    done: Records = engine.cluster.requests
+    done = engine.cluster.requests
     assert engine.left == len(requests)
     assert not any(records[name].any() for name in ("held_bytes", "stored_bytes", "growth_bytes", "decoding", "length"))
     for code in range(3):

@@ -9,8 +9,7 @@ from simulated import GPU, HOST, setup, trace
 from tenants import TIMES
 
 from kvsim.__main__ import main
-from kvsim.engine.sessions.turns import find_turns
-from kvsim.engine.state.cluster import KEPT, PARKED
+from kvsim.engine.testing import KEPT, PARKED, find_turns
 from kvsim.results.summary import summarize
 from kvsim.run.simulate import _Cluster, simulate
 from kvsim.scenario.choices import SESSION_KVS

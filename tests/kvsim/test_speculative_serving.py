@@ -8,8 +8,7 @@ import pytest
 from simulated import GPU, HOST, MODEL, random_trace, setup, trace
 
 from kvsim.__main__ import main
-from kvsim.engine.caches.tiers import PrefixTiers
-from kvsim.engine.desk import Engine
+from kvsim.engine.testing import Engine, PrefixTiers
 from kvsim.explain.costs import Explainer
 from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import PlanTable
