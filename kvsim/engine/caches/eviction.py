@@ -13,13 +13,19 @@ last, a level and a stamp within the level:
 - Scheduler-aware (CachedAttention, arXiv:2403.19708, 3.3): the level is how many requests of the look-ahead window
   need the key (`prefix_window`); nothing else displaces what it needs.
 
+Where levels are equal, stamps alone tell the age (`CLOSED_ORDERS`), and ids are of prefixes, a tier that has a key has
+all that come before it: each was touched after it, and while a chain comes in, whatever is not of it is older.
+
 A heap finds the lowest rank. A rank that has risen is put right when its entry comes to the top, so a touch costs no
 more than writing it down.
 """
 
 from kvsim.engine.caches.index import get, put, remove
-from kvsim.engine.caches.state import AWARE, BELADY, FIFO, LFU, Prefixes
+from kvsim.engine.caches.state import AWARE, BELADY, FIFO, LFU, LRU, Prefixes
 from kvsim.engine.state.cluster import NOBODY, Ints, Record
+from kvsim.scenario.choices import EVICTIONS
+
+CLOSED_ORDERS = (EVICTIONS[LRU], EVICTIONS[FIFO])
 
 
 def entry_of(prefixes: Prefixes, tier: Record, key: int) -> int:

@@ -1,10 +1,14 @@
 """What eviction orders know beside the order of use: how often each block was asked for, and when it will be again."""
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kvsim.engine.state.cluster import NOBODY
 from kvsim.iteration.arrays import Ints
 from policies import Reuse
 from traces import Trace
+
+Ints32 = NDArray[np.int32]
 
 
 class Chains:
@@ -32,6 +36,22 @@ class Chains:
     def lengths(self) -> Ints:
         """How many keys each prompt has."""
         return np.diff(self.offsets)
+
+    def are_prefixes(self, parts: Ints) -> bool:
+        """Whether each key stands for a whole prefix: always behind the same key, and in one of the prompts' `parts`.
+
+        So it is where ids are of prefixes; an id of a block's own text may stand behind others elsewhere.
+        """
+        before = np.full(len(self.flat), NOBODY, np.int32)
+        before[1:] = self.flat[:-1]
+        before[self.offsets[:-1][self.lengths > 0]] = NOBODY
+        return all(self._agree(each) for each in (before, np.repeat(parts.astype(np.int32), self.lengths)))
+
+    def _agree(self, values: Ints32) -> bool:
+        """Whether a key has the same value wherever it stands."""
+        of_key = np.zeros(self.keys, np.int32)
+        of_key[self.flat] = values
+        return bool((of_key[self.flat] == values).all())
 
 
 def next_uses(chains: Chains) -> tuple[Ints, Ints]:

@@ -16,10 +16,30 @@ def match(prefixes: Prefixes, number: int, index: int, prompt_tokens: int, hit: 
     """Set a hit to the longest cached head of a request's prompt at a replica; at most all of it but one token."""
     chain = prefixes.chains[index]
     begin(hit)
-    for i in range(chain["length"]):
-        if not extend(prefixes, number, chain, prefixes.keys[chain["first"] + i], hit):
-            break
+    if prefixes.shelf["closed"]:
+        _reach(prefixes, number, chain, hit)
+    else:
+        for i in range(chain["length"]):
+            if not extend(prefixes, number, chain, prefixes.keys[chain["first"] + i], hit):
+                break
     weigh(prefixes, chain, prompt_tokens, hit)
+
+
+def _reach(prefixes: Prefixes, number: int, chain: Record, hit: Record) -> None:
+    """Add to a hit what each closed tier holds beyond those above it, by bisection."""
+    cache = prefixes.caches[number, chain["part"]]
+    for place in range(PLACES):
+        if cache["tiers"][place] == NOBODY:
+            continue
+        tier, here, beyond = prefixes.tiers[cache["tiers"][place]], hit["found"], chain["length"]
+        while here < beyond:  # the first `here` keys are in a tier, the one at `beyond` is not in this one
+            i = (here + beyond) // 2 if here > hit["found"] else here
+            if entry_of(prefixes, tier, prefixes.keys[chain["first"] + i]) == NOBODY:
+                beyond = i
+            else:
+                here = i + 1
+        hit["blocks"][place] = (here - hit["found"]) * chain["blocks_per_key"]
+        hit["found"] = here
 
 
 def begin(hit: Record) -> None:

@@ -115,6 +115,7 @@ SHELF = np.dtype(
             "block_bytes",  # of all ranks
             "block_hbm_bytes",  # of these, what is in HBM while a sequence runs
             "keys",
+            "closed",  # whether a tier that has a key has all that come before it in its prompt
             "stamp",
             "added",  # by the last write: entries, and those that it evicted
             "evicted",

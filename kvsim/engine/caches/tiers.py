@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvsim.engine.caches.eviction import CLOSED_ORDERS
 from kvsim.engine.caches.foresight import Chains, next_uses
 from kvsim.engine.caches.state import (
     CACHE,
@@ -187,6 +188,9 @@ def cache_arrays(
         known, after = next_uses(chains)
     longest = int(chains.lengths.max(initial=0))
     slow = (caches["tiers"][..., SLOW:] != NOBODY).any()
+    # Tails sink before their heads, and what is fetched from a slow tier leaves out what HBM has: gaps in a tier.
+    within = order in CLOSED_ORDERS and not back and not slow
+    shelf["closed"] = within and n > 0 and chains.are_prefixes(parts)
     return Prefixes(
         shelf=shelf,
         caches=caches,
