@@ -60,10 +60,10 @@ class Cache:
         """Keep a prompt's state in one tier; how many blocks were added, and the ids of those evicted, in order."""
         chain, shelf = self.arrays.chains[index], self.arrays.shelf
         nbytes = int(chain["blocks_per_key"] * shelf["block_bytes"])
-        prefix_cache.put_chain(
+        added, evicted = prefix_cache.put_chain(
             self.arrays, self.tier(place), self.arrays.keys, chain["first"], int(chain["length"]), nbytes
         )
-        return int(shelf["added"]), self.ids[self.arrays.evicted[: shelf["evicted"], 0]].tolist()
+        return int(added), self.ids[self.arrays.evicted[:evicted, 0]].tolist()
 
     def match(self, index):
         """The cached head of a prompt."""

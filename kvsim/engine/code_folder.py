@@ -24,7 +24,7 @@ class CodeFolder:
 
     @property
     def is_ready(self) -> bool:
-        """Whether somebody has compiled it to the end."""
+        """Whether some process has compiled it to the end."""
         return (self.path / _READY).is_file()
 
     def declare(self, ready: bool) -> None:

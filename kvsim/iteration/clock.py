@@ -86,7 +86,7 @@ class Clock:
         return seconds, busy
 
     def work(self, loads: Sequence[Load], tokens: int, sharing: Floats | None = None) -> Iteration:
-        """The operations of an iteration, by default as if alone on the host: whoever schedules shares by himself."""
+        """The operations of an iteration, by default as if alone on the host: the op fidelity shares it itself."""
         if sharing is None:
             sharing = self.machine.sharing(1, 1)
         prices, _ = self._price(loads, tokens, 0, sharing, np.empty(len(BUSY)))

@@ -38,7 +38,7 @@ def guesser_of(setup: Setup) -> "Guesser | None":
 
 
 class Guesser:
-    """The costs of one rank of whoever guesses, for a target of which one rank is `target`.
+    """The costs of one rank of what guesses, a draft or heads, for a target of which one rank is `target`.
 
     `parts` are seconds of an iteration: (decoding or prompts, once or for each sequence or prompt token, launches
     weights arithmetic collectives). They come after the target's own work. The draft's attention is no part of them:

@@ -147,9 +147,10 @@ class Counted(Cache):
         put_chain = prefix_cache.put_chain
 
         def counted(prefixes, tier, *rest):
-            put_chain(prefixes, tier, *rest)
-            self.came[tier["memory"]] += int(prefixes.shelf["added"])
-            self.went[tier["memory"]] += int(prefixes.shelf["evicted"])
+            added, evicted = put_chain(prefixes, tier, *rest)
+            self.came[tier["memory"]] += int(added)
+            self.went[tier["memory"]] += int(evicted)
+            return added, evicted
 
         patch.setattr(prefix_cache, "put_chain", counted)
 

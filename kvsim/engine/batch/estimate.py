@@ -35,7 +35,7 @@ def _chunk_s(cluster: Cluster, prices: Prices, prompt_tokens: int, past_tokens: 
 
 
 def _piped_s(cluster: Cluster, prices: Prices, prompt_tokens: int, cached_tokens: int) -> float:
-    """The same on a pipeline: all micro-batches on the slowest stage, the first before it, the longest after it.
+    """A prompt's prefill on stages: all micro-batches on the slowest, the first before it, the longest after it.
 
     The micro-batches of a chunk are averaged. One chunk of few tokens goes through as a whole if that is sooner.
     """
@@ -65,7 +65,7 @@ def _piped_s(cluster: Cluster, prices: Prices, prompt_tokens: int, cached_tokens
 def _part_s(
     cluster: Cluster, prices: Prices, prompt_tokens: int, past_tokens: int, new_tokens: int, place: float
 ) -> tuple[float, float, float]:
-    """The same as `_through_s` of one of a chunk's micro-batches, from the first (0) to the last (1)."""
+    """What one of a chunk's micro-batches, from the first (0) to the last (1), takes around the slowest stage."""
     parts = min(cluster.world["stages"], new_tokens)
     size = -(-new_tokens // parts)
     return _through_s(cluster, prices, prompt_tokens, past_tokens + int(place * (new_tokens - size)), size, parts)

@@ -81,7 +81,7 @@ def end_iteration(cluster: Cluster, number: int, now_s: float) -> None:
     """Every decoding sequence has emitted a token, and every chunk is done."""
     replica = cluster.replicas[number]
     note(cluster, number, now_s, 0)
-    if now_s != replica["wake_s"]:  # whoever keeps the time let others compete with it
+    if now_s != replica["wake_s"]:  # the op fidelity let others compete with it
         contend(replica, now_s - replica["wake_s"])
     emit(cluster, number, now_s - replica["began_s"])
     advance(cluster, number, 1)

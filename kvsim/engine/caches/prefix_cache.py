@@ -162,8 +162,9 @@ def store(prefixes: Prefixes, number: int, index: int, now_s: float) -> int:
     for place in range(PLACES):
         if cache["tiers"][place] == NOBODY:
             continue
-        put_chain(prefixes, prefixes.tiers[cache["tiers"][place]], prefixes.keys, first, length, nbytes)
-        if place == HBM or not shelf["added"]:
+        tier = prefixes.tiers[cache["tiers"][place]]
+        added, _ = put_chain(prefixes, tier, prefixes.keys, first, length, nbytes)
+        if place == HBM or not added:
             continue
         for i in range(length):
             if prefixes.marks[0, i] == ADDED and not staged[i]:
@@ -173,7 +174,7 @@ def store(prefixes: Prefixes, number: int, index: int, now_s: float) -> int:
                     staged[i] = 1
                     count += 1
         if place > DDR:
-            send(prefixes.links[host, place - SLOW, DOWN], shelf["added"] * nbytes, now_s)
+            send(prefixes.links[host, place - SLOW, DOWN], added * nbytes, now_s)
     return _hbm_bytes(shelf, count * nbytes)
 
 
@@ -206,12 +207,12 @@ def _keep(
     cache, down_bytes = prefixes.caches[number, part], 0
     while True:
         tier = prefixes.tiers[cache["tiers"][place]]
-        put_chain(prefixes, tier, keys, first, length, nbytes)
-        down_bytes += _book(prefixes, number, place, nbytes, now_s, from_hbm)
+        added, evicted = put_chain(prefixes, tier, keys, first, length, nbytes)
+        down_bytes += _book(prefixes, number, place, added, nbytes, now_s, from_hbm)
         lower = _below(cache, place)
         if not prefixes.shelf["back"] or lower == NOBODY:
             return down_bytes
-        down_bytes += _sink(prefixes, number, cache, place, now_s)
+        down_bytes += _sink(prefixes, number, cache, place, evicted, now_s)
         refused = 0
         for i in range(first, first + length):
             if entry_of(prefixes, tier, keys[i]) == NOBODY:
@@ -222,17 +223,17 @@ def _keep(
         place, keys, first, length = lower, prefixes.rest, 0, refused
 
 
-def _sink(prefixes: Prefixes, number: int, cache: Record, place: int, now_s: float) -> int:
-    """Put what a tier has evicted, tails first, into the one below, and so on; the bytes that go down over PCIe."""
+def _sink(prefixes: Prefixes, number: int, cache: Record, place: int, evicted: int, now_s: float) -> int:
+    """Put what a tier has evicted, tails first, into the one below, and so on; bytes that go down over PCIe."""
     sinking, one = prefixes.sinking, prefixes.sinking[0]
-    size, down_bytes = _sunk(prefixes, 1, _below(cache, place), place == HBM), 0
+    size, down_bytes = _sunk(prefixes, 1, evicted, _below(cache, place), place == HBM), 0
     while size > 1:
         size -= 1
         place, nbytes, from_hbm = sinking[size, 0], sinking[size, 2], sinking[size, 3] != 0
         one[0] = sinking[size, 1]
         tier, lower = prefixes.tiers[cache["tiers"][place]], _below(cache, place)
-        put_chain(prefixes, tier, one, 0, 1, nbytes)
-        down_bytes += _book(prefixes, number, place, nbytes, now_s, from_hbm)
+        added, evicted = put_chain(prefixes, tier, one, 0, 1, nbytes)
+        down_bytes += _book(prefixes, number, place, added, nbytes, now_s, from_hbm)
         if sinking[size, 4]:
             renew(prefixes, tier, one[0])  # a head above the tails that came before it
         if lower == NOBODY:
@@ -240,13 +241,13 @@ def _sink(prefixes: Prefixes, number: int, cache: Record, place: int, now_s: flo
         if entry_of(prefixes, tier, one[0]) == NOBODY:
             sinking[size, 0], sinking[size, 4] = lower, 0
             size += 1
-        size = _sunk(prefixes, size, lower, place == HBM)
+        size = _sunk(prefixes, size, evicted, lower, place == HBM)
     return down_bytes
 
 
-def _sunk(prefixes: Prefixes, size: int, lower: int, from_hbm: bool) -> int:
-    """Put what has been evicted on top of the stack of what sinks, the first on top; its size then."""
-    for i in range(prefixes.shelf["evicted"] - 1, -1, -1):
+def _sunk(prefixes: Prefixes, size: int, evicted: int, lower: int, from_hbm: bool) -> int:
+    """Put so many evicted entries on top of the stack of what sinks, the first on top; its size then."""
+    for i in range(evicted - 1, -1, -1):
         row = prefixes.sinking[size]
         row[0], row[1], row[2] = lower, prefixes.evicted[i, 0], prefixes.evicted[i, 1]
         row[3], row[4] = from_hbm, 1
@@ -254,24 +255,23 @@ def _sunk(prefixes: Prefixes, size: int, lower: int, from_hbm: bool) -> int:
     return size
 
 
-def _book(prefixes: Prefixes, number: int, place: int, nbytes: int, now_s: float, from_hbm: bool) -> int:
-    """Let what has been added to a tier go down its link; the bytes that go down over PCIe."""
+def _book(prefixes: Prefixes, number: int, place: int, added: int, nbytes: int, now_s: float, from_hbm: bool) -> int:
+    """Let entries that have been added to a tier go down its link; the bytes that go down over PCIe."""
     shelf = prefixes.shelf
-    if place == HBM or not shelf["added"]:
+    if place == HBM or not added:
         return 0
     if place > DDR:
         host = number // shelf["replicas_per_host"]
-        send(prefixes.links[host, place - SLOW, DOWN], shelf["added"] * nbytes, now_s)
-    return _hbm_bytes(shelf, shelf["added"] * nbytes) if from_hbm else 0
+        send(prefixes.links[host, place - SLOW, DOWN], added * nbytes, now_s)
+    return _hbm_bytes(shelf, added * nbytes) if from_hbm else 0
 
 
-def put_chain(prefixes: Prefixes, tier: Record, keys: Ints, first: int, length: int, nbytes: int) -> None:
-    """Keep a chain's entries of one size in a tier, its head where not all fit.
+def put_chain(prefixes: Prefixes, tier: Record, keys: Ints, first: int, length: int, nbytes: int) -> tuple[int, int]:
+    """Keep a chain's entries of one size in a tier, its head where not all fit; how many were added and evicted.
 
-    Sets which of them were added, from the tail, and what was evicted, in order.
+    Sets which of them were added (`marks`), from the tail, and what was evicted (`evicted`), in order.
     """
-    shelf, marks = prefixes.shelf, prefixes.marks[0]
-    shelf["added"] = shelf["evicted"] = 0
+    marks, added, evicted = prefixes.marks[0], 0, 0
     fitting, missing = min(length, tier["capacity_bytes"] // nbytes) if length else 0, 0
     for i in range(length):
         marks[i] = KNOWN
@@ -281,32 +281,38 @@ def put_chain(prefixes: Prefixes, tier: Record, keys: Ints, first: int, length: 
             missing += not here
     if not missing:
         use(prefixes, tier, keys, first, fitting)
-        return
+        return 0, 0
     for i in range(fitting - 1, -1, -1):
         if marks[i] == PRESENT:  # lest they make room for their own tail
             renew(prefixes, tier, keys[first + i])
     for i in range(fitting - 1, -1, -1):
-        key, fits = keys[first + i], marks[i] == MISSING
-        fits = fits and _evict_for(prefixes, tier, key, nbytes)
+        if marks[i] != MISSING:
+            continue
+        key, evicted = keys[first + i], _evict_for(prefixes, tier, keys[first + i], nbytes, evicted)
+        fits = tier["capacity_bytes"] - tier["used_bytes"] >= nbytes
         if fits and entry_of(prefixes, tier, key) == NOBODY:  # an id may stand twice in a prompt
             add(prefixes, tier, key, nbytes)
             tier["used_bytes"] += nbytes
             marks[i] = ADDED
-            shelf["added"] += 1
+            added += 1
     if missing < fitting:
         for i in range(fitting - 1, -1, -1):
             renew(prefixes, tier, keys[first + i])
-    tier["changes"] += shelf["added"] > 0 or shelf["evicted"] > 0
+    tier["changes"] += added > 0 or evicted > 0
+    return added, evicted
 
 
-def _evict_for(prefixes: Prefixes, tier: Record, newcomer: int, nbytes: int) -> bool:
-    """Evict until so many bytes are free; False where what is there is worth more than the newcomer."""
+def _evict_for(prefixes: Prefixes, tier: Record, newcomer: int, nbytes: int, evicted: int) -> int:
+    """Evict until so many bytes are free, or what is there is worth more than the newcomer; how many are evicted then.
+
+    There were some already, in `prefixes.evicted`.
+    """
     while tier["capacity_bytes"] - tier["used_bytes"] < nbytes:
         victim = evict(prefixes, tier, newcomer)
         if victim == NOBODY:
-            return False
-        entry, n = prefixes.entries[victim], prefixes.shelf["evicted"]
-        prefixes.evicted[n, 0], prefixes.evicted[n, 1] = entry["key"], entry["nbytes"]
-        prefixes.shelf["evicted"] += 1
+            break
+        entry = prefixes.entries[victim]
+        prefixes.evicted[evicted, 0], prefixes.evicted[evicted, 1] = entry["key"], entry["nbytes"]
+        evicted += 1
         tier["used_bytes"] -= entry["nbytes"]
-    return True
+    return evicted

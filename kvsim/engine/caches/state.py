@@ -117,8 +117,6 @@ SHELF = np.dtype(
             "keys",
             "closed",  # whether a tier that has a key has all that come before it in its prompt
             "stamp",
-            "added",  # by the last write: entries, and those that it evicted
-            "evicted",
         )
     ]
     + [

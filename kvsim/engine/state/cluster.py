@@ -67,7 +67,7 @@ class Cluster(NamedTuple):
 
     world: Record
     requests: Records  # in the order of the trace
-    inbound: Records  # of each request, where somebody else keeps the time
+    inbound: Records  # of each request, where the op fidelity keeps the time
     order: Ints  # of arrival
     known: Ints  # a heap: those that waited for others and have a time of arrival now
     replicas: Records

@@ -213,7 +213,7 @@ WORLD = np.dtype(
         "max_num_batched_tokens",
         "watermark_bytes",
         "swaps",  # what was preempted, rather than recomputing it
-        "step_by_step",  # whoever runs the replicas takes every iteration by itself and shares the host by itself
+        "step_by_step",  # the op fidelity keeps the time: it takes iterations one by one and shares the host itself
         "router",
         "scheduler",
         "several_tenants",  # have sent requests
@@ -235,7 +235,7 @@ WORLD = np.dtype(
         "notes",  # rows written
         "gaps",
         "aways",
-        "set_out",  # states so far for which requests wait, where somebody else keeps the time
+        "set_out",  # states so far for which requests wait, where the op fidelity keeps the time
         "step_tokens",  # that run through the model in a decode step of one sequence
     )
     + _floats("pcie_latency_s", "pcie_up_s", "pcie_down_s")  # the last two for each byte

@@ -139,7 +139,7 @@ class _Rank:
         self._uses = {CPU: links.cpu, H2D: links.h2d, D2H: links.d2h, NVLINK: links.ring}
 
     def note(self, lane: int, what: _What, begin_s: float, end_s: float) -> None:
-        """Show an operation to whoever looks."""
+        """Show an operation in the timeline, where one is asked for."""
         if self._timeline is not None:
             self._timeline.add(self._number, lane, *what, begin_s, end_s)
 

@@ -202,6 +202,6 @@ class Transfers:
         done.succeed(self.env.now)
 
     def _note(self, lane: int, name: str, began_s: float) -> None:
-        """Show a transfer to whoever looks."""
+        """Show a transfer in the timeline, where one is asked for."""
         if self._engine.timeline is not None:
             self._engine.timeline.add(self.number, lane, name, 0, began_s, self.env.now)
