@@ -1,12 +1,12 @@
 """What tests may reach of the engine beside `simulate`; all else of it moves freely behind these names.
 
 An `Engine` and the records of its `cluster` (layouts in `state/records.py`), the closed form of decode runs, the
-routers' choices among candidates, one prefix cache by itself, and which turns of a trace go on from which. Nothing of
-kvsim imports this.
+routers' choices among candidates, one prefix cache by itself and its index, and which turns of a trace go on from
+which. Nothing of kvsim imports this.
 """
 
 from kvsim.engine.batch import runs
-from kvsim.engine.caches import eviction, prefix_cache, prompts, reuse, window
+from kvsim.engine.caches import eviction, index, prefix_cache, prompts, reuse, window
 from kvsim.engine.caches.foresight import Chains
 from kvsim.engine.caches.state import CACHE, CANDIDATE, PLACES, SLOW, TIER
 from kvsim.engine.caches.tiers import PrefixTiers, cache_arrays, links_of
@@ -39,6 +39,7 @@ __all__ = [
     "cache_arrays",
     "eviction",
     "find_turns",
+    "index",
     "links_of",
     "prefix_cache",
     "prompts",
