@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvsim.cli.calibrate import calibrate
 from kvsim.cli.output import Columns, JsonFlag, print_facts, print_json, print_line, print_table
 from kvsim.text.names import unknown_name
 from kvsim.text.units import format_bytes, format_rate, format_s
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from kvsim.hardware.catalogue import Gpu, Host
 
 app = typer.Typer(no_args_is_help=True)
+app.command("calibrate")(calibrate)
 
 
 @app.command("list")

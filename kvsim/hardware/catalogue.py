@@ -148,6 +148,13 @@ def load_gpu(text: str) -> Gpu:
     )
 
 
+def gpu_document(text: str) -> dict[str, Any]:
+    """The document of a catalogue's GPU or of a user's file, as it is written; ValueError as from `load_gpu`."""
+    _, data, origin = _document("gpus", "GPU", text, gpu_names())
+    read_gpu_file(data, origin)
+    return data
+
+
 def _kernels(file: GpuFile, chosen: str, rates: Rates) -> Kernels:
     """What each kernel costs under a parameter set: by constants where there are some, else by its rates."""
     peak, _ = file.figures("datasheet")

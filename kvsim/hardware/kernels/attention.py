@@ -10,6 +10,7 @@ from kvsim.hardware.kernels.shares import Count, Seconds, Share, Sharpness
 
 _FITTED_HEAD_DIM = 128
 _SPLIT_TOKENS = 200  # between 128, which kernels do not split, and 256, which they do
+_FILLED = 1.6  # KV heads an SM from which on FlashAttention 2 splits no sequence (its num_splits_heuristic, in torch)
 
 
 def attention_flops(batch: int, tokens: int, cached: int, heads: int, head_dim: int) -> int:
@@ -91,6 +92,7 @@ class DecodeFit:
     split_s: Seconds  # of joining what several SMs found of one sequence
     token_s: Seconds  # of a key where a sequence is split
     lone_token_s: Seconds  # where each KV head has one query head, and kernels do not split
+    whole_hbm: Share | None = None  # in place of `hbm` where KV heads fill the SMs, of kernels that split no more then
 
     def limits_s(
         self, chip: Chip, kv_dtype: str, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int
@@ -100,8 +102,10 @@ class DecodeFit:
         waves = -(-batch * kv_heads // chip.sms)
         lone = heads == kv_heads
         token_s = (self.token_s + (self.lone_token_s - self.token_s) * lone) * head_dim / _FITTED_HEAD_DIM
+        whole = batch * kv_heads >= _FILLED * chip.sms
+        share = self.hbm + ((self.whole_hbm or self.hbm) - self.hbm) * whole
         return (
-            nbytes / (self.hbm * chip.hbm_Bps),
+            nbytes / (share * chip.hbm_Bps),
             waves * (self.head_s + self.query_s * heads / kv_heads),
             tokens * token_s,
         )

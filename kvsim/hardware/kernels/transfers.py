@@ -1,6 +1,5 @@
 """Copies by descriptor, gathers by row and span, and both directions of the link at once."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,6 +34,7 @@ class TransferFit:
     def gather_time_s(self, chip: Chip, rows: int, row_bytes: int, span_bytes: int) -> float:
         """Time in which a kernel reads `rows` scattered over `span_bytes` of pinned host memory."""
         near, far = _SPANS_BYTES
-        share = min(max(math.log(max(span_bytes, 1) / near) / math.log(far / near), 0.0), 1.0)
-        rows_per_s: float = self.near_rows_per_s ** (1 - share) * self.far_rows_per_s**share
-        return self.gather_s + rows * max(1 / rows_per_s, row_bytes / (self.gather * chip.pcie_h2d_Bps))
+        # The share of rows whose address is not at hand grows as 1 - near / span.
+        missed = (1 - near / min(max(span_bytes, near), far)) / (1 - near / far)
+        row_s = (1 - missed) / self.near_rows_per_s + missed / self.far_rows_per_s
+        return self.gather_s + rows * max(row_s, row_bytes / (self.gather * chip.pcie_h2d_Bps))
