@@ -1,7 +1,7 @@
 """`kvsim hardware calibrate`: measure the machine at hand, and write a GPU's file of what was found."""
 
 import contextlib
-import datetime
+import datetime as dt
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,7 +60,7 @@ def calibrate(
     found = device()
     base = gpu or catalogued(found.name)
     load_gpu(f"{base}@serving")  # what is wrong with it should be told before minutes of work
-    today = datetime.datetime.now(tz=datetime.UTC).date()
+    today = dt.datetime.now(tz=dt.UTC).date()
     origin = f"Measured {today}, {found.name}, driver {found.driver}, torch {found.torch}"
     try:
         passes = _passes(1 if quick else _PASSES, quick=quick)

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from runtime.calibration.timing import Clock, Measurement, cpu_timing, timed
 
 COPIED_BYTES = 1 << 30
-POOL_BYTES = 1 << 30
 ROW_BYTES = (256, 1024, 4096, 16384)
 PRODUCT = 2048
 SEARCHED_KEYS, HEAD_DIM = 1 << 20, 128
@@ -24,7 +24,7 @@ def processors() -> Iterator[Measurement]:
         pool = source.view(-1, row_bytes // 4)
         ids = torch.randint(len(pool), (max(4096, (1 << 26) // row_bytes),))
         rows = torch.empty(len(ids), row_bytes // 4)
-        timing = cpu_timing(lambda pool=pool, ids=ids, rows=rows: torch.index_select(pool, 0, ids, out=rows))
+        timing = cpu_timing(partial(torch.index_select, pool, 0, ids, out=rows))
         yield Measurement("host_gather", "", {"rows": len(ids), "row_bytes": row_bytes}, *timing)
     square, product = torch.randn(PRODUCT, PRODUCT), torch.empty(PRODUCT, PRODUCT)
     timing = cpu_timing(lambda: torch.mm(square, square, out=product))

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from runtime.calibration.timing import Clock, Measurement
+from runtime.calibration.timing import Clock, Launch, Measurement
 
 SHAPES = [
     (6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096),  # Llama-3.1-8B
@@ -30,6 +28,8 @@ ELEMENTWISE_BYTES = tuple(1 << power for power in range(14, 31))
 
 def gemms(clock: Clock, dtypes: list[str], every: int) -> Iterator[Measurement]:
     """bf16 and tensor-wise fp8 GEMMs, the latter with a kernel that quantises activations; each `every`th shape."""
+    from runtime.calibration.quantise_triton import quantised
+
     pool = torch.empty(POOL_ELEMENTS, dtype=torch.bfloat16, device="cuda").normal_()
     for dtype in dtypes:
         # Random bytes would hold NaNs: values as weights have them.
@@ -48,9 +48,12 @@ def _gemm(clock: Clock, dtype: str, pool: Tensor, weights: Tensor, m: int, n: in
     matrices = [weights[i * n * k : (i + 1) * n * k].view(n, k) for i in range(wanted) if (i + 1) * n * k <= len(pool)]
     rows = pool[-m * k :].view(m, k)
     product = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
+    launches: list[Launch]
     if dtype == "bf16":
         launches = [partial(torch.mm, rows, matrix.t(), out=product) for matrix in matrices]
     else:
+        from runtime.calibration.quantise_triton import quantise
+
         narrow, scale = torch.empty(m, k, dtype=torch.float8_e4m3fn, device="cuda"), torch.ones((), device="cuda")
 
         def launch(matrix: Tensor) -> None:
@@ -67,27 +70,6 @@ def _gemm(clock: Clock, dtype: str, pool: Tensor, weights: Tensor, m: int, n: in
 def has_fp8() -> bool:
     """Whether this GPU multiplies in fp8 and this torch has the GEMM for it."""
     return hasattr(torch, "_scaled_mm") and torch.cuda.get_device_capability() >= (8, 9)
-
-
-def quantised(values: Tensor) -> Tensor:
-    """The same values in fp8, with a scale of 1."""
-    narrow = torch.empty(values.shape, dtype=torch.float8_e4m3fn, device=values.device)
-    quantise(values, narrow, torch.ones((), device=values.device))
-    return narrow
-
-
-@triton.jit
-def _quantise_kernel(values_ptr, narrow_ptr, scale_ptr, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scaled = tl.load(values_ptr + at, mask=at < n).to(tl.float32) / tl.load(scale_ptr)
-    scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-    tl.store(narrow_ptr + at, scaled.to(tl.float8e4nv), mask=at < n)
-
-
-def quantise(values: Tensor, narrow: Tensor, scale: Tensor) -> None:
-    """Write contiguous 16-bit `values` over a scale as fp8, in one kernel, as engines do before a GEMM."""
-    n = values.numel()
-    _quantise_kernel[(triton.cdiv(n, 2048),)](values, narrow, scale, n, BLOCK=2048)
 
 
 def elementwise(clock: Clock) -> Iterator[Measurement]:

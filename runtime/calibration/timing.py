@@ -127,4 +127,4 @@ class Clock:
                 launch()
             end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3

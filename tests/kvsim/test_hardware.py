@@ -114,11 +114,12 @@ def test_parameter_sets_of_the_h200() -> None:
     peak, usual, measured = (load_gpu(f"h200-sxm{suffix}").rates for suffix in ("@datasheet", "@eager", "@measured"))
     assert peak.hbm_Bps == 4.8e12
     assert load_gpu("h200-sxm").parameter_set == "serving"
-    assert measured.flops("bf16") == 761e12
-    assert measured.gather_Bps(256) == 39.48e9
-    assert measured.pcie_h2d_Bps == 55.24e9
-    assert measured.flops("fp8") == usual.flops("fp8")  # not measured: that of the set before
-    assert measured.launch_s == usual.launch_s > peak.launch_s == 0
+    assert measured.flops("bf16") == 715.4e12
+    assert measured.gather_Bps(256) == 29.78e9
+    assert measured.pcie_h2d_Bps == 55.46e9
+    assert measured.flops("fp32") == usual.flops("fp32")  # not measured: that of the set before
+    assert measured.nvlink_latency_s == usual.nvlink_latency_s > peak.nvlink_latency_s == 0
+    assert measured.launch_s == 1.118e-6
 
 
 @pytest.mark.parametrize("asked", ["", "@achievable", "@eager"])

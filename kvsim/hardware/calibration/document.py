@@ -1,6 +1,7 @@
 """A GPU's file whose `measured` set is what was calibrated, each figure with its source."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -108,9 +109,12 @@ def rates(samples: Sequence[Sample], chip: Chip) -> dict[str, Any]:
         found["hbm_Bps"] = nbytes / sum(one.seconds for one in weights)
     flops = {}
     for dtype in ("bf16", "fp8"):
-        products = [2 * math.prod(dict(one.arguments).values()) / one.seconds for one in _of(samples, "gemm", dtype)]
+        products = sorted(
+            (2 * math.prod(dict(one.arguments).values()), one.seconds) for one in _of(samples, "gemm", dtype)
+        )
         if products:
-            flops[dtype] = float(f"{max(products):.4g}")
+            large = [work / seconds for work, seconds in products[-math.ceil(len(products) / 10) :]]
+            flops[dtype] = float(f"{statistics.median(large):.4g}")
     if "bf16" in flops and "fp16" in dict(chip.flops):
         flops = {"bf16": flops["bf16"], "fp16": flops["bf16"], **flops}
     found["matmul_flops"] = flops
@@ -179,7 +183,7 @@ def sources(measured: Mapping[str, Any], origin: str, residual: Sequence[Residua
     """Where each measured figure comes from; `origin` names the device, driver, torch and date."""
     how = {
         "hbm_Bps": "weights of Llama-3.1-8B's linear layers, read by GEMMs of one row in a CUDA graph.",
-        "matmul_flops": "the quickest GEMM of random values, in a CUDA graph; fp16 runs at bf16's rate.",
+        "matmul_flops": "the median of the largest tenth of GEMMs, in CUDA graphs; fp16 runs at bf16's rate.",
         "attention_flops": "the quickest causal attention over whole prompts, by torch's flash or cuDNN kernel.",
         "elementwise_Bps": "a device copy of 2 GiB, reads and writes.",
         "topk_elements_per_s": "torch.topk, 2,048 of 131,072 scores in each of 8 rows, in a CUDA graph.",
@@ -202,6 +206,8 @@ def sources(measured: Mapping[str, Any], origin: str, residual: Sequence[Residua
 
 def plain(value: Any) -> Any:
     """Nested dataclasses and pairs as mappings, without what is left at its default."""
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
     if not is_dataclass(value):
         return value
     found: dict[str, Any] = {}

@@ -44,8 +44,8 @@ def gemm_seconds(fit: GemmFit, chip: Chip, dtype: str, columns: Columns) -> np.n
     waves = np.minimum.reduce([_waves_s(fit, chip, peak_flops, *way, m, n, k) for way in ways])
     work = np.maximum(waves, fit.plateau_s(chip, peak_flops, m, n, k))  # type: ignore[arg-type]
     memory = np.asarray(gemm_bytes(dtype, product, m, n, k)) / (fit.hbm * chip.hbm_Bps)  # type: ignore[arg-type]
-    extra = fit.start_s + fit.quantising_s(chip, m, k)  # type: ignore[arg-type]
-    return extra + p_norm(fit.sharpness, [memory, work])
+    extra = np.asarray(fit.start_s + fit.quantising_s(chip, m, k))  # type: ignore[arg-type]
+    return np.asarray(extra + p_norm(fit.sharpness, [memory, work]))
 
 
 def _waves_s(
@@ -89,7 +89,9 @@ def attention_seconds(fit: PrefillFit | DecodeFit, chip: Chip, columns: Columns)
         tokens = columns["context_tokens"]
         limits = fit.limits_s(chip, "bf16", batch, tokens, heads, kv_heads, dim)  # type: ignore[arg-type,assignment]
     extra = np.asarray(fit.extra_s(batch, tokens, heads, kv_heads))  # type: ignore[arg-type]
-    return extra + p_norm(fit.sharpness, [np.asarray(limit) for limit in limits])
+    if isinstance(fit, DecodeFit):
+        extra = extra + fit.joining_s(chip, batch, tokens, kv_heads)  # type: ignore[arg-type]
+    return np.asarray(extra + p_norm(fit.sharpness, [np.asarray(limit) for limit in limits]))
 
 
 def fit_prefill(samples: Sequence[Sample], chip: Chip) -> PrefillFit:
@@ -114,8 +116,11 @@ def fit_decode(samples: Sequence[Sample], chip: Chip) -> DecodeFit:
     bounds |= {"head_s": (2 * US, 0.01 * US, 30 * US), "query_s": (0.1 * US, 0.001 * US, 5 * US)}
     bounds |= {"copy_s": (1 * US, 0.01 * US, 20 * US), "split_s": (1 * US, 0.01 * US, 20 * US)}
     bounds |= {"token_s": (1 * NS, 0.001 * NS, 100 * NS), "lone_token_s": (0.1 * NS, 0.001 * NS, 100 * NS)}
-    bounds["whole_hbm"] = (0.7, 0.15, 1.0)
-    price = lambda fit: attention_seconds(fit, chip, columns)  # noqa: E731
+    bounds |= {"whole_hbm": (0.7, 0.15, 1.0), "part_s": (0.1 * US, 0.0001 * US, 5 * US)}
+
+    def price(fit: DecodeFit) -> np.ndarray:
+        return attention_seconds(fit, chip, columns)
+
     return _fitted(columns, bounds, lambda v: DecodeFit(**v), price)[0]
 
 
@@ -124,7 +129,10 @@ def fit_elementwise(samples: Sequence[Sample], chip: Chip) -> ElementwiseFit:
     columns = chosen(samples, "elementwise")
     bounds = {"start_s": (2 * US, 0.1 * US, 30 * US), "hbm": (0.85, 0.2, 1.0)}
     nbytes = columns["nbytes"]
-    price = lambda fit: fit.start_s + nbytes / (fit.hbm * chip.hbm_Bps)  # noqa: E731
+
+    def price(fit: ElementwiseFit) -> np.ndarray:
+        return np.asarray(fit.start_s + nbytes / (fit.hbm * chip.hbm_Bps))
+
     return _fitted(columns, bounds, lambda v: ElementwiseFit(**v), price)[0]
 
 

@@ -71,7 +71,7 @@ def joined(passes: Sequence[Sequence[Sample]]) -> list[Sample]:
                 arguments=group[0].arguments,
                 seconds=math.exp(sum(map(math.log, times)) / len(times)),
                 spread=max(one.spread for one in group),
-                drift=max(times) / min(times) - 1,
+                drift=max(max(times) / min(times) - 1, *(one.drift for one in group)),
             )
         )
     return found

@@ -11,6 +11,7 @@ from kvsim.hardware.kernels.shares import Count, Seconds, Share, Sharpness
 _FITTED_HEAD_DIM = 128
 _SPLIT_TOKENS = 200  # between 128, which kernels do not split, and 256, which they do
 _FILLED = 1.6  # KV heads an SM from which on FlashAttention 2 splits no sequence (its num_splits_heuristic, in torch)
+_SPLIT_SMS, _MOST_PARTS, _PART_TOKENS = 2, 128, 128  # what it splits for otherwise, and what bounds the parts
 
 
 def attention_flops(batch: int, tokens: int, cached: int, heads: int, head_dim: int) -> int:
@@ -93,6 +94,7 @@ class DecodeFit:
     token_s: Seconds  # of a key where a sequence is split
     lone_token_s: Seconds  # where each KV head has one query head, and kernels do not split
     whole_hbm: Share | None = None  # in place of `hbm` where KV heads fill the SMs, of kernels that split no more then
+    part_s: Seconds = 0.0  # of each part that a sequence is split into, when they are joined
 
     def limits_s(
         self, chip: Chip, kv_dtype: str, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int
@@ -116,9 +118,20 @@ class DecodeFit:
         copied = grouped & (batch > 1) & (kv_heads > 1)
         return self.start_s + self.copy_s * copied + self.split_s * (grouped & (tokens >= _SPLIT_TOKENS))
 
+    def joining_s(self, chip: Chip, batch: int, tokens: int, kv_heads: int) -> float:
+        """Time of joining the parts of split sequences, which grows with their number."""
+        parts = _least(_least(tokens / _PART_TOKENS, _SPLIT_SMS * chip.sms / (batch * kv_heads)), _MOST_PARTS)
+        return self.part_s * parts * (batch * kv_heads < _FILLED * chip.sms)
+
     def seconds(
         self, chip: Chip, kv_dtype: str, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int
     ) -> float:
         """Time of one layer's attention of `batch` new tokens, each over a cache of `tokens`."""
         limits = self.limits_s(chip, kv_dtype, batch, tokens, heads, kv_heads, head_dim)
-        return self.extra_s(batch, tokens, heads, kv_heads) + smooth_max(self.sharpness, *limits)
+        extra_s = self.extra_s(batch, tokens, heads, kv_heads) + self.joining_s(chip, batch, tokens, kv_heads)
+        return extra_s + smooth_max(self.sharpness, *limits)
+
+
+def _least(one: float, other: float) -> float:
+    """The smaller of two, of numbers and of columns alike."""
+    return (one + other - abs(one - other)) / 2
