@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "measured" / "calibration.md"
 INTRODUCTION = """\
 # Calibrated kernels
 
-Written by `python benchmarks/calibration.py RECORD GPU` from what `kvsim hardware calibrate` measured; the constants
+Written by `python benchmarks/calibration.py RECORD GPU` from the measurements of `kvsim hardware calibrate`; constants
 are `load_gpu("{gpu}@measured").kernels`, and every time stands in `benchmarks/results/calibration_{gpu}.json`.
 {origin}.
 
@@ -31,7 +31,9 @@ NOTES = """\
 What the figures hide:
 
 - Matrices and caches are read from HBM, one after the other, in CUDA graphs; values are random. Times are of short
-  bursts: the second pass, on a GPU that had run for a minute, took up to 14 % longer for the largest bf16 GEMMs.
+  bursts: the second pass, on a GPU that had run for a minute, took up to 14 % longer for the largest bf16 GEMMs, and
+  fits of each pass alone differ by 3.6 % (bf16 GEMMs), 1.4 (fp8), 2.6 (prompts) and 0.6 (decode steps) in the mean. The
+  constants are of both; `calibrate` warms the GPU before the first time is taken now, which these passes did not.
 - Attention is torch's: FlashAttention 2 for decode steps, the quicker of it and cuDNN for prompts. Its decode kernel
   splits no sequence once KV heads outnumber the SMs by far, and reads 2.7 TB/s then, where 4.4 are reached with fewer;
   engines with other kernels do better, and the `serving` set is theirs.

@@ -4,6 +4,7 @@ import contextlib
 import datetime as dt
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 
 from kvsim.cli.destination import check_takes_a_file
 from kvsim.cli.extras import require_runtime
-from kvsim.cli.output import Columns, print_line, print_table
+from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from policies.shown import shown
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def calibrate(
     quick: Annotated[
         bool, typer.Option("--quick", help="One pass over every third shape, and 2 GiB of pinned memory, not 8.")
     ] = False,
+    json: JsonFlag = False,
 ) -> None:
     """Measure this machine's kernels, copies and processors, and write a GPU's file with them as its `measured` set.
 
@@ -68,6 +70,13 @@ def calibrate(
         write_together({out: result.yaml, record: result.record})
     except KeyboardInterrupt:
         raise ValueError("calibration was interrupted; nothing was written") from None
+    if json:
+        steady = [{"kernel": name, "spread": spread, "drift": drift} for name, spread, drift in result.steadiness]
+        errors = [asdict(one) for one in result.residuals]
+        print_json(
+            {"file": str(out), "record": str(record), "origin": origin, "residuals": errors, "steadiness": steady}
+        )
+        return
     if found.gpus > 1:
         print_line("note: all-reduce between GPUs is not measured; the file has the constants of the serving set")
     print_calibration(result)

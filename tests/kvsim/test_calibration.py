@@ -265,6 +265,15 @@ def test_the_command_leaves_both_files_or_none(
         assert code == 0
         assert load_gpu(f"{tmp_path / 'a.yaml'}@measured").parameter_set == "measured"
         assert "not fitted" in said.out
+        assert main(["hardware", "calibrate", "--quick", "--json", "--out", str(tmp_path / "b.yaml")]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["file"] == str(tmp_path / "b.yaml")
+        assert {one["kernel"] for one in shown["residuals"]} >= {
+            "gemm",
+            "prefill_attention",
+            "decode_attention",
+            "gather",
+        }
         return
     assert code == 2
     assert ("was interrupted; nothing was written" if end == "interrupted" else "is busy") in said.err
