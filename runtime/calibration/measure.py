@@ -33,13 +33,13 @@ def sections(*, quick: bool) -> list[Section]:
 
 
 def measured(section: Section) -> list[Measurement]:
-    """The times of one section; ValueError where CUDA fails, such as where another process holds the memory."""
+    """The times of one section; ValueError where CUDA fails (another process holds the memory) or Triton is missing."""
     name, measure = section
     try:
         found = list(measure())
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    except RuntimeError as error:  # torch's word for all that CUDA says
+    except (RuntimeError, ImportError) as error:  # torch's words for all that CUDA says, and Triton's absence
         words = str(error).partition("\n")[0]
         raise ValueError(f"{name} cannot be measured: {words}. Nothing was written") from error
     return found
