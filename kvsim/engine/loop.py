@@ -12,7 +12,7 @@ from kvsim.engine.batch.preemption import preempt_to_fit
 from kvsim.engine.batch.runs import begin_run, cut_run, end_run, steps_by
 from kvsim.engine.batch.scheduling import admit, continue_prompts, next_ready_s
 from kvsim.engine.batch.settling import settle
-from kvsim.engine.books.replica import note_now
+from kvsim.engine.books.replica import look, note_now
 from kvsim.engine.caches.prompts import arrived
 from kvsim.engine.handoff import take_in, take_over
 from kvsim.engine.requests.arrivals import has_arrived, next_arrival
@@ -80,6 +80,7 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_events: 
         if replica["phase"] == STALLED:
             launch(cluster, prices, number, now_s)
             publish(cluster, prices, number, now_s)
+            look(cluster, number, now_s)
             continue
         if replica["phase"] == IDLE:
             note_now(cluster, number, now_s)
@@ -121,6 +122,7 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_events: 
             ready_s = next_ready_s(cluster, replica, now_s)
             replica["phase"], replica["wake_s"] = IDLE, ready_s
         publish(cluster, prices, number, now_s)
+        look(cluster, number, now_s)
     return True
 
 

@@ -202,3 +202,13 @@ def test_a_window_with_too_many_operations_is_refused(fidelity, monkeypatch):
 def test_a_window_goes_forward(window_s):
     with pytest.raises(ValueError, match="a window goes from one second to a later one"):
         setup("full", perfetto=window_s)
+
+
+def test_what_is_shown_is_what_would_have_happened_anyway():
+    """Replicas that share a host's DDR and PCIe take the same times, to the bit, whether anybody looks or not."""
+    requests = random_trace(5, 40, span_s=2.0, prompts=(200, 4000), outputs=(2, 60))
+    options = {"gpus": 4, "preemption": "recompute"}
+    hidden, shown = (simulate(requests, setup("offload-all", perfetto=window, **options)) for window in (None, LONG))
+    for name in ("admitted_s", "first_token_s", "finish_s"):
+        assert np.array_equal(hidden.requests[name], shown.requests[name])
+    assert hidden.busy == shown.busy

@@ -8,7 +8,7 @@ from kvsim.engine.batch.memory import release
 from kvsim.engine.batch.plans import DECODE, amounts, find
 from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.books.causes import contend, finish, first_token, note_shared
-from kvsim.engine.books.replica import charge_loads, charge_model, emit, gap, look, note, note_member, note_now
+from kvsim.engine.books.replica import charge_loads, charge_model, emit, gap, note, note_member, note_now
 from kvsim.engine.caches.prompts import completed
 from kvsim.engine.handoff import first_layer_s, hand_over, hands_over
 from kvsim.engine.pipeline import charge_round, price_round
@@ -57,7 +57,6 @@ def launch(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:
         replica["began_s"] = now_s
     replica["decoding_now"] = replica["length"][DECODING]
     replica["phase"], replica["wake_s"] = ITERATING, now_s + seconds
-    look(cluster, number, now_s)
 
 
 def _charge_batch(cluster: Cluster, prices: Prices, number: int) -> float:

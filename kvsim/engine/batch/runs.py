@@ -13,7 +13,7 @@ from kvsim.engine.batch.memory import used
 from kvsim.engine.batch.preemption import below_max_num_seqs
 from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.batch.scheduling import next_ready_s
-from kvsim.engine.books.replica import charge_model, charge_plans, emit, gap, look, note, note_now
+from kvsim.engine.books.replica import charge_model, charge_plans, emit, gap, note, note_now
 from kvsim.engine.pipeline import charge_circulation, circulate, note_exits
 from kvsim.engine.requests.tenants import steps_until_overtaken, steps_within_quotas
 from kvsim.engine.speculation import charge_guesses, guess
@@ -56,7 +56,6 @@ def begin_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> No
     replica["phase"], replica["began_s"] = RUNNING, now_s
     replica["end_s"] = now_s + run_s(cluster.parts[number], replica)
     replica["wake_s"] = min(replica["end_s"], next_ready_s(cluster, replica, now_s))
-    look(cluster, number, now_s)
 
 
 def end_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None:

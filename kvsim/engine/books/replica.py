@@ -8,8 +8,10 @@ from kvsim.engine.state.cluster import (
     HBM,
     IDLE,
     INCOMING,
+    ITERATING,
     N_TIERS,
     PREFILLING,
+    RUNNING,
     SWAPPED,
     WAITING,
     WANT_LOOK,
@@ -120,9 +122,11 @@ def away(cluster: Cluster, index: int, now_s: float) -> None:
 def look(cluster: Cluster, number: int, now_s: float) -> None:
     """Show the iteration or run that a replica has begun if it lies in the window that is looked at.
 
-    Makes a detour then, so it comes last. (Whoever takes every step by himself sees them all.)
+    Makes a detour then, so it is the last that an event does. (The op fidelity sees all that it takes by itself.)
     """
     world, replica = cluster.world, cluster.replicas[number]
+    if replica["phase"] != ITERATING and replica["phase"] != RUNNING:
+        return
     end_s = max(replica["wake_s"], replica["end_s"])
     if now_s < world["window_to_s"] and end_s > world["window_from_s"] and not world["step_by_step"]:
         world["wanted"][0], world["wanted"][1], world["look_s"] = WANT_LOOK, number, now_s
