@@ -1,7 +1,7 @@
 """Which model families follow which policies: every decoder that Transformers builds, tiny and random, tried.
 
     python benchmarks/architectures.py [FAMILY ...]     tries all families, or these, and merges them into the results
-    python benchmarks/architectures.py --page           writes docs/architectures.md from the results
+    python benchmarks/architectures.py --page           writes docs/measured/architectures.md from the results
 
 Each executed policy is set so that it leaves nothing out; it is exact when greedy tokens equal those of stock
 `generate` and logits differ by no more than roundings, for one prompt and for three that are padded on the left.
@@ -29,7 +29,7 @@ from runtime.probe import SeenLayer, probe  # noqa: E402
 from runtime.rotary import UNROTATED  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "results" / "architectures.json"
-PAGE = ROOT / "docs" / "architectures.md"
+PAGE = ROOT / "docs" / "measured" / "architectures.md"
 
 
 ABOUT = """# Architectures
@@ -102,7 +102,7 @@ def _keys(seen: Sequence[SeenLayer]) -> str:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The text of docs/architectures.md."""
+    """The text of docs/measured/architectures.md."""
     families = results["families"]
     taken = {name: row for name, row in families.items() if len(row.get("exact", ())) > len(WHOLE)}
     whole = {name: row for name, row in families.items() if row.get("exact") == WHOLE}

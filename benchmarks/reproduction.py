@@ -1,6 +1,6 @@
 """Recompute published figures and write them beside what was published, whether they agree or not.
 
-`python benchmarks/reproduction.py` writes docs/reproduction.md and benchmarks/results/reproduction.json.
+`python benchmarks/reproduction.py` writes docs/measured/reproduction.md and benchmarks/results/reproduction.json.
 """
 
 import json
@@ -11,7 +11,7 @@ from published import four_costs, minference, mooncake, quest, retrieval_attenti
 from published.comparison import Comparison, Section
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "reproduction.md"
+DOCUMENT = ROOT / "docs" / "measured" / "reproduction.md"
 RESULTS = ROOT / "benchmarks" / "results" / "reproduction.json"
 
 INTRODUCTION = """\
