@@ -70,7 +70,7 @@ def _divide(cluster: Cluster, prices: Prices, number: int, now_s: float) -> None
 
 
 def _set_use(cluster: Cluster, number: int, now_s: float) -> bool:
-    """Set the share of time in which a replica uses each lane of the host; whether it has changed."""
+    """Set the share of time in which a replica uses each lane of the host, where it has changed; whether it has."""
     world, replica = cluster.world, cluster.replicas[number]
     phase, changed = replica["phase"], False
     end_s = replica["end_s"] if phase == RUNNING else replica["wake_s"]
@@ -92,9 +92,9 @@ def _set_use(cluster: Cluster, number: int, now_s: float) -> bool:
         if i == UP and replica["loader_free_s"] > now_s:
             use += min(1.0, (replica["loader_free_s"] - now_s) / max(end_s - now_s, 1e-300))
         use = min(1.0, use)
-        changed = changed or replica["use"][i] != use
-        replica["use"][i] = use
-    return bool(changed)
+        if abs(replica["use"][i] - use) > MOVED / 2 or (use == 0 and replica["use"][i] != 0):
+            replica["use"][i], changed = use, True
+    return changed
 
 
 def _moved(world: Record, replica: Record) -> bool:
@@ -131,28 +131,39 @@ def _expect(cluster: Cluster, number: int, sharing: Floats) -> None:
     """What a replica's ranks have of the host, which are on it at the same time, by the use of all others."""
     world, replica, chances = cluster.world, cluster.replicas[number], cluster.world["chances"]
     own, per_switch, first = int(world["gpus_on_host"]), int(world["gpus_per_switch"]), int(replica["first_neighbour"])
-    position = (number - first) * own
+    end, position = int(first + replica["n_neighbours"]), (number - first) * own
     share_evenly(sharing, own, min(own, per_switch), world["ddr_Bps"], world["switch_Bps"])
     for way in (UP, DOWN):
-        begin(chances)
-        for other in range(first, first + replica["n_neighbours"]):
-            if other != number:
-                use = cluster.replicas[other]["use"]
-                add(chances, own, min(1.0, use[UP] + use[DOWN]))
-        most_Bps = world["ddr_Bps"] * mean_share(chances, own)
+        most_Bps = _of_ddr(cluster, number)
         for switch in range(position // per_switch, (position + own - 1) // per_switch + 1):
-            begin(chances)
-            for other in range(first, first + replica["n_neighbours"]):
+            most = begin(chances)
+            for other in range(max(first, first + switch * per_switch // own), end):
                 if other != number:
                     there = _ranks_on(other - first, own, switch, per_switch)
-                    add(chances, there, cluster.replicas[other]["use"][way])
+                    if there == 0:
+                        break  # nor are those after it
+                    most = add(chances, most, there, cluster.replicas[other]["use"][way])
             mine = _ranks_on(number - first, own, switch, per_switch)
-            crowd(sharing, HOST_LANES[way], chances, mine, world["switch_Bps"], most_Bps)
-    begin(chances)
-    for other in range(first, first + replica["n_neighbours"]):
+            crowd(sharing, HOST_LANES[way], chances, most, mine, world["switch_Bps"], most_Bps)
+    most = begin(chances)
+    for other in range(first, end):
         if other != number:
-            add(chances, own, cluster.replicas[other]["use"][WORK])
-    sharing[SLOWDOWN, CPU] = 1 / mean_share(chances, own)
+            most = add(chances, most, own, cluster.replicas[other]["use"][WORK])
+    sharing[SLOWDOWN, CPU] = 1 / mean_share(chances, most, own)
+
+
+def _of_ddr(cluster: Cluster, number: int) -> float:
+    """The rate that the host's DDR leaves a replica's ranks, each way; any where it has enough for all links."""
+    world, replica, chances = cluster.world, cluster.replicas[number], cluster.world["chances"]
+    own, first, n = int(world["gpus_on_host"]), int(replica["first_neighbour"]), int(replica["n_neighbours"])
+    if world["ddr_Bps"] * min(world["pcie_up_s"], world["pcie_down_s"]) >= 2 * own * n:
+        return math.inf
+    most = begin(chances)
+    for other in range(first, first + n):
+        if other != number:
+            use = cluster.replicas[other]["use"]
+            most = add(chances, most, own, min(1.0, use[UP] + use[DOWN]))
+    return float(world["ddr_Bps"] * mean_share(chances, most, own))
 
 
 def _ranks_on(place: int, own: int, switch: int, per_switch: int) -> int:
