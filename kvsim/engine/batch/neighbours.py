@@ -85,8 +85,7 @@ def _set_use(cluster: Cluster, number: int, now_s: float) -> bool:
             if i != WORK:
                 bound_s = world["busy_s"][BY_PCIE] * (world["busy_s"][lane] / pcie_s) if pcie_s > 0 else 0.0
             replica["bound"][i] = bound_s / max(end_s - now_s, 1e-300)
-            busy = world["round_busy_s"] if world["stages"] > 1 else world["busy_s"]
-            use = busy[lane] / max(end_s - now_s, 1e-300)
+            use = world["busy_s"][lane] / max(end_s - now_s, 1e-300)
         elif phase == STALLED and i != WORK:
             use = 0.5
         if i == UP and replica["loader_free_s"] > now_s:
