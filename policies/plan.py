@@ -175,7 +175,8 @@ class Count:
     """A count that data decide: per sequence and, `heads` times, per KV head.
 
     Each head has between `minimum` and `maximum`. The default distribution is a Beta of mean `share` and standard
-    deviation `spread`, both as shares of `maximum`; `source` says where they come from. A recording replaces them.
+    deviation `spread`, both as shares of `maximum`; its mean is no less than `least_mean` rows, where there are as
+    many. `source` says where they come from. A recording replaces them.
     """
 
     name: str
@@ -185,10 +186,14 @@ class Count:
     spread: float
     source: str
     minimum: int = 0
+    least_mean: int = 0
 
     def expected(self, share: float | None = None) -> int:
-        """The sum over heads at the mean, each head rounded to whole rows."""
-        return self.heads * max(self.minimum, part_of(self.maximum, self.share if share is None else share))
+        """The sum over heads at the mean, or at another mean `share`, each head rounded to whole rows."""
+        if share is not None:
+            return self.heads * max(self.minimum, part_of(self.maximum, share))
+        mean = max(part_of(self.maximum, self.share), min(self.least_mean, self.maximum))
+        return self.heads * max(self.minimum, mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

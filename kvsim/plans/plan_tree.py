@@ -112,7 +112,8 @@ def _buffer_text(buffer: Buffer) -> str:
 
 def _count_text(count: Count) -> str:
     heads = "" if count.heads == 1 else f" for each of {count.heads} heads"
-    spread = f"{count.share:.0%} (standard deviation {count.spread:.1%}) of at most {count.maximum:,}{heads}"
+    share = count.expected() / (count.heads * count.maximum) if count.maximum else 0.0
+    spread = f"{share:.0%} (standard deviation {count.spread:.1%}) of at most {count.maximum:,}{heads}"
     return f"{count.name}: {count.expected():,} expected = {spread}; source: {count.source}"
 
 
