@@ -207,9 +207,9 @@ def _needle_tables(report: dict[str, Any]) -> str:
             held.setdefault(row["way"], row)
     lines = [INTRODUCTION.format(**report)]
     for mode in MODES:
-        title = "# The question seen" if mode == "seen" else "# The question not seen"
+        title = "The question seen" if mode == "seen" else "The question not seen"
         lines += [
-            f"\n## {title}\n\n",
+            f"\n### {title}\n\n",
             "| policy | " + " | ".join(TASKS) + " | examples | HBM kept | DDR kept | moved per token |\n",
             "|---|" + "---:|" * (len(TASKS) + 4) + "\n",
         ]

@@ -59,6 +59,36 @@ def test_what_is_not_there_is_seen(tmp_path: Path) -> None:
     assert missing(page, tmp_path) == ["kvsim/none.py", "loop.py", "other.md", "#three"]
 
 
+def reachable(start: Path) -> set[Path]:
+    """The pages that links lead to from one, over others, itself included."""
+    found, todo = {start}, [start]
+    while todo:
+        page = todo.pop()
+        for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+            at = (page.parent / link.partition("#")[0]).resolve()
+            if at.suffix == ".md" and at.is_file() and at not in found:
+                found.add(at)
+                todo.append(at)
+    return found
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    pages = {page for page in PAGES if ROOT / "docs" in page.parents}
+    assert len(pages) > 20
+    assert sorted(page.name for page in pages - reachable(ROOT / "docs" / "index.md")) == []
+
+
+def test_a_page_without_a_way_to_it_is_seen(tmp_path: Path) -> None:
+    for name, text in (
+        ("index", "[a](a.md#x), [b](https://b.md)"),
+        ("a", "[c](c.md), [a](a.md)"),
+        ("b", ""),
+        ("c", ""),
+    ):
+        (tmp_path / f"{name}.md").write_text(text)
+    assert sorted(page.stem for page in reachable(tmp_path / "index.md")) == ["a", "c", "index"]
+
+
 def long_lines(page: Path) -> list[str]:
     """Lines of prose above 120 characters: tables and code are as wide as they are."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
