@@ -52,9 +52,9 @@ class Cache:
         """The ids of the blocks in a tier."""
         if self.arrays.caches["tiers"][0, 0, place] == NOBODY:
             return set()
-        tier = self.tier(place)
-        entries = self.arrays.heap[tier["first"] : tier["first"] + tier["entries"]]
-        return set(self.ids[self.arrays.entries[entries]["key"]].tolist())
+        table, keys = self.arrays.table, self.arrays.shelf["keys"]
+        memories, found = np.divmod(table[table[:, 0] > 0, 0] - 1, keys)
+        return set(self.ids[found[memories == self.tier(place)["memory"]]].tolist())
 
     def put(self, place, index):
         """Keep a prompt's state in one tier; how many blocks were added, and the ids of those evicted, in order."""

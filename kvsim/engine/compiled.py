@@ -30,6 +30,7 @@ _KERNELS = (
     "batch.settling",
     "books.causes",
     "books.replica",
+    "caches.ages",
     "caches.eviction",
     "caches.held",
     "caches.index",

@@ -83,7 +83,7 @@ class Setup:
         "lru",
         kinds.choice(choices.EVICTIONS, "NAME"),
         CACHE,
-        "lru, lfu, fifo, scheduler-aware, belady (knows the future).",
+        choices.EVICTION_HELP,
     )
     prefix_cache_write: str = option(
         "through", kinds.choice(choices.WRITES), CACHE, "To every tier, or to the next one when evicted."
@@ -180,9 +180,10 @@ class Setup:
             given = name.startswith("prefix_cache_") and getattr(self, name) != one.default
             if given and not any(self.prefix_cache_bytes.values()):
                 raise ValueError(f"{name} needs a prefix cache: give prefix_cache_hbm, _ddr, _nvme or _remote a size")
-        if self.prefix_cache_eviction == "belady" and self.sessions == "closed":
+        order = self.prefix_cache_eviction
+        if choices.EVICTION_ORDERS[order].level == "next-use" and self.sessions == "closed":
             raise ValueError(
-                "prefix_cache_eviction=belady knows what comes next, which with sessions=closed depends on it; use "
+                f"prefix_cache_eviction={order} knows what comes next, which with sessions=closed depends on it; use "
                 "sessions=open or another order"
             )
         if nvme_bytes > host.nvme_bytes:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import traces
-from kvsim.engine.testing import HBM
+from kvsim.engine.testing import HBM, prefix_cache
 from kvsim.scenario.choices import EVICTIONS
 from traces.stats import infinite_cache_hit_ratio
 
@@ -82,6 +82,62 @@ def test_no_block_outlives_what_it_continues(paths, room, eviction):
             assert held == sorted(held, reverse=True)
         if room:
             assert served.tier(HBM)["used_bytes"] == BLOCK * len(kept) <= room * BLOCK
+
+
+class ByAge:
+    """One tier by the definitions alone: when each block was touched last, and the longest ago goes first."""
+
+    def __init__(self, room, renewed_by_use):
+        self.room, self.renewed_by_use, self.touched, self.now = room, renewed_by_use, {}, 0
+
+    def touch(self, chain):
+        for block in reversed(chain):
+            if block in self.touched:
+                self.now += 1
+                self.touched[block] = self.now
+
+    def serve(self, chain):
+        """What is evicted, in order, when a prompt has used what is there and left all its blocks that fit."""
+        hits = next((i for i, block in enumerate(chain) if block not in self.touched), len(chain))
+        if self.renewed_by_use:
+            self.touch(chain[:hits])
+        chain, gone = chain[: self.room], []
+        added = [block for block in chain if block not in self.touched]
+        if added or self.renewed_by_use:
+            self.touch(chain)
+        for block in reversed(added):
+            if len(self.touched) == self.room:
+                gone.append(min(self.touched, key=self.touched.get))
+                del self.touched[gone[-1]]
+            self.touched[block] = 0
+            self.touch([block])
+        if added:
+            self.touch(chain)
+        return gone
+
+
+@pytest.mark.parametrize(("eviction", "renewed_by_use"), [("lru", True), ("fifo", False)])
+@given(paths=PATHS, room=st.integers(1, 12))
+def test_the_oldest_go_first_and_in_that_order(eviction, renewed_by_use, paths, room):
+    chains, oracle = paths_of(paths), ByAge(room, renewed_by_use)
+    served = Served(prompts_of(chains, BLOCK), eviction, room)
+    for index, chain in enumerate(chains):
+        served.accept(index, served.match(index))
+        _, evicted = served.put(HBM, index)
+        assert evicted == oracle.serve(chain)
+        assert served.held(HBM) == set(oracle.touched)
+
+
+@given(paths=PATHS, room=st.integers(1, 12))
+def test_the_heap_evicts_as_the_list_does_where_levels_are_equal(paths, room):
+    """LFU that hears of no request counts none: its ranks are ages alone, which is LRU."""
+    requests = prompts(paths)
+    by_age, by_rank = Served(requests, "lru", room), Served(requests, "lfu", room)
+    for index in range(len(requests)):
+        assert by_age.match(index) == by_rank.match(index)
+        for each in (by_age, by_rank):
+            prefix_cache.accept(each.arrays, 0, index, each.match(index), 0.0)
+        assert by_age.put(HBM, index) == by_rank.put(HBM, index)
 
 
 @given(paths=PATHS, room=st.integers(1, 8), ahead=st.integers(0, 5))

@@ -1,31 +1,27 @@
-"""Which entry of a cache tier goes first when it is full: LRU, LFU, FIFO, Belady's bound, and by the queue.
+"""Which entry of a cache tier goes first when it is full: the lowest level, and within a level the oldest.
 
-Keys of a prompt come as a chain, head first, and none may go before those that continue it: every order ranks an entry
-at least as high as its continuation, and orders equals from tail to head. An entry has the rank of when it was touched
-last, a level and a stamp within the level:
+Keys of a prompt come as a chain, head first, and none may go before those that continue it: every level of a key is at
+least that of its continuation, and a chain is touched from tail to head. What an order knows beside age, its level
+(`EVICTION_ORDERS` names the orders), is as of when the entry was touched last:
 
-- LRU: levels are equal, and the stamp is the time of use.
-- FIFO: the same, but use is no touch; an entry is as old as the youngest that continues it.
-- LFU: the level is how many requests have asked for the key, also before it came (so a head is counted at least as
-  often as what continues it).
-- Belady (1966): the one used again last of all goes first, where requests are served in order of arrival; a bound,
-  since it knows the future. What would go at once stays out.
-- Scheduler-aware (CachedAttention, arXiv:2403.19708, 3.3): the level is how many requests of the look-ahead window
-  need the key (`prefix_window`); nothing else displaces what it needs.
+- none: levels are equal. LRU; and FIFO, where use is no touch: an entry is as old as the youngest that continues it.
+- requests, LFU: how many requests have asked for the key, also before it came (so a head is counted at least as often
+  as what continues it).
+- next use, Belady (1966): the one used again last of all goes first, where requests are served in order of arrival; a
+  bound, since it knows the future. What would go at once stays out.
+- queue, CachedAttention (arXiv:2403.19708, 3.3): how many requests of the look-ahead window need the key
+  (`window.py`); nothing else displaces what it needs.
 
-Where levels are equal, stamps alone tell the age (`CLOSED_ORDERS`), and ids are of prefixes, a tier that has a key has
-all that come before it: each was touched after it, and while a chain comes in, whatever is not of it is older.
-
-A heap finds the lowest rank. A rank that has risen is put right when its entry comes to the top, so a touch costs no
-more than writing it down.
+Where levels are equal, and ids are of prefixes, a tier that has a key has all that come before it: each was touched
+after it, and while a chain comes in, whatever is not of it is older. A list by age (`ages.py`) then has the order; else
+a heap finds the lowest rank, of level and stamp. A rank that has risen is put right when its entry comes to the top, so
+a touch costs no more than writing it down.
 """
 
+from kvsim.engine.caches.ages import join, oldest, part
 from kvsim.engine.caches.index import get, put, remove
-from kvsim.engine.caches.state import AWARE, BELADY, FIFO, LFU, LRU, Prefixes
+from kvsim.engine.caches.state import NEXT_USE, NONE, QUEUE, REQUESTS, Prefixes
 from kvsim.engine.state.cluster import NOBODY, Ints, Record
-from kvsim.scenario.choices import EVICTIONS
-
-CLOSED_ORDERS = (EVICTIONS[LRU], EVICTIONS[FIFO])
 
 
 def entry_of(prefixes: Prefixes, tier: Record, key: int) -> int:
@@ -40,19 +36,31 @@ def needed_by(prefixes: Prefixes, tier: Record, key: int) -> int:
 
 def learn(prefixes: Prefixes, chain: Record) -> None:
     """A request begins: what orders know of its keys beside their use."""
-    order = prefixes.shelf["order"]
-    if order == LFU:
+    level = prefixes.shelf["level"]
+    if level == REQUESTS:
         for i in range(chain["first"], chain["first"] + chain["length"]):
             prefixes.known[prefixes.keys[i]] += 1
-    elif order == BELADY:  # where it has overtaken another one, the latest look ahead holds
+    elif level == NEXT_USE:  # where it has overtaken another one, the latest look ahead holds
         for i in range(chain["first"], chain["first"] + chain["length"]):
             key = prefixes.keys[i]
             prefixes.known[key] = max(prefixes.known[key], prefixes.after[i])
 
 
+def level_of(prefixes: Prefixes, tier: Record, key: int) -> int:
+    """What an order knows of a key now: where it is lower, the entry goes sooner."""
+    level = prefixes.shelf["level"]
+    if level == REQUESTS:
+        return int(prefixes.known[key])
+    if level == NEXT_USE:
+        return int(-prefixes.known[key])
+    if level == QUEUE:
+        return needed_by(prefixes, tier, key)
+    return 0
+
+
 def use(prefixes: Prefixes, tier: Record, keys: Ints, first: int, length: int) -> None:
     """A request used these keys of a chain, those that are here."""
-    if prefixes.shelf["order"] != FIFO:
+    if prefixes.shelf["renewed_by_use"]:
         for i in range(first + length - 1, first - 1, -1):
             renew(prefixes, tier, keys[i])
 
@@ -60,27 +68,25 @@ def use(prefixes: Prefixes, tier: Record, keys: Ints, first: int, length: int) -
 def renew(prefixes: Prefixes, tier: Record, key: int) -> None:
     """Rank a key, if it is here, above what continues it: it is used, or something has been added to its chain."""
     index = entry_of(prefixes, tier, key)
-    if index != NOBODY:
+    if index == NOBODY:
+        return
+    if prefixes.shelf["level"] == NONE:
+        part(prefixes, index)
+        join(prefixes, tier, index)
+    else:
         _rank(prefixes, tier, index)
 
 
 def _rank(prefixes: Prefixes, tier: Record, index: int) -> None:
-    entry, order = prefixes.entries[index], prefixes.shelf["order"]
-    level = 0
-    if order == LFU:
-        level = prefixes.known[entry["key"]]
-    elif order == BELADY:
-        level = -prefixes.known[entry["key"]]
-    elif order == AWARE:
-        level = needed_by(prefixes, tier, entry["key"])
-    entry["level"] = level
-    if order == BELADY:
+    entry = prefixes.entries[index]
+    entry["level"] = level_of(prefixes, tier, entry["key"])
+    if prefixes.shelf["level"] == NEXT_USE:
         entry["stamp"] = entry["key"]
     else:
         prefixes.shelf["stamp"] += 1
         entry["stamp"] = prefixes.shelf["stamp"]
-    if level < entry["heap_level"]:
-        entry["heap_level"], entry["heap_stamp"] = level, entry["stamp"]
+    if entry["level"] < entry["heap_level"]:
+        entry["heap_level"], entry["heap_stamp"] = entry["level"], entry["stamp"]
         _rise(prefixes, tier, index)
 
 
@@ -90,36 +96,60 @@ def add(prefixes: Prefixes, tier: Record, key: int, nbytes: int) -> None:
     tier["entries"] += 1
     index = prefixes.heap[tier["first"] + place]
     entry = prefixes.entries[index]
-    entry["key"], entry["nbytes"], entry["place"], entry["heap_level"] = key, nbytes, place, 1 << 62
+    entry["key"], entry["nbytes"] = key, nbytes
     put(prefixes.table, tier["memory"] * prefixes.shelf["keys"] + key, index)
-    _rank(prefixes, tier, index)
+    if prefixes.shelf["level"] == NONE:
+        join(prefixes, tier, index)
+    else:
+        entry["place"], entry["heap_level"] = place, 1 << 62
+        _rank(prefixes, tier, index)
 
 
 def evict(prefixes: Prefixes, tier: Record, newcomer: int) -> int:
     """Take out the entry that goes first, which is returned; nobody when all are worth more than the newcomer."""
     if tier["entries"] == 0:
         return NOBODY
-    order, entries, heap, first = prefixes.shelf["order"], prefixes.entries, prefixes.heap, tier["first"]
+    if prefixes.shelf["level"] == NONE:
+        index = oldest(prefixes, tier)
+        part(prefixes, index)
+        tier["entries"] -= 1
+    else:
+        index = _lowest(prefixes, tier)
+        if _is_worth_more(prefixes, tier, prefixes.entries[index]["level"], newcomer):
+            return NOBODY
+        _take_top(prefixes, tier)
+    prefixes.heap[tier["first"] + tier["entries"]] = index
+    remove(prefixes.table, tier["memory"] * prefixes.shelf["keys"] + prefixes.entries[index]["key"])
+    return index
+
+
+def _is_worth_more(prefixes: Prefixes, tier: Record, level: int, newcomer: int) -> bool:
+    """Whether the entry that goes first, of this level, is to stay and the newcomer out."""
+    if prefixes.shelf["level"] == NEXT_USE:
+        return bool(prefixes.known[newcomer] >= -level)
+    return bool(prefixes.shelf["level"] == QUEUE and level and not needed_by(prefixes, tier, newcomer))
+
+
+def _lowest(prefixes: Prefixes, tier: Record) -> int:
+    """The entry of the lowest rank, at the top of the heap, once that is put right there."""
     while True:
-        index = heap[first]
-        entry = entries[index]
+        index = prefixes.heap[tier["first"]]
+        entry = prefixes.entries[index]
         if entry["heap_level"] == entry["level"] and entry["heap_stamp"] == entry["stamp"]:
-            break
+            return int(index)
         entry["heap_level"], entry["heap_stamp"] = entry["level"], entry["stamp"]
         _fall(prefixes, tier, index)
-    if order == BELADY and prefixes.known[newcomer] >= -entry["level"]:
-        return NOBODY
-    if order == AWARE and entry["level"] and not needed_by(prefixes, tier, newcomer):
-        return NOBODY
+
+
+def _take_top(prefixes: Prefixes, tier: Record) -> None:
+    """Take the heap's top away; the last entry takes its place, and falls."""
     tier["entries"] -= 1
+    heap, first = prefixes.heap, tier["first"]
     last = heap[first + tier["entries"]]
-    heap[first + tier["entries"]] = index
-    if last != index:
+    if tier["entries"]:
         heap[first] = last
-        entries[last]["place"] = 0
+        prefixes.entries[last]["place"] = 0
         _fall(prefixes, tier, last)
-    remove(prefixes.table, tier["memory"] * prefixes.shelf["keys"] + entry["key"])
-    return int(index)
 
 
 def _before(one: Record, other: Record) -> bool:

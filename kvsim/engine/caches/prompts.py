@@ -9,7 +9,7 @@ from kvsim.engine.caches.eviction import learn
 from kvsim.engine.caches.held import note_held
 from kvsim.engine.caches.prefix_cache import accept, fetch, match, store
 from kvsim.engine.caches.reuse import shorten
-from kvsim.engine.caches.state import AWARE, PLACES, SLOW, Prefixes
+from kvsim.engine.caches.state import PLACES, QUEUE, SLOW, Prefixes
 from kvsim.engine.caches.window import leave, wait
 from kvsim.engine.features import needs
 from kvsim.engine.inbound import delay
@@ -20,7 +20,7 @@ from kvsim.engine.state.cluster import DDR, HBM, NOBODY, Cluster, Prices, Record
 def arrived(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A request joins a replica's queue."""
     prefixes, chain = cluster.prefixes, cluster.prefixes.chains[index]
-    if prefixes.shelf["order"] == AWARE:
+    if prefixes.shelf["level"] == QUEUE:
         wait(prefixes, number, index)
     if prefixes.shelf["prefetch"]:
         tier = prefixes.tiers[prefixes.caches[number, chain["part"]]["tiers"][DDR]]
@@ -48,7 +48,7 @@ def admitted(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A request begins with what it has hit: that is used, and its slow blocks come up to DDR."""
     prefixes = cluster.prefixes
     chain, hit = prefixes.chains[index], prefixes.hits[index]
-    if prefixes.shelf["order"] == AWARE:
+    if prefixes.shelf["level"] == QUEUE:
         leave(prefixes, number, index)
     learn(prefixes, chain)
     own, others = _changes(prefixes, number, chain["part"], HBM), _changes(prefixes, number, chain["part"], DDR)
@@ -63,7 +63,7 @@ def admitted(cluster: Cluster, number: int, index: int, now_s: float) -> None:
 @needs("caches")
 def refused(cluster: Cluster, number: int, index: int, now_s: float) -> None:
     """A request leaves the queue and never begins."""
-    if cluster.prefixes.shelf["order"] == AWARE:
+    if cluster.prefixes.shelf["level"] == QUEUE:
         leave(cluster.prefixes, number, index)
     _free_ahead(cluster, number, cluster.prefixes.chains[index], now_s)
 

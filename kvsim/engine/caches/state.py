@@ -5,13 +5,14 @@ from typing import NamedTuple
 import numpy as np
 
 from kvsim.iteration.arrays import Floats, Ints, Record, Records
-from kvsim.scenario.choices import EVICTIONS
+from kvsim.scenario.choices import LEVELS
 
 TIER_NAMES = ("hbm", "ddr", "nvme", "remote")
 PLACES = len(TIER_NAMES)
 NVME, REMOTE = 2, 3
 SLOW = 2  # the first place below DDR
-LRU, LFU, FIFO, BELADY, AWARE = range(len(EVICTIONS))
+NONE, REQUESTS, NEXT_USE, QUEUE = range(len(LEVELS))  # what an eviction order ranks by before age
+OLDER, NEWER = range(2)
 UNSEEN, BEYOND, WITHIN, GONE = range(4)  # where a request stands towards a look-ahead window
 KNOWN, PRESENT, MISSING, ADDED = range(4)
 
@@ -42,6 +43,7 @@ TIER = np.dtype(  # of one part of a quota
             "changes",
             "memory",  # its number among the memories of the cluster, those of other parts aside
             "first",  # of its entries and of its heap
+            "ring",  # where its entries' ages begin and end
             "entries",
             "capacity_blocks",
             "needed",  # keys that the look-ahead window needs, and the waiting requests beyond it
@@ -103,7 +105,8 @@ SHELF = np.dtype(
         (name, np.int64)
         for name in (
             "parts",
-            "order",
+            "level",  # what the eviction order knows beside age, and whether use makes young
+            "renewed_by_use",
             "back",
             "cheaper",
             "prefetch",
@@ -133,8 +136,9 @@ class Prefixes(NamedTuple):
     caches: Records  # (replicas, parts)
     tiers: Records
     held: Records  # of each memory
-    entries: Records  # of all tiers; those that are in use are the first ones of `heap`
+    entries: Records  # of all tiers; those that are free are the last ones of `heap`
     heap: Ints
+    ages: Ints  # (entries and tiers, 2): a ring of each tier: the next older and newer entry, and itself in between
     table: Ints  # (places, 2): where a memory has a key (`prefix_index`)
     needs: Ints  # (places, 2): by how many requests of a look-ahead window a key is needed
     keys: Ints  # of all prompts

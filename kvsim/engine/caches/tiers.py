@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvsim.engine.caches.eviction import CLOSED_ORDERS
 from kvsim.engine.caches.foresight import Chains, next_uses
 from kvsim.engine.caches.state import (
     CACHE,
@@ -15,7 +14,10 @@ from kvsim.engine.caches.state import (
     HELD,
     HIT,
     LINK,
+    NEXT_USE,
+    NONE,
     PLACES,
+    QUEUE,
     SHELF,
     SLOW,
     TIER,
@@ -27,7 +29,7 @@ from kvsim.hardware.catalogue import Host
 from kvsim.hardware.machine import DOWN, UP
 from kvsim.iteration.arrays import Ints, Records
 from kvsim.plans.derive import TIERS
-from kvsim.scenario.choices import EVICTIONS
+from kvsim.scenario.choices import EVICTION_ORDERS, LEVELS
 from kvsim.scenario.quotas import divided
 from kvsim.scenario.setup import Setup
 from kvsim.text.units import format_bytes
@@ -167,7 +169,9 @@ def cache_arrays(
     `parts` says which part of the tiers each request's prompt may use. What a block has in HBM is all of it.
     """
     shelf = np.zeros(1, dtype=SHELF)[0]
-    shelf["parts"], shelf["order"], shelf["back"] = caches.shape[1], EVICTIONS.index(order), back
+    level = LEVELS.index(EVICTION_ORDERS[order].level)
+    shelf["parts"], shelf["back"] = caches.shape[1], back
+    shelf["level"], shelf["renewed_by_use"] = level, EVICTION_ORDERS[order].renewed_by_use
     shelf["replicas_per_host"], shelf["ranks"], shelf["keys"] = replicas_per_host, 1, chains.keys
     shelf["block_tokens"], shelf["block_bytes"], shelf["block_hbm_bytes"] = block_tokens, block_bytes, block_bytes
     for name in ("first_beyond", "last_beyond", "first_ahead", "last_ahead"):
@@ -176,6 +180,7 @@ def cache_arrays(
     rooms = np.minimum(tiers["capacity_blocks"], chains.keys)
     tiers["first"] = np.cumsum(rooms) - rooms
     room, n = int(rooms.sum()), len(parts)
+    tiers["ring"] = room + np.arange(len(tiers))
     requests = np.zeros(n, dtype=CHAIN)
     hits = np.zeros(n + 1, dtype=HIT)
     hits["version"] = NOBODY
@@ -184,12 +189,12 @@ def cache_arrays(
         requests["first"], requests["length"] = chains.offsets[:-1], chains.lengths
         requests["blocks"], requests["blocks_per_key"] = chains.blocks, chains.blocks_per_key
         requests["part"], requests["next_ahead"] = parts, NOBODY
-    if order == "belady":
+    if level == NEXT_USE:
         known, after = next_uses(chains)
     longest = int(chains.lengths.max(initial=0))
     slow = (caches["tiers"][..., SLOW:] != NOBODY).any()
     # Tails sink before their heads, and what is fetched from a slow tier leaves out what HBM has: gaps in a tier.
-    within = order in CLOSED_ORDERS and not back and not slow
+    within = level == NONE and not back and not slow
     shelf["closed"] = within and n > 0 and chains.are_prefixes(parts)
     return Prefixes(
         shelf=shelf,
@@ -198,8 +203,9 @@ def cache_arrays(
         held=np.zeros(1 + int(tiers["memory"].max(initial=-1)), dtype=HELD),
         entries=np.zeros(room, dtype=ENTRY),
         heap=np.arange(room),
+        ages=np.repeat(np.arange(room + len(tiers)), 2).reshape(-1, 2),
         table=_table(room),
-        needs=_table(room if order == "scheduler-aware" else 0),
+        needs=_table(room if level == QUEUE else 0),
         keys=chains.flat,
         chains=requests,
         hits=hits,
