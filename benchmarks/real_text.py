@@ -4,7 +4,8 @@
     python benchmarks/real_text.py out/real [--device cuda] [--contexts 2048 4096 6144 8128] [--ways NAME ...]
 
 Each figure is a mean over places in prose, technical text and code, 64 tokens predicted at each. Budgets are shares of
-the context. Rows are merged into the file as they are measured; `benchmarks/quality.py --page` writes them down.
+the context. Rows are merged into the file as they are measured, each with the machine, date and commit that it is of;
+`benchmarks/quality.py --page` writes them down.
 """
 
 import argparse
@@ -142,27 +143,29 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = load_tokenizer(arguments.folder / "model")
     model = load_model(arguments.folder / "model", arguments.device, "fp32")
-    report = {
-        "schema_version": 1,
+    measured = {
+        "schema_version": 2,
         "model": "SmolLM2-135M-Instruct",
         "texts": {n: hashlib.sha256((arguments.folder / f"{n}.txt").read_bytes()).hexdigest() for n in TEXTS},
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {platform.machine()}",
-        "date": time.strftime("%Y-%m-%d"),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": arguments.commit or _git(),
-        "command": "python benchmarks/real_text.py " + " ".join(sys.argv[1:]),
         "new_tokens": NEW,
         "places": PLACES,
     }
-    rows = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    run = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": arguments.commit or _git(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    report = {**_before(arguments.out, measured), **measured}
+    rows = report.pop("rows", [])
     for context in arguments.contexts:
         asked = side_by_side(tokenizer, arguments.folder, context)
         full = full_logits(model, asked)
         ways = [way for way in WAYS if any(way.startswith(name) for name in arguments.ways)]
         with graphs_built_once():
-            for row in ({**row_of(way, context, model, asked, full), "commit": report["commit"]} for way in ways):
+            for row in ({**row_of(way, context, model, asked, full), **run} for way in ways):
                 rows = [old for old in rows if _cell(old) != _cell(row)] + [row]
                 rows.sort(key=lambda r: (list(WAYS).index(r["way"]), r["context_tokens"]))
                 arguments.out.write_text(json.dumps({**report, "rows": rows}, indent=1) + "\n")
@@ -170,6 +173,14 @@ def main() -> None:
                 shown = " ".join(f"{text} {value:.4f}" for text, value in kl.items())
                 sys.stdout.write(f"{row['way']:44s} {context:5d} KL {shown} {row['seconds']:6.1f} s\n")
                 sys.stdout.flush()
+
+
+def _before(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
+    """What was measured already: of the same model and texts, or nothing can be added to it."""
+    old: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if other := [name for name, value in measured.items() if old and old[name] != value]:
+        raise SystemExit(f"{path} holds rows of another {' and '.join(other)}; give another --out")
+    return old
 
 
 def _cell(row: dict[str, Any]) -> tuple[str, int]:
