@@ -76,13 +76,14 @@ def load_model(folder: Path, device: str | None = None, dtype: str | None = None
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder; ValueError when there is none."""
+    """The tokenizer of a folder; ValueError when there is none, or none that can be read."""
+    packed = _packed(Path(folder))
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **_packed(Path(folder))
-        )
-    except OSError as error:
-        raise ValueError(f"{folder}: no tokenizer to load ({' '.join(str(error).split())})") from error
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **packed)
+    except Exception as error:  # tokenizers raises no narrower one for a file that it cannot parse
+        raise ValueError(
+            f"{folder}: no tokenizer to load ({' '.join(str(error).split())}); put the model's tokenizer.json there"
+        ) from error
 
 
 def _packed(folder: Path) -> dict[str, str]:

@@ -151,3 +151,19 @@ def test_logits_that_are_no_numbers_are_refused(folder: Path, text: Path, capsys
     given = ["quality", "--model", str(where), "--text", str(text), "--policy", "full", "--context", "60", "--new", "5"]
     assert main([*given, "--places", "2", "--device", "cpu"]) == 2
     assert "the model's logits under full attention are not all numbers" in capsys.readouterr().err
+
+
+def test_a_model_without_its_tokenizer_is_refused(
+    folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["quality", "--text", str(text), "--policy", "full", "--context", "60", "--new", "5", "--device", "cpu"]
+    for file in folder.iterdir():
+        if "token" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert main([*given, "--model", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path}: no tokenizer to load (")
+    assert "Traceback" not in err
+    (tmp_path / "tokenizer.json").write_text("{")  # there is one, but cut off
+    assert main([*given, "--model", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no tokenizer to load (")
