@@ -24,6 +24,10 @@ COMMANDS = {  # where each stands, and what it does
         "kvsim.cli.simulate:replay",
         "Replay a trace under several policies, and set their results side by side.",
     ),
+    "sweep": (
+        "kvsim.cli.sweep:sweep",
+        "Replay a trace at many points: every combination of options, or random ones; goes on where it was killed.",
+    ),
     "generate": (
         "kvsim.cli.generate:generate",
         "Continue a text greedily under a policy; then print its latency, its memory, and the bytes that it moved.",

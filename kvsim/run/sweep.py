@@ -18,9 +18,10 @@ _MOST_JOBS = 256
 
 
 class Failure(NamedTuple):
-    """Why a job has no result, with its name."""
+    """Why a job has no result, with its name; `was_killed` where its process was, twice, and another try may do."""
 
     reason: str
+    was_killed: bool = False
 
 
 def sweep(
@@ -30,10 +31,11 @@ def sweep(
 
     `keep` is a function of a module, such as `summarize`: whole results are large. Jobs are taken as they are needed,
     so they may be made one by one, and each pair may be put away when it comes; whoever goes on later leaves out the
-    jobs that have one. A job that cannot run, or whose process is killed, costs itself alone. Closing the iterator, and
-    an exception, end the processes: by default as many as there are processors.
+    jobs that have one. A job that cannot run, or whose process is killed (it is tried once more), costs itself alone.
+    Closing the iterator, and an exception, end the processes: by default as many as there are processors.
     """
     waiting, suspects, batch_jobs = enumerate(jobs), deque[tuple[int, Job]](), 1
+    killed: set[int] = set()  # jobs whose process was, while they were alone in it
     tasks: dict[Future[tuple[float, list[T | Failure]]], list[tuple[int, Job]]] = {}
     with executor or Processes(os.cpu_count() or 1, _begin) as workers:
         while True:
@@ -49,10 +51,12 @@ def sweep(
                 try:
                     took_s, found = answer(task, batch[0][1].name)
                 except OSError as error:
-                    if len(batch) > 1:  # one of them took its process with it: each alone from here on
+                    if len(batch) > 1 or batch[0][0] not in killed:
+                        # One of them took its process with it, or somebody else did: each alone from here on.
+                        killed |= {batch[0][0]} if len(batch) == 1 else set()
                         suspects.extend(batch)
                         continue
-                    took_s, found = _BATCH_S, [Failure(str(error))]
+                    took_s, found = _BATCH_S, [Failure(str(error), was_killed=True)]
                 batch_jobs = max(1, min(int(_BATCH_S * len(batch) / max(took_s, 1e-9)), 2 * len(batch), _MOST_JOBS))
                 yield from zip((index for index, _ in batch), found, strict=True)
 

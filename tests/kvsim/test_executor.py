@@ -137,7 +137,8 @@ def test_of_a_batch_whose_process_dies_all_but_the_culprit_are_answered() -> Non
     policies = ["full"] * 9 + ["quest"] + ["full"] * 10
     jobs = [Job(SHORT[0], setup(policy), seed) for seed, policy in enumerate(policies)]
     found = dict(sweep(jobs, tokens_unless_quest, Processes(1, know)))
-    assert found.pop(9) == Failure("policy quest, seed 9: its process was killed; is there enough memory?")
+    reason = "policy quest, seed 9: its process was killed; is there enough memory?"
+    assert found.pop(9) == Failure(reason, was_killed=True)
     assert found == dict.fromkeys([*range(9), *range(10, 20)], int(SHORT[0].output_tokens.sum()))
 
 

@@ -1,0 +1,44 @@
+"""The files of a sweep: a table in Parquet with a row for each point, and the same as JSON with what was asked for."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvsim.results.row import Value
+
+NAMES = ("sweep.parquet", "sweep.json")
+
+
+def earlier(out: Path) -> list[str]:
+    """The files of a sweep that a folder holds; none where its `sweep.json` is none of ours."""
+    try:
+        held = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+        ours = bool(held["schema_version"]) and isinstance(held["points"], list)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in NAMES if ours and (out / name).is_file()]
+
+
+def write_swept(document: Mapping[str, Any], rows: Sequence[Mapping[str, Value]], folder: Path) -> None:
+    """Write both into an empty folder. `document` is JSON's; its `points` are what the rows are made of."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    parquet.write_table(table, folder / "sweep.parquet")
+    text = json.dumps(document, indent=2, allow_nan=False)
+    (folder / "sweep.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _column(values: Sequence[Value]) -> Any:
+    """As numbers where all are, else as text; missing ones are null."""
+    import pyarrow as pa
+
+    there = [value for value in values if value is not None]
+    if all(isinstance(value, int) for value in there) and there:
+        return pa.array(values, pa.bool_() if all(isinstance(value, bool) for value in there) else pa.int64())
+    if all(isinstance(value, int | float) for value in there):
+        return pa.array(values, pa.float64())
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
