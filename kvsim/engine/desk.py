@@ -35,11 +35,11 @@ from kvsim.engine.state.cluster import (
 )
 from kvsim.engine.state.initial import initial_cluster, set_turns
 from kvsim.engine.state.records import NOTE
-from kvsim.engine.state.tables import own_arrays, plan_arrays
+from kvsim.engine.state.tables import PlanArrays, own_arrays
 from kvsim.iteration.busy import BUSY
 from kvsim.iteration.clock import Clock, Load
 from kvsim.iteration.timeline import Span, Timeline
-from kvsim.plans.derive import PlanTable, Structure
+from kvsim.plans.derive import Piece, PlanTable, Structure
 from kvsim.scenario.setup import Setup
 from traces import Trace
 
@@ -54,7 +54,7 @@ class Engine:
         self._derived: tuple[int, ...] = ()  # what plan was asked for last
         self._structures: list[Structure] = []
         self._structure_index: dict[int, int] = {}
-        self._pieces = [*table.pieces]
+        self._plan_arrays = PlanArrays()
         self._combinations: list[tuple[int, ...]] = []
         self._written: list[list[Records]] = [[], [], []]  # notes, gaps and aways that were full
         self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
@@ -63,7 +63,7 @@ class Engine:
         self._own, self._own_s = own_arrays(clock, setup.most_tokens, setup.pp)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
         self._wanted = self.cluster.world["wanted"]
-        self._lay_out_plans()
+        self._lay_out_plans(table.pieces)
         self._lay_out_prices()
         set_turns(self.cluster, trace, setup)
         for number in range(setup.replicas):
@@ -220,8 +220,7 @@ class Engine:
                     "64 bits; use shorter contexts or shares with fewer digits"
                 )
             self._derived = wanted_plan
-            self._pieces.append(self.table.derive(tuple(inputs[: INPUTS[kind]])))
-            self._lay_out_plans()
+            self._lay_out_plans([self.table.derive(tuple(inputs[: INPUTS[kind]]))])
         elif wanted == WANT_PROGRAM:
             first = first_load(cluster)
             self._combinations.append(tuple(cluster.rows[first : first + arguments[0], 0].tolist()))
@@ -263,13 +262,13 @@ class Engine:
 
     # -- arrays --------------------------------------------------------------------------------------------------
 
-    def _lay_out_plans(self) -> None:
-        for piece in self._pieces:
+    def _lay_out_plans(self, new: list[Piece]) -> None:
+        for piece in new:
             if id(piece.structure) not in self._structure_index:
                 self._structure_index[id(piece.structure)] = len(self._structures)
                 self._structures.append(piece.structure)
-        plans = plan_arrays(self._pieces, self._structure_index, self.cluster.world)
-        self.cluster = self.cluster._replace(plans=plans)
+            self._plan_arrays.add(piece, self._structure_index[id(piece.structure)])
+        self.cluster = self.cluster._replace(plans=self._plan_arrays.plans(self.cluster.world))
         if self.cluster.sums.shape[1] < len(self._structures):
             self._widen(len(self._structures), 1 + max(structure.columns for structure in self._structures))
             self._lay_out_prices()

@@ -20,7 +20,7 @@ from kvsim.engine.state.cluster import (
     Records,
 )
 from kvsim.engine.state.records import AWAY, GAP, INBOUND, NOTE, PART, PATIENCE, PIN, REPLICA, REQUEST, TENANT, WORLD
-from kvsim.engine.state.tables import plan_arrays, set_guesses
+from kvsim.engine.state.tables import PlanArrays, set_guesses
 from kvsim.iteration.clock import Clock
 from kvsim.plans.sent_state import SentState
 from kvsim.scenario.choices import ROUTERS, SCHEDULERS, SESSION_KVS
@@ -54,7 +54,7 @@ def initial_cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTi
         notes=np.zeros(ROWS_AT_ONCE + 6 * setup.max_num_seqs, dtype=NOTE),
         gaps=np.zeros(ROWS_AT_ONCE + 8 * setup.max_num_seqs, dtype=GAP),
         aways=np.zeros(4 * setup.max_num_seqs, dtype=AWAY),
-        plans=plan_arrays([], {}, world),
+        plans=PlanArrays().plans(world),
         prefixes=prefixes.arrays,
         features=_features(trace, setup, prefixes),
     )

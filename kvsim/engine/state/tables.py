@@ -1,59 +1,88 @@
 """Derived plans laid out as the arrays that the inner loop reads, which grow as it meets more, and room for times."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from kvsim.engine.batch.plans import FLOOR, INPUTS, MOST_FACTORS, PIECE, TERM, TEST
-from kvsim.engine.state.cluster import N_TIERS, NOBODY, Floats, Plans, Record, Records
+from kvsim.engine.state.cluster import N_TIERS, NOBODY, Floats, Ints, Plans, Record, Records
 from kvsim.iteration.clock import Clock
 from kvsim.iteration.price import OWN, PARTS
 from kvsim.plans.derive import Piece
 from kvsim.plans.guessing import Guesser
 from policies.symbolic import Polynomial
 
+_ROOM = 64  # rows at first
 
-def plan_arrays(pieces: Sequence[Piece], structures: Mapping[int, int], world: Record) -> Plans:
-    """Pieces in the order in which they were derived; `structures` gives each structure's index by its id."""
-    records, matrices = [], []
-    floors: list[tuple[int, int, int]] = []
-    tests: list[tuple[bool, bool]] = []
-    terms: list[tuple[int, int, tuple[int, ...]]] = []
-    size, newest = 0, [NOBODY for _ in INPUTS]
 
-    def add(polynomial: Polynomial) -> tuple[int, int]:
+class _Rows:
+    """An array that grows at its end, by more the longer it is."""
+
+    def __init__(self, dtype: Any) -> None:
+        self._array, self._length = np.zeros(_ROOM, dtype), 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def extend(self, rows: Sequence[Any] | Ints) -> None:
+        end = self._length + len(rows)
+        if end > len(self._array):
+            self._array = np.concatenate([self.filled(), np.zeros(end, self._array.dtype)])
+        self._array[self._length : end] = rows
+        self._length = end
+
+    def filled(self) -> Any:
+        """What has been filled in: a part of the array itself."""
+        return self._array[: self._length]
+
+
+class PlanArrays:
+    """Pieces in the order in which they were derived, each laid out once."""
+
+    def __init__(self) -> None:
+        self._pieces, self._floors, self._terms, self._tests = map(_Rows, (PIECE, FLOOR, TERM, TEST))
+        self._matrix, self._after = _Rows(np.int64), _Rows(np.int64)
+        self._newest, self._most = [NOBODY for _ in INPUTS], 3
+
+    def add(self, piece: Piece, structure: int) -> None:
+        """Lay out a piece; `structure` is the index of its structure."""
+        floors = [(*self._add(floor.polynomial), floor.divisor) for floor in piece.floors]
+        matrix, monomials = _counted(piece)
+        where = (len(self._floors), len(floors), len(self._tests), len(piece.conditions), piece.columns + 1)
+        kind = INPUTS.index(piece.inputs)
+        after, self._newest[kind] = self._newest[kind], len(self._pieces)
+        terms = self._add(dict.fromkeys(monomials, 1))
+        self._pieces.extend([(piece.inputs, piece.affine, structure, after, *where, *terms, len(self._matrix))])
+        self._after.extend([after])
+        self._floors.extend(floors)
+        self._tests.extend([(condition.equal, condition.truth) for condition in piece.conditions])
+        self._matrix.extend(matrix.ravel())
+        self._most = max(self._most, piece.inputs + len(piece.floors), 1 + len(piece.monomials))
+
+    def plans(self, world: Record) -> Plans:
+        """All pieces, the newest to be looked at first: what the loop has learned of their order is forgotten."""
+        pieces = self._pieces.filled()
+        pieces["after"] = self._after.filled()
+        world["first_piece"] = self._newest
+        return Plans(
+            world=world,
+            pieces=pieces,
+            floors=self._floors.filled(),
+            terms=self._terms.filled(),
+            tests=self._tests.filled(),
+            matrix=self._matrix.filled(),
+            values=np.zeros((3, self._most), dtype=np.int64),
+        )
+
+    def _add(self, polynomial: Polynomial) -> tuple[int, int]:
+        first = len(self._terms)
         for monomial, coefficient in polynomial.items():
             if len(monomial) > MOST_FACTORS:
                 raise ValueError(f"a plan's amounts are products of {len(monomial)} token counts, above {MOST_FACTORS}")
             factors = (*monomial, *(0,) * (MOST_FACTORS - len(monomial)))
-            terms.append((coefficient, len(monomial), factors))
-        return len(terms) - len(polynomial), len(polynomial)
-
-    for index, piece in enumerate(pieces):
-        own = [(*add(floor.polynomial), floor.divisor) for floor in piece.floors]
-        matrix, monomials = _counted(piece)
-        matrices.append(matrix.ravel())
-        where = (len(floors), len(own), len(tests), len(piece.conditions), piece.columns + 1)
-        kind = INPUTS.index(piece.inputs)
-        known = structures[id(piece.structure)]
-        records.append(
-            (piece.inputs, piece.affine, known, newest[kind], *where, *add(dict.fromkeys(monomials, 1)), size)
-        )
-        newest[kind] = index
-        floors += own
-        tests += [(condition.equal, condition.truth) for condition in piece.conditions]
-        size += matrix.size
-    world["first_piece"] = newest
-    most = max((max(piece.inputs + len(piece.floors), 1 + len(piece.monomials)) for piece in pieces), default=0)
-    return Plans(
-        world=world,
-        pieces=np.array(records, dtype=PIECE),
-        floors=np.array(floors, dtype=FLOOR),
-        terms=np.array(terms, dtype=TERM),
-        tests=np.array(tests, dtype=TEST),
-        matrix=np.concatenate([np.zeros(0, np.int64), *matrices]),
-        values=np.zeros((3, max(3, most)), dtype=np.int64),
-    )
+            self._terms.extend([(coefficient, len(monomial), factors)])
+        return first, len(polynomial)
 
 
 def _counted(piece: Piece) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int64]], list[tuple[int, ...]]]:
