@@ -1,5 +1,6 @@
 """Entry point of the `kvsim` program: runs a command, turns errors into one line and an exit code."""
 
+import gc
 import io
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from kvsim.cli.app import app
 from kvsim.cli.process import OutputLost, discard_output, in_order
 from kvsim.text.printable import brief, printable
 
+_COLLECTED_AFTER = 50_000  # new objects: what a command loads is here to stay, and need not be walked again and again
 LONGEST_WORD, SHORTENED_WORD, LONGEST_MESSAGE = (
     1024,
     80,
@@ -25,6 +27,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Bad input ends with one line on standard error; `python -X dev -m kvsim` raises it instead, with its traceback.
     """
+    gc.set_threshold(_COLLECTED_AFTER)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that it cannot write is escaped, and ends no command
             stream.reconfigure(errors="backslashreplace")

@@ -29,7 +29,7 @@ def shape_for_cv(family: str, cv: float) -> float:
     return math.sqrt(low * high)
 
 
-def renewal_s(rng: np.random.Generator, *, rate_rps: float, family: str, shape: float, span_s: float) -> Floats:
+def renewal_s(rng: "np.random.Generator", *, rate_rps: float, family: str, shape: float, span_s: float) -> Floats:
     """Arrival times in [0, span_s), sorted, `rate_rps * span_s` of them on average whatever the family and shape.
 
     The first gap is drawn from the equilibrium distribution (a uniform part of a length-biased gap: Cox, Renewal

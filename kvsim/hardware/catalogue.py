@@ -1,6 +1,7 @@
 """GPUs and hosts: capacities and rates, from the catalogue or from a user's YAML file."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -215,15 +216,15 @@ def _names(folder: str) -> list[str]:
 
 
 @cache
-def _catalogue_text(folder: str, name: str) -> str:
-    return (_CATALOGUE / folder / f"{name}.yaml").read_text(encoding="utf-8")
+def _catalogue_document(folder: str, name: str, origin: str) -> dict[str, Any]:
+    return parse_yaml((_CATALOGUE / folder / f"{name}.yaml").read_text(encoding="utf-8"), origin)
 
 
 def _document(folder: str, kind: str, text: str, names: Sequence[str]) -> tuple[str, dict[str, Any], str]:
     """Name, content and origin (for errors) of a catalogue file or a user's."""
     if text in names:
         origin = f"catalogue {kind} {shown(text)}"
-        return text, parse_yaml(_catalogue_text(folder, text), origin), origin
+        return text, deepcopy(_catalogue_document(folder, text, origin)), origin
     path = Path(text).expanduser()
     if path.suffix not in (".yaml", ".yml") and len(path.parts) <= 1:
         raise unknown_name(kind, text, names)

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from kvsim.results.summary import Result
-from kvsim.run.executor import WorkerDied
 from kvsim.run.simulate import Setup, simulate
 from policies import describe
 from traces import Trace
@@ -52,6 +51,8 @@ def answer(task: Future[T], name: str) -> T:
     """What a task gave. Raises with the name of its job ValueError for what cannot run, MemoryError, and OSError where
     its process was killed.
     """
+    from kvsim.run.executor import WorkerDied  # one job alone needs no processes
+
     try:
         return task.result()
     except WorkerDied as death:

@@ -6,12 +6,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from ctypes import c_bool
-from multiprocessing.sharedctypes import RawArray, RawValue
+from ctypes import c_bool, c_longlong
 from typing import Any, ClassVar, NamedTuple
 
 from kvsim.results.summary import Result
-from kvsim.run.executor import Processes
 from kvsim.run.jobs import Job, answer, run
 
 _POLL_S = 0.1
@@ -42,10 +40,16 @@ def simulate_all(jobs: Sequence[Job], show: Show) -> Outcome:
     has begun, and at a second one, KeyboardInterrupt is raised. Raises ValueError for a simulation that cannot run, and
     OSError where the process of one was killed, with the name of its job when there are several; the others end.
     """
-    board = Board(RawArray("q", len(jobs)), RawArray(c_bool, len(jobs)), RawValue(c_bool))
+    board = Board((c_longlong * 1)(), (c_bool * 1)(), c_bool()) if len(jobs) == 1 else _shared_board(len(jobs))
     with _stopping(board):
         results = {0: _simulate(jobs[0], 0, board, show)} if len(jobs) == 1 else _simulate_beside(jobs, board, show)
     return Outcome(results, bool(board.stop.value))
+
+
+def _shared_board(jobs: int) -> Board:
+    from multiprocessing.sharedctypes import RawArray, RawValue
+
+    return Board(RawArray(c_longlong, jobs), RawArray(c_bool, jobs), RawValue(c_bool))
 
 
 @contextmanager
@@ -80,6 +84,8 @@ def _simulate(job: Job, index: int, board: Board, show: Show | None = None) -> R
 
 
 def _simulate_beside(jobs: Sequence[Job], board: Board, show: Show) -> dict[int, Result]:
+    from kvsim.run.executor import Processes
+
     waiting = list(enumerate(jobs))
     tasks: dict[Future[Result], int] = {}
     results: dict[int, Result] = {}

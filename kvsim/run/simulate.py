@@ -14,7 +14,6 @@ from kvsim.plans.derive import PlanTable
 from kvsim.plans.guessing import guesser_of
 from kvsim.results.outcome import Outcome
 from kvsim.results.summary import Result
-from kvsim.run.op.fidelity import play_operations
 from kvsim.scenario.setup import Setup
 from policies.shown import shown
 from traces import Trace
@@ -72,7 +71,7 @@ class _Cluster:
     def play(self, progress: Callable[[int], None] | None) -> bool:
         """Run until nothing is left to happen; False when interrupted before."""
         steps = self.setup.fidelity == "step"
-        play = _play_steps(self.engine) if steps else play_operations(self.engine, self.setup)
+        play = _play_steps(self.engine) if steps else _play_operations(self.engine, self.setup)
         gc.freeze()  # what was loaded before is here to stay: collections need not walk it again and again
         try:
             if progress is not None:
@@ -94,6 +93,13 @@ class _Cluster:
             engine=self.engine,
             prefixes=self.prefixes,
         )
+
+
+def _play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
+    """The op fidelity, which few ask for."""
+    from kvsim.run.op.fidelity import play_operations
+
+    return play_operations(engine, setup)
 
 
 def _play_steps(engine: Engine) -> Generator[int, None, None]:

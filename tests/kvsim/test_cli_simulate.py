@@ -448,7 +448,6 @@ def test_progress_is_shown_on_a_terminal_alone(
     assert main(["simulate", *SMALL, "--policy", "quest:budget_tokens=512", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["requests"]["finished"] == 60
     assert ("quest:budget_tokens=512" in stream.getvalue()) is shown
-    assert ("the first run on a machine compiles" in stream.getvalue()) is shown
     assert ("60/60" in stream.getvalue()) is shown
 
 
