@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import platform
 import shutil
 import sys
 import time
@@ -11,8 +10,12 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
+from kvsim.engine import kept_code
+
 _COMPILED = ("engine", "iteration", "hardware", "plans")  # rooms whose functions and constants are in it
-_READY = "ready"
+_FILE = "play.code"
+# What makes numba compile for another processor than this one.
+_ASKED = ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_ENABLE_AVX")
 _FORGOTTEN_S = 30 * 86400.0  # code of sources that nobody has run for so long
 
 
@@ -22,18 +25,16 @@ class CodeFolder:
     def __init__(self, path: Path, features: tuple[str, ...]) -> None:
         self.path, self.features = path, features
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether some process has compiled it to the end."""
-        return (self.path / _READY).is_file()
+    def read(self, layouts: str) -> bytes | None:
+        """The code for a state of these layouts, if some process has compiled it to the end."""
+        return kept_code.read(self.path / _FILE, self._purpose(layouts))
 
-    def declare(self, ready: bool) -> None:
-        """Say that the code is there, or that what is there is none."""
-        with suppress(OSError):
-            if ready:
-                (self.path / _READY).touch()
-            else:
-                (self.path / _READY).unlink()
+    def keep(self, code: bytes, layouts: str) -> None:
+        """Keep code for a state of these layouts. OSError where that cannot be."""
+        kept_code.write(self.path / _FILE, self._purpose(layouts), code)
+
+    def _purpose(self, layouts: str) -> bytes:
+        return "\n".join([*self.path.parts[-2:], layouts]).encode()
 
 
 def code_folders(features: tuple[str, ...]) -> list[CodeFolder]:
@@ -76,11 +77,16 @@ def _sources_folder() -> Path:
 
 @cache
 def _digest() -> str:
-    """Of all that the code depends on but the processor, by which numba tells code apart itself."""
+    """Of all that the code depends on, the processor included: machines may share a folder."""
+    import llvmlite.binding as llvm
+
     found = hashlib.sha256()
     for name in ("numba", "llvmlite", "numpy"):
         found.update(version(name).encode())
-    found.update(f"{sys.implementation.cache_tag} {platform.machine()}".encode())
+    found.update(f"{sys.implementation.cache_tag} {llvm.get_process_triple()} {llvm.get_host_cpu_name()}".encode())
+    with suppress(RuntimeError):  # LLVM knows of no features of this kind of processor
+        found.update(llvm.get_host_cpu_features().flatten().encode())
+    found.update(repr([os.environ.get(name) for name in _ASKED]).encode())
     root = Path(__file__).parents[1]
     for room in _COMPILED:
         for path in sorted((root / room).rglob("*.py")):

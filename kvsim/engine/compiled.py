@@ -2,7 +2,6 @@
 
 import inspect
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +10,7 @@ from numba.core import types
 from numba.extending import overload
 
 from kvsim.engine import loop
-from kvsim.engine.by_reference import Reference, ReferenceType
-from kvsim.engine.kept_code import is_kept, keep, kept
+from kvsim.engine.by_reference import ReferenceType
 from kvsim.engine.state.layout import Layout
 
 _KERNELS = (
@@ -55,28 +53,17 @@ _PRICES = ("kvsim.hardware.machine", "kvsim.hardware.sharing", "kvsim.iteration.
 _PART: Any = {"_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
-class Code:
-    """`loop.play` as machine code, for simulations of two layouts and some features."""
-
-    def __init__(self, cluster: Layout, prices: Layout, features: tuple[str, ...], folder: Path) -> None:
-        self.cluster, self.prices = ReferenceType(cluster, features), ReferenceType(prices, features)
-        self._signature = types.boolean(self.cluster, self.prices, types.int64, types.float64, types.int64)
-        self.play: Any = numba.njit(_nrt=False)(loop.play)  # type: ignore[call-overload]  # an option without a type
-        keep(self.play, folder)
-
-    def load(self) -> bool:
-        """Take what is kept on disk; whether there is any."""
-        return kept(self.play, self._signature)
-
-    def compile(self) -> bool:
-        """Compile it, and keep it on disk; whether that could be."""
-        _register()
-        self.play.compile(self._signature)
-        return is_kept(self.play)
-
-    def references(self, cluster: Any, prices: Any) -> tuple[Reference, Reference]:
-        """What `play` takes in place of these."""
-        return Reference(cluster, self.cluster), Reference(prices, self.prices)
+def compiled(cluster: Layout, prices: Layout, features: tuple[str, ...]) -> bytes:
+    """`loop.play` for simulations of two layouts and some features: what `MachineCode` takes."""
+    _register()
+    state = [ReferenceType(layout, features) for layout in (cluster, prices)]
+    signature = types.boolean(*state, types.int64, types.float64, types.int64)
+    function: Any = numba.njit(**_PART)(loop.play)
+    function.compile(signature)
+    code = function.overloads[signature.args]
+    name: str = code.fndesc.llvm_func_name
+    content: bytes = code.library._get_compiled_object()  # noqa: SLF001 - what numba's own cache keeps
+    return name.encode() + b"\n" + content
 
 
 def _register() -> None:

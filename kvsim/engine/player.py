@@ -5,7 +5,6 @@ that will last takes the code that an earlier one has kept; where there is none,
 """
 
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,10 +23,13 @@ from kvsim.engine.state.cluster import NOBODY, Cluster, Prices
 from kvsim.engine.state.layout import layout_of, to_text
 from policies.shown import shown
 
-# Loading numba and code that is kept takes about 0.6 CPU seconds, compiling the core some 20 (docs/measured/start.md).
-# A run that would be over before gains nothing from either.
-LOAD_S = 1.0
+# Loading code that is kept takes some 0.1 CPU seconds, compiling the core some 20 (docs/measured/start.md). A run that
+# would be over before gains nothing from either.
+LOAD_S = 0.1
 COMPILE_S = 20.0
+# Before a request has left: what the interpreter takes for one, about half of what it does at a few hundred tokens a
+# request (docs/measured/start.md), and for how long that is believed.
+REQUEST_S, _BELIEVED_S = 0.5e-3, 1.0
 _SLICE_S = 0.05  # between two looks at whether to change over
 _LOOK_AGAIN_S = 0.5
 
@@ -44,6 +46,7 @@ class Player:
         self._code: Any = None
         self._bound: tuple[Any, ...] = ()
         self._events, self._spent_s, self._look_s = 50, 0.0, 0.0
+        self._layouts = ""
         self._compiler: subprocess.Popen[bytes] | None = None
         self._hopeless = False
 
@@ -52,51 +55,57 @@ class Player:
         self._code = self._code or self._loaded()
         if self._code is None and self._when == "first":
             self._compile_first(cluster, prices)
+        if self._code is None and self._when == "beside" and self._spent_s >= self._look_s:
+            self._change_over(cluster, prices)
         if self._code is None:
             return self._interpret(cluster, prices, most_events)
         state = self._bind(cluster, prices)
         return bool(self._code.play(*state, NOBODY, 0.0, most_events))
 
     def _interpret(self, cluster: Cluster, prices: Prices, most_events: int) -> bool:
-        began_s = time.perf_counter()
+        began_s = time.thread_time()
         try:
             with _undisturbed():
                 goes_on = play(cluster, prices, NOBODY, 0.0, min(self._events, most_events))
-            took_s = time.perf_counter() - began_s
+            took_s = time.thread_time() - began_s
             self._events = self._events * 2 if took_s < _SLICE_S / 2 else max(1, int(self._events * _SLICE_S / took_s))
         finally:  # detours are many at first
-            self._spent_s += time.perf_counter() - began_s
-            if self._spent_s >= self._look_s and self._when == "beside":
-                self._change_over(cluster, prices)
+            self._spent_s += time.thread_time() - began_s
         return goes_on
 
     def _change_over(self, cluster: Cluster, prices: Prices) -> None:
         """Load code if that is there and the run will last; have it compiled if it will last for long."""
         left = int(cluster.replicas["left"].sum())
-        remaining_s = self._spent_s * (self._requests - left) / left if left else math.inf
+        if left:
+            remaining_s = self._spent_s * (self._requests - left) / left
+        else:
+            remaining_s = self._requests * REQUEST_S if self._spent_s < _BELIEVED_S else math.inf
         self._look_s = self._spent_s + (_LOOK_AGAIN_S if left or self._spent_s > _LOOK_AGAIN_S else _SLICE_S)
-        if remaining_s < LOAD_S or (not left and self._spent_s < LOAD_S):
+        if remaining_s < LOAD_S:
             return
         folders = code_folders(self._features)
+        self._layouts = self._layouts or _layouts(cluster, prices)
         for folder in folders:
-            if folder.is_ready:
-                self._code = _load(folder, cluster, prices)
-                if self._code is not None:
-                    return
-                folder.declare(ready=False)
+            self._code = _load(folder, self._layouts)
+            if self._code is not None:
+                return
         if remaining_s > COMPILE_S and not self._hopeless:
-            self._compile(folders[0], cluster, prices)
+            self._compile(folders[0])
 
     def _compile_first(self, cluster: Cluster, prices: Prices) -> None:
         folder, *_ = code_folders(self._features)
-        if not folder.is_ready and (not make(folder) or _compile_beside(folder, cluster, prices).wait()):
+        layouts = _layouts(cluster, prices)
+        self._code = _load(folder, layouts)
+        if self._code is None and make(folder):
+            _compile_beside(folder, layouts, "wait").wait()
+            self._code = _load(folder, layouts)
+        if self._code is None:
             raise OSError(f"the simulator cannot be compiled, or not be kept in {folder.path}")
-        self._code = _load(folder, cluster, prices)
 
-    def _compile(self, folder: CodeFolder, cluster: Cluster, prices: Prices) -> None:
+    def _compile(self, folder: CodeFolder) -> None:
         """Have code compiled, if nobody does so yet; say so where that has failed."""
         if self._compiler is None and make(folder):
-            self._compiler = _compile_beside(folder, cluster, prices)
+            self._compiler = _compile_beside(folder, self._layouts)
             _compilers[:] = [*(one for one in _compilers if one.poll() is None), self._compiler]
         elif self._compiler is None or self._compiler.poll():
             self._hopeless = True
@@ -148,27 +157,34 @@ def _undisturbed() -> Iterator[None]:
             former(*heard[0])
 
 
-def _load(folder: CodeFolder, cluster: Cluster, prices: Prices) -> Any:
-    from kvsim.engine.compiled import Code
+def _layouts(cluster: Cluster, prices: Prices) -> str:
+    return f"{to_text(layout_of(cluster))}\n{to_text(layout_of(prices))}"
 
-    code = Code(layout_of(cluster), layout_of(prices), folder.features, folder.path)
-    if not code.load():
+
+def _load(folder: CodeFolder, layouts: str) -> Any:
+    """The code that is kept in a folder, for a state of these layouts; None where there is none."""
+    code = folder.read(layouts)
+    if code is None:
         return None
-    _codes[folder.features] = code
-    return code
+    from kvsim.engine.machine_code import MachineCode
+
+    _codes[folder.features] = MachineCode(code)
+    return _codes[folder.features]
 
 
-def _compile_beside(folder: CodeFolder, cluster: Cluster, prices: Prices) -> subprocess.Popen[bytes]:
+def _compile_beside(folder: CodeFolder, layouts: str, *options: str) -> subprocess.Popen[bytes]:
     """Start a process that compiles, unless one does so already, and that ends with the program at the latest."""
+    import multiprocessing
+
     program = multiprocessing.parent_process()
     pid = os.getpid() if program is None or program.pid is None else program.pid
-    arguments = [str(pid), "+".join(folder.features), str(folder.path.absolute())]
-    with tempfile.TemporaryFile() as layouts:
-        layouts.write(f"{to_text(layout_of(cluster))}\n{to_text(layout_of(prices))}".encode())
-        layouts.seek(0)
+    arguments = [str(pid), "+".join(folder.features), str(folder.path.absolute()), *options]
+    with tempfile.TemporaryFile() as given:
+        given.write(layouts.encode())
+        given.seek(0)
         return subprocess.Popen(  # noqa: S603 - this program
             [sys.executable, "-m", "kvsim.engine.compile_beside", *arguments],
-            stdin=layouts,
+            stdin=given,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, **_FAST},

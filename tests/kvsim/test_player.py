@@ -147,7 +147,11 @@ def codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, ..
 
 @pytest.mark.parametrize(("features", "scenarios"), [((), plain_scenarios), (FEATURES, featured_scenarios)])
 def test_machine_code_and_interpreter_give_the_same_bits(
-    features: tuple[str, ...], scenarios: Any, codes: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
+    features: tuple[str, ...],
+    scenarios: Any,
+    codes: dict[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("KVSIM_COMPILE", "never")
     interpreted = [outcome(scenario) for scenario in scenarios()]
@@ -162,6 +166,23 @@ def test_machine_code_and_interpreter_give_the_same_bits(
     for scenario, expected in zip(scenarios(), interpreted, strict=True):
         assert_same(outcome(scenario), expected)
     assert list(codes) == [features]
+    assert loaded_by(tmp_path / "code", 300) == {"kvsim.engine.machine_code", "llvmlite"}
+
+
+def loaded_by(folder: Path, requests: int) -> set[str]:
+    """What belongs to machine code of the modules that a program has loaded in the end, given a folder of code."""
+    program = """
+import sys
+from kvsim.__main__ import main
+assert main(sys.argv[1:]) == 0
+print(*{"kvsim.engine.machine_code", "kvsim.engine.compiled", "llvmlite", "numba"} & set(sys.modules))
+"""
+    options = f"--trace azure-2023-code --limit {requests} --model llama-3.1-8b --gpu h100-sxm --gpus 1 --policy full"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(folder), "KVSIM_COMPILE": ""}
+    command = [sys.executable, "-c", program, "simulate", *options.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return set(done.stdout.splitlines()[-1].split())
 
 
 def test_scenarios_have_the_features_that_they_are_for() -> None:
@@ -193,12 +214,13 @@ def test_a_run_that_lasts_is_compiled_beside_and_changes_over(
 
     def compile_beside(folder: Any, *_: Any) -> Any:
         asked.append(folder.path)
-        folder.declare(ready=True)
         done = subprocess.Popen([sys.executable, "-c", ""])
         done.wait()
         return done
 
     def load(folder: Any, *_: Any) -> Any:
+        if not asked:
+            return None
         codes[folder.features] = Code()
         return codes[folder.features]
 
@@ -218,27 +240,22 @@ def test_a_run_that_lasts_is_compiled_beside_and_changes_over(
     assert folder.path not in asked[1:]
 
 
-def test_a_short_run_loads_no_compiler(tmp_path: Path) -> None:
-    program = "import sys; from kvsim.__main__ import main; main(sys.argv[1:]); sys.exit('numba' in sys.modules)"
-    options = "simulate --trace azure-2023-code --limit 20 --model llama-3.1-8b --gpu h100-sxm --gpus 1 --policy full"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path), "KVSIM_COMPILE": ""}
-    command = [sys.executable, "-c", program, *options.split()]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_short_run_loads_no_machine_code(tmp_path: Path) -> None:
+    assert loaded_by(tmp_path, 5) == set()
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_called_ready_and_is_none_is_not_believed(
-    codes: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_is_damaged_is_not_used(codes: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, *_ = code_folders(())
     assert make(folder)
-    folder.declare(ready=True)
+    folder.keep(b"play\nno object file", "")
+    (folder.path / "play.code").write_bytes(b"damaged")
     for name, seconds in {"LOAD_S": 0.0, "COMPILE_S": math.inf, "_SLICE_S": 1e-4}.items():
         monkeypatch.setattr(player, name, seconds)
-    simulate(*next(plain_scenarios()))
-    assert not folder.is_ready
+    found = outcome(next(plain_scenarios()))
     assert not codes
+    monkeypatch.setenv("KVSIM_COMPILE", "never")
+    assert_same(outcome(next(plain_scenarios())), found)
 
 
 def test_no_folder_for_code_is_said_once(codes: dict[Any, Any], monkeypatch: Any, capfd: Any, tmp_path: Path) -> None:
@@ -280,13 +297,19 @@ def test_the_compiler_ends_with_its_program(codes: dict[Any, Any]) -> None:
     program.kill()
     program.wait()
     assert compiler.wait(30) == 1
-    assert not folder.is_ready
+    assert not (folder.path / "play.code").exists()
 
 
 def test_layouts_are_read_back() -> None:
     engine = engine_of(next(featured_scenarios()))
     for state in (engine.cluster, engine._prices):
         assert from_text(to_text(layout_of(state))) == layout_of(state)
+
+
+def test_the_state_of_every_simulation_has_the_same_layouts() -> None:
+    """Code is kept for one: otherwise simulations with the same features would compile in turns."""
+    engines = [engine_of(scenario) for scenario in [*plain_scenarios(), *featured_scenarios()]]
+    assert len({player._layouts(engine.cluster, engine._prices) for engine in engines}) == 1
 
 
 def test_an_interruption_comes_between_two_events(codes: dict[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
