@@ -16,6 +16,10 @@ COMMANDS = {  # where each stands, and what it does
             "sequences."
         ),
     ),
+    "init": (
+        "kvsim.cli.init:init",
+        "Write a scenario file with every option explained, to start from, and its JSON Schema for editors.",
+    ),
     "simulate": (
         "kvsim.cli.simulate:replay",
         "Replay a trace of requests under one policy, on a simulated cluster.",
