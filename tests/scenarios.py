@@ -6,6 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 from simulated import MODEL, setup, trace
 
+from kvsim.scenario.choices import EVICTIONS
+
 SMALL = replace(MODEL, name="small", layers=MODEL.layers[:3])
 TOKEN_BYTES = 2 * 2 * 8 * 128 * 3  # keys and values of 8 heads of 128, bf16, three layers
 BLOCK = 64
@@ -34,7 +36,7 @@ ENGINES = st.fixed_dictionaries(
 )
 CACHING = st.fixed_dictionaries(
     {
-        "prefix_cache_eviction": st.sampled_from(["lru", "lfu", "fifo", "belady", "scheduler-aware"]),
+        "prefix_cache_eviction": st.sampled_from(EVICTIONS),
         "prefix_cache_write": st.sampled_from(["through", "back"]),
         "prefix_cache_reuse": st.sampled_from(["always", "cheaper"]),
     }

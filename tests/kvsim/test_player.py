@@ -25,6 +25,7 @@ from kvsim.engine.player import Player
 from kvsim.engine.state.layout import from_text, layout_of, to_text
 from kvsim.results.summary import Result
 from kvsim.run.simulate import _Cluster, simulate
+from kvsim.scenario.choices import EVICTIONS
 from kvsim.scenario.setup import Setup
 from kvsim.scenario.speculation import Speculation
 from kvsim.scenario.tenants import Tenant
@@ -81,7 +82,7 @@ def featured_scenarios() -> Iterator[Scenario]:
     """Each feature by itself and beside others."""
     tenants = {"a": Tenant(priority=1, weight=2.0, quota=0.5)}
     tiers = {"prefix_cache_hbm_bytes": 1 << 24, "prefix_cache_ddr_bytes": 1 << 26, "prefix_cache_nvme_bytes": 1 << 28}
-    for i, eviction in enumerate(("lru", "lfu", "fifo", "belady", "scheduler-aware")):
+    for i, eviction in enumerate(EVICTIONS):
         options = {**tiers, "prefix_cache_eviction": eviction, "prefix_cache_write": ("through", "back")[i % 2]}
         yield cached(i), tight(gpus=2, **options, prefix_cache_reuse=("always", "cheaper")[i % 2])
     for router in ("prefix-affinity", "kv-aware"):
