@@ -7,7 +7,8 @@ million synthetic requests on sixteen replicas. NVIDIA Dynamo's replay is timed 
 installed, in this environment or in that of `--peer-python`.
 
 Each run is a process of its own; the median of `--runs` is reported, with a pure-Python loop timed beside it so that
-machines can be compared. What the compiler took is no part of it: a run before warms up.
+machines can be compared. All are compiled, and the compiler takes none of these seconds, for it is a process beside
+them; loading what it has kept does (`docs/measured/start.md`).
 
     python benchmarks/simulator.py [--runs 5] [--large] [--peer-python PATH] [--out benchmarks/results/simulator.json]
 """
@@ -148,7 +149,8 @@ def share_heads(lengths: Path, out: Path) -> None:
 
 def run(command: Sequence[str]) -> tuple[dict[str, float], dict[str, object]]:
     """What a process printed as JSON, and its peak of memory."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent) as process:
+    env = os.environ | {"KVSIM_COMPILE": "first"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=HERE.parent, env=env) as process:
         out = process.stdout.read() if process.stdout else ""
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
