@@ -162,13 +162,16 @@ def _layouts(cluster: Cluster, prices: Prices) -> str:
 
 
 def _load(folder: CodeFolder, layouts: str) -> Any:
-    """The code that is kept in a folder, for a state of these layouts; None where there is none."""
+    """The code that is kept in a folder, for a state of these layouts; None where there is none for this process."""
     code = folder.read(layouts)
     if code is None:
         return None
     from kvsim.engine.machine_code import MachineCode
 
-    _codes[folder.features] = MachineCode(code)
+    try:
+        _codes[folder.features] = MachineCode(code)
+    except RuntimeError:  # it calls what is not here
+        return None
     return _codes[folder.features]
 
 

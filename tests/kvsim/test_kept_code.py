@@ -12,7 +12,7 @@ from pathlib import Path
 import llvmlite.binding as llvm
 import pytest
 
-from kvsim.engine import code_folder, kept_code
+from kvsim.engine import code_folder, kept_code, player
 from kvsim.engine.code_folder import CodeFolder, code_folders, make
 from kvsim.engine.compile_beside import _runs
 from kvsim.engine.machine_code import MachineCode
@@ -224,3 +224,11 @@ def test_code_is_tried_out_in_a_process_of_its_own(capfd: pytest.CaptureFixture[
     assert "nobody_has" in capfd.readouterr().err
     assert not _runs(object_code("store i8 0, i8* %answer\n ret i32 0"), 10, 10)
     assert not _runs(object_code("store i8 1, i8* null\n ret i32 0"), 10, 10)  # which ends its process
+
+
+def test_code_that_cannot_be_linked_here_is_as_good_as_not_there(processor: Callable[[str], CodeFolder]) -> None:
+    place = processor("x86-64")
+    assert make(place)
+    place.keep(object_code("call void @nobody_has_this() ret i32 0", "declare void @nobody_has_this()"), "")
+    assert place.read("") is not None
+    assert player._load(place, "") is None
