@@ -255,10 +255,10 @@ def _fitting_bytes(room: int, parts: Sequence[int]) -> int:
 
 def _token_bytes(setup: Setup, layers: Sequence[int]) -> Sequence[int]:
     """Bytes per tier that one rank of these layers keeps for each further token of a long prompt, staging aside."""
-    kept = []
+    kept, rank = [], setup.rank  # which is made anew each time that it is asked for
     for tokens in (1 << 20, 1 << 21):
         step = Step.decoding(tokens, 1)
-        plans = [plan_layer(setup.policy, setup.rank, step, layer) for layer in layers]
+        plans = [plan_layer(setup.policy, rank, step, layer) for layer in layers]
         stored = stored_bytes([[b for b in plan.buffers if not b.ring] for plan in plans])
         kept.append([stored[tier] for tier in TIERS])
     return [-(-(longer - long) // (1 << 20)) for long, longer in zip(*kept, strict=True)]
