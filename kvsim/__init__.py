@@ -11,6 +11,7 @@ from kvsim.version import __version__
 if TYPE_CHECKING:
     from kvsim.hardware.catalogue import Gpu, Host, gpu_names, host_names, load_gpu, load_host
     from kvsim.models import load_model, model_names
+    from kvsim.planning.plan import Plan, plan
     from kvsim.plans.replay import replay_moved_bytes
     from kvsim.report.written import write_results
     from kvsim.results.summary import Result, latencies, summarize
@@ -33,6 +34,7 @@ __all__ = [
     "Gpu",
     "Host",
     "Job",
+    "Plan",
     "Result",
     "Scenario",
     "Setup",
@@ -50,6 +52,7 @@ __all__ = [
     "load_model",
     "load_scenario",
     "model_names",
+    "plan",
     "replay_moved_bytes",
     "simulate",
     "summarize",
@@ -61,6 +64,7 @@ if not TYPE_CHECKING:
     _STANDS_IN = {  # the same for the interpreter, which imports a module when one of its names is asked for
         "hardware.catalogue": ("Gpu", "Host", "gpu_names", "host_names", "load_gpu", "load_host"),
         "models": ("load_model", "model_names"),
+        "planning.plan": ("Plan", "plan"),
         "plans.replay": ("replay_moved_bytes",),
         "report.written": ("write_results",),
         "results.summary": ("Result", "latencies", "summarize"),

@@ -32,6 +32,10 @@ COMMANDS = {  # where each stands, and what it does
         "kvsim.cli.sweep:sweep",
         "Replay a trace at many points: every combination of options, or random ones; goes on where it was killed.",
     ),
+    "plan": (
+        "kvsim.cli.plan:plan",
+        "Find the fewest GPUs, of which kind and under which policy, that serve a trace within an SLO.",
+    ),
     "generate": (
         "kvsim.cli.generate:generate",
         "Continue a text greedily under a policy; then print its latency, its memory, and the bytes that it moved.",

@@ -1,7 +1,7 @@
 """The flags of a simulation, made from the options as `Setup` and `Scenario` state them."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -10,19 +10,19 @@ from kvsim.scenario.options import Option
 from kvsim.scenario.scenario_file import OPTIONS
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_options(command: Callable[..., None], options: Sequence[Option] = OPTIONS) -> Callable[..., None]:
     """`command`, which reads its options from the context, with a flag for each one that a simulation has."""
     own = [one for one in inspect.signature(command).parameters.values() if one.kind is not one.VAR_KEYWORD]
-    parameters = [*own, *map(_parameter, OPTIONS)]
+    parameters = [*own, *map(_parameter, options)]
     setattr(command, "__signature__", inspect.Signature(parameters))  # noqa: B010 - mypy knows no such attribute
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
 
 
-def given_options(context: typer.Context) -> dict[str, Any]:
+def given_options(context: typer.Context, options: Sequence[Option] = OPTIONS) -> dict[str, Any]:
     """What the command line gives, by the keys of a scenario file; ValueError for text that an option cannot be."""
     given = {}
-    for one in OPTIONS:
+    for one in options:
         source, value = context.get_parameter_source(_name(one)), context.params[_name(one)]
         if source is not None and source.name == "COMMANDLINE":
             given[one.key] = value if one.kind.gathers is None else one.kind.gathers(value)

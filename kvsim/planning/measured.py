@@ -1,0 +1,144 @@
+"""What a plan keeps of one simulation: the objectives' values, how far they could be off, and what was served."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvsim.planning.slo import RANKS, Objective, samples
+from kvsim.results.causes import attribution, bottleneck
+from kvsim.results.intervals import block_length, bootstrap, t_interval
+from kvsim.results.summary import Result, finished, latencies
+from kvsim.results.uncertainty import FEWEST_REQUESTS, SAMPLES
+from kvsim.run.jobs import Job, run
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """One simulation, in the figures that a plan needs."""
+
+    values_s: dict[str, float]  # by objective; infinite where no request finished
+    intervals_s: dict[str, tuple[float, float]]  # by objective, where they were asked for and there are any
+    submitted: int
+    finished: int
+    good_rps: float
+    output_tokens_per_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    makespan_s: float
+    bottleneck: str | None
+
+    @property
+    def unserved(self) -> int:
+        """Requests that were rejected, timed out or left behind."""
+        return self.submitted - self.finished
+
+    def ratio(self, objectives: Sequence[Objective]) -> float:
+        """The largest of value / limit; infinite where a request went unserved."""
+        if self.unserved:
+            return math.inf
+        return max(self.values_s[one.name] / one.limit_s for one in objectives)
+
+    def binding(self, objectives: Sequence[Objective]) -> str:
+        """The objective whose value is nearest its limit, or furthest above it; `unserved` where requests were."""
+        if self.unserved:
+            return "unserved"
+        return max(objectives, key=lambda one: self.values_s[one.name] / one.limit_s).name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What to keep of a simulation: objectives, whom their classes hold for, and whether to resample requests."""
+
+    objectives: tuple[Objective, ...]
+    of_class: Mapping[str, Sequence[int]]
+    bounds: Mapping[str, float]  # of requests of no class
+    warmup_s: float
+    resample: bool = False
+    seed: int = 0
+
+
+def measure(job: Job, ask: Ask) -> Measured:
+    """Simulate, and keep what is asked. Raises ValueError for what cannot run."""
+    return kept(run(job), job.trace.tenants, ask)
+
+
+def kept(result: Result, names: Sequence[str], ask: Ask) -> Measured:
+    """The figures of a result."""
+    columns = result.requests
+    own = samples(result, ask.objectives, ask.of_class, names, ask.warmup_s)
+    done = finished(result)
+    rows = np.flatnonzero(done & (columns["arrival_s"] >= ask.warmup_s))
+    span_s = result.makespan_s
+    return Measured(
+        values_s={one.name: one.of(own[one.name]) for one in ask.objectives},
+        intervals_s=_resampled(result, own, ask) if ask.resample else {},
+        submitted=len(done),
+        finished=int(done.sum()),
+        good_rps=_good(result, ask) / span_s if span_s > 0 else 0.0,
+        output_tokens_per_s=float(columns["output_tokens"][done].sum() / span_s) if span_s > 0 else 0.0,
+        prompt_tokens=int(columns["prompt_tokens"][done].sum()),
+        cached_tokens=int(columns["cached_tokens"][done].sum()),
+        makespan_s=float(span_s),
+        bottleneck=bottleneck(attribution(columns, rows)["e2e"]["mean_s"]),
+    )
+
+
+def _good(result: Result, ask: Ask) -> int:
+    """Requests that finished within the bounds of their tenant, as goodput counts them."""
+    good, times = finished(result), latencies(result)
+    tenants, members = np.unique(result.requests["tenant"].astype(str), return_inverse=True)
+    bounds = [result.tenancy.bounds(str(name), ask.bounds) for name in tenants]
+    for name, values in times.items():
+        limits = np.array([own.get(name, math.inf) for own in bounds])
+        good &= ~(values > limits[members])
+    return int(good.sum())
+
+
+def _resampled(result: Result, own: Mapping[str, Floats], ask: Ask) -> dict[str, tuple[float, float]]:
+    """95 % intervals by resampling requests in blocks, drawn as `kvsim simulate --seeds` draws them."""
+    arrival_s = result.requests["arrival_s"]
+    order = np.argsort(arrival_s, kind="stable")[: len(arrival_s) - int(np.isnan(arrival_s).sum())]
+    measured = finished(result) & (arrival_s >= ask.warmup_s)
+    e2e_s = np.where(measured, latencies(result)["e2e_s"], np.nan)[order]
+    known = ~np.isnan(e2e_s)
+    if known.sum() < FEWEST_REQUESTS:
+        return {}
+    sorted_rows = {name: _ascending(values[order]) for name, values in own.items()}
+
+    def figures(times: NDArray[np.int64]) -> list[float]:
+        return [_weighted(one, times, *sorted_rows[one.name]) for one in ask.objectives]
+
+    spread = bootstrap(len(order), block_length(e2e_s[known]), SAMPLES, ask.seed, figures)
+    pairs = zip(ask.objectives, spread, strict=True)
+    return {one.name: ends for one, ends in pairs if all(map(math.isfinite, ends))}
+
+
+def _ascending(values: Floats) -> tuple[NDArray[np.intp], Floats]:
+    """The rows that have a value, in ascending order of it, and the values."""
+    rows = np.argsort(values)[: len(values) - int(np.isnan(values).sum())]
+    return rows, values[rows]
+
+
+def _weighted(one: Objective, times: NDArray[np.int64], rows: NDArray[np.intp], values: Floats) -> float:
+    """A statistic where each value counts so often; NaN where none does."""
+    weights = times[rows]
+    ranks = np.cumsum(weights)
+    if not len(ranks) or not ranks[-1]:
+        return math.nan
+    if one.statistic == "mean":
+        return float(weights @ values) / int(ranks[-1])
+    return float(values[np.searchsorted(ranks, -(-int(ranks[-1]) * RANKS[one.statistic] // 100))])
+
+
+def over_seeds(runs: Sequence[Measured], name: str) -> tuple[float, float, float]:
+    """Mean of an objective over runs on traces of different seeds, and its interval (Student's t), cut off at 0."""
+    values = [one.values_s[name] for one in runs]
+    if not all(map(math.isfinite, values)):
+        return math.inf, math.inf, math.inf
+    found = t_interval(values)
+    return found.mean, max(0.0, found.low), found.high

@@ -1,0 +1,303 @@
+"""The search for the cheapest fleet: estimates, one exact bracket for each line of candidates, then challengers.
+
+A line is a GPU, a policy and what it caches. Each is searched in the split that estimates favour; every other split,
+and pools of replicas for prompts alone, are then simulated once with the most replicas that would still be cheaper, and
+searched further only where that holds. So each line ends with its cheapest fleet, and the answer is the cheapest line.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from kvsim.planning.candidates import Family
+from kvsim.planning.closed_form import Work, replicas_needed, work_of
+from kvsim.planning.measured import Measured
+from kvsim.planning.search import Bracket, Search, largest, smallest
+from kvsim.planning.simulations import LOAD_STEP, Failed, Key, Simulations, Task
+from kvsim.planning.slo import Objective
+from policies import Full
+from traces import Trace
+
+_MOST_LOAD = 60  # LOAD_STEPs: some nineteen times the load
+Line = tuple[str, str, tuple[str, ...]]
+Splits = tuple[str, int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """The fewest replicas of a family by closed forms."""
+
+    family: int
+    replicas: int
+    usd_per_hour: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """What the search has found so far: it may be read at any time."""
+
+    estimates: list[Estimate] = field(default_factory=list)
+    brackets: dict[int, Bracket] = field(default_factory=dict)  # by family: of the number of replicas
+    tried_up_to: dict[int, int] = field(default_factory=dict)  # by family: beyond, it would be dearer than its line
+    load: Bracket | None = None  # of the answer's LOAD_STEPs
+    answer: int | None = None  # the family of the answer
+
+
+class Planner:
+    """Searches families on the traces of one or more seeds; `replicas_of` fixes the size of each where it is given."""
+
+    def __init__(
+        self,
+        simulations: Simulations,
+        traces: Sequence[Trace],
+        objectives: Sequence[Objective],
+        most_gpus: int,
+        fixed_gpus: int | None,
+        pools: bool,
+    ) -> None:
+        self.simulations, self.traces, self.objectives = simulations, traces, objectives
+        self.families = simulations.families
+        self.found = Found()
+        self._most_gpus, self._fixed_gpus, self._pools = most_gpus, fixed_gpus, pools
+        self._works: dict[Splits, Work] = {}
+
+    def run(self, first: Callable[[Estimate], None]) -> None:
+        """Fill `found`; `first` is told the first estimate. An exception leaves what was found by then."""
+        self._estimate()
+        if self.found.estimates:
+            first(min(self.found.estimates, key=lambda one: one.usd_per_hour))
+        primary = self._primary()
+        leading = self.families[0].policy if self.families else ""
+        plain = [i for i in primary if self.families[i].policy == leading and not self.families[i].options]
+        self._bracket(plain, self._start)
+        self._bracket([i for i in primary if i not in plain], self._start_beside(plain))
+        self._challenge([i for i in range(len(self.families)) if i not in primary])
+        if self._pools:
+            self._challenge(self._pooled())
+            self._challenge(self._shifted())
+        self._verify()
+        self._resample()
+        self._load()
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    def _most(self, index: int) -> int:
+        return (self._fixed_gpus or self._most_gpus) // self.families[index].gpus_each
+
+    def _least(self, index: int) -> int:
+        return self._most(index) if self._fixed_gpus else self.families[index].fewest
+
+    @cached_property
+    def _feasible_sizes(self) -> list[int]:
+        return [i for i in range(len(self.families)) if self._most(i) >= self._least(i) >= 1]
+
+    def holds(self, index: int) -> int | None:
+        """The fewest replicas of a family that hold the SLO, as far as is known."""
+        bracket = self.found.brackets.get(index)
+        return None if bracket is None else bracket.holds
+
+    def usd(self, index: int) -> float:
+        """What the family's fewest replicas cost an hour; infinite where none holds."""
+        replicas = self.holds(index)
+        return math.inf if replicas is None else self.families[index].usd_per_hour(replicas)
+
+    # -- phases --------------------------------------------------------------------------------------------------
+
+    def work(self, index: int) -> Work:
+        """A trace's work on a replica of the family's split, with the full cache: a guide, for any policy."""
+        family = self.families[index]
+        split = family.gpu, family.setup.tp, family.setup.pp
+        if split not in self._works:
+            full = replace(family, setup=replace(family.setup, policy=Full()))
+            self._works[split] = work_of(full, self.traces[0])
+        return self._works[split]
+
+    def _estimate(self) -> None:
+        for index in range(len(self.families)):
+            family = self.families[index]
+            replicas = min(self._most(index), replicas_needed(self.work(index), self.objectives, self._most_gpus))
+            usd = family.usd_per_hour(replicas)
+            self.found.estimates.append(Estimate(family=index, replicas=replicas, usd_per_hour=usd))
+
+    def _primary(self) -> list[int]:
+        """For each line the split that is cheapest by estimate."""
+        cheapest: dict[Line, int] = {}
+        for one in self.found.estimates:
+            line = self.families[one.family].line
+            best = cheapest.setdefault(line, one.family)
+            if one.usd_per_hour < self.found.estimates[best].usd_per_hour:
+                cheapest[line] = one.family
+        return [index for index in cheapest.values() if self._most(index) >= 1]
+
+    def _start(self, index: int) -> int:
+        return self.found.estimates[index].replicas
+
+    def _start_beside(self, plain: Sequence[int]) -> Callable[[int], int]:
+        """Where another policy starts: at what the first one needs on the same GPU."""
+        known = {self.families[i].gpu: self.holds(i) for i in plain}
+        return lambda index: known.get(self.families[index].gpu) or self._start(index)
+
+    def _bracket(self, indices: Sequence[int], start: Callable[[int], int]) -> None:
+        tasks = [self._sized(i, smallest(start(i), self._least(i), self._most(i))) for i in indices]
+        self.simulations.all(tasks)
+
+    def _challenge(self, indices: Sequence[int]) -> None:
+        """Look whether a family is cheaper than the best of its line, simulating the most replicas that would be."""
+        lines: dict[Line, float] = {}
+        for i in self.found.brackets:
+            lines[self.families[i].line] = min(self.usd(i), lines.get(self.families[i].line, math.inf))
+        tasks = []
+        for index in indices:
+            family, least = self.families[index], self._least(index)
+            usd = lines.get(family.line, math.inf)
+            most = self._most(index)
+            if usd < math.inf:
+                most = min(most, math.ceil(usd / family.usd_per_hour(1) - 1e-9) - 1)
+            self.found.tried_up_to[index] = most
+            if most >= least:
+                start = most if usd < math.inf else self._start(index)
+                tasks.append(self._sized(index, smallest(start, least, most)))
+        self.simulations.all(tasks)
+
+    def _pooled(self) -> list[int]:
+        """New families with pools: the best split of each line, its work shared out between prompts and decoding."""
+        new = []
+        for index in self.best_of_lines():
+            family = self.families[index]
+            if _may_be_pooled(family):
+                new.append(self._add(replace(family, prefill_share=self._prefill_share(index)), index))
+        return new
+
+    def _shifted(self) -> list[int]:
+        """New families beside those with pools that were best: one replica more for prompts, and one fewer."""
+        pooled = [i for i in self.best_of_lines() if self.families[i].prefill_share is not None]
+        return [self._add(replace(self.families[i], prefill_shift=shift), i) for i in pooled for shift in (-1, 1)]
+
+    def _add(self, family: Family, beside: int) -> int:
+        """The index of a new family, which is taken to need as much as another one."""
+        self.families.append(family)
+        self.found.estimates.append(replace(self.found.estimates[beside], family=len(self.families) - 1))
+        return len(self.families) - 1
+
+    def _prefill_share(self, index: int) -> float:
+        """Of all work that of prompts, less what was cached where the family was simulated."""
+        share = self.work(index).prefill_share
+        measured = self.simulations.done.get(Key(index, self.found.brackets[index].best))
+        if isinstance(measured, Measured) and measured.prompt_tokens:
+            share *= 1 - measured.cached_tokens / measured.prompt_tokens
+        return share / (share + 1 - self.work(index).prefill_share)
+
+    def _verify(self) -> None:
+        """Let the cheapest family hold on every seed's trace, with more replicas where it takes them."""
+        while True:
+            ranked = sorted((i for i in self.found.brackets if self.holds(i) is not None), key=self._rank)
+            if not ranked:
+                return
+            index = ranked[0]
+            self.found.answer = index
+            if len(self.traces) == 1 or self._check_seeds(index):
+                return
+
+    def _rank(self, index: int) -> tuple[float, int, int]:
+        return self.usd(index), (self.holds(index) or 0) * self.families[index].gpus_each, index
+
+    def _check_seeds(self, index: int) -> bool:
+        """Whether the family's bracket holds on all seeds; if not, its lower end moves up by one replica."""
+        bracket = self.found.brackets[index]
+        replicas = bracket.holds
+        if replicas is None:
+            return True
+        keys = [Key(index, replicas, seed=seed) for seed in range(len(self.traces))]
+        ratios = self.simulations.all([self._ratio(key) for key in keys])
+        if max(ratios) <= 1:
+            return True
+        more = replicas + 1 if replicas < self._most(index) else None
+        self.found.brackets[index] = Bracket(more, replicas, more or replicas)
+        if more is not None:
+            self.simulations.all([self._ratio(Key(index, more))])
+        return False
+
+    def _resample(self) -> None:
+        """Intervals of each line's best, where the trace is recorded."""
+        if len(self.traces) > 1:
+            return
+        keys = [Key(i, self.found.brackets[i].best, resample=True) for i in self.best_of_lines()]
+        self.simulations.all([self._ratio(key) for key in keys])
+
+    def best_of_lines(self) -> list[int]:
+        """For each line the family to report: the cheapest that holds, else the one that comes nearest."""
+        best: dict[Line, int] = {}
+        for i in self.found.brackets:
+            current = best.setdefault(self.families[i].line, i)
+            if (self.usd(i), self._nearness(i)) < (self.usd(current), self._nearness(current)):
+                best[self.families[i].line] = i
+        return list(best.values())
+
+    def _nearness(self, index: int) -> float:
+        measured = self.simulations.done.get(Key(index, self.found.brackets[index].best))
+        return measured.ratio(self.objectives) if isinstance(measured, Measured) else math.inf
+
+    def nearest(self) -> int | None:
+        """The family that comes nearest to the SLO where none holds it."""
+        tried = [i for i in self.found.brackets if math.isfinite(self._nearness(i))]
+        return min(tried, key=lambda i: (self._nearness(i), i), default=None)
+
+    def _load(self) -> None:
+        """The largest load that the answer's fleet holds, or the nearest fleet where there is no answer."""
+        index = self.found.answer if self.found.answer is not None else self.nearest()
+        if index is None:
+            return
+        replicas = self.found.brackets[index].best
+        least, most = (0, _MOST_LOAD) if self.found.answer is not None else (-_MOST_LOAD, 0)
+        search = largest(1 if most else -4, least, most)
+        (self.found.load,) = self.simulations.all([self._loaded(index, replicas, search)])
+
+    # -- tasks ---------------------------------------------------------------------------------------------------
+
+    def _sized(self, index: int, search: Search) -> Task[None]:
+        """A bracket of replicas, kept when it is found."""
+        size = next(search)
+        while True:
+            measured = yield Key(index, size)
+            try:
+                size = search.send(self._how_far(measured))
+            except StopIteration as end:
+                self.found.brackets[index] = end.value
+                return
+
+    def _loaded(self, index: int, replicas: int, search: Search) -> Task[Bracket]:
+        load = next(search)
+        while True:
+            measured = yield Key(index, replicas, load)
+            try:
+                load = search.send(self._how_far(measured))
+            except StopIteration as end:
+                found: Bracket = end.value
+                return found
+
+    def _ratio(self, key: Key) -> Task[float]:
+        measured = yield key
+        return self._how_far(measured)
+
+    def _how_far(self, measured: Measured | Failed) -> float:
+        return measured.ratio(self.objectives) if isinstance(measured, Measured) else math.inf
+
+
+def _may_be_pooled(family: Family) -> bool:
+    """Whether the simulator takes prompts and decoding apart there; what it refuses beyond is found by trying."""
+    setup = family.setup
+    limits = any(one.quota < 1 or one.replicas is not None for one in setup.tenants.values())
+    return not (
+        setup.pp > 1
+        or setup.scheduler != "fcfs"
+        or limits
+        or setup.session_kv != "recompute"
+        or setup.prefix_cache_hbm_bytes
+        or (setup.speculation is not None and setup.speculation.draft is not None)
+    )
+
+
+def rate_scale(load: int) -> float:
+    """How many times as fast requests arrive after so many LOAD_STEPs."""
+    return float(LOAD_STEP**load)

@@ -1,0 +1,106 @@
+"""What a plan is asked: a scenario, what may be bought, what must hold; checked before a trace is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvsim.planning.prices import Prices
+from kvsim.planning.quality import Qualities
+from kvsim.planning.slo import Objective, classes, parse_slo, request_bounds
+from kvsim.scenario.scenario_file import Scenario, load_scenario
+
+MOST_GPUS = 1024
+SEEDS = 5
+_UNPLANNED = {
+    "perfetto": "a plan keeps no operations; give it to the kvsim simulate that the plan names",
+    "prefill_gpus": "the planner chooses it; fix tp, pp or gpus, or leave it out",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a plan is asked: the scenario, what may be bought, and what it must hold."""
+
+    asked: Scenario
+    given: Mapping[str, Any]  # the options as they were given
+    scenario: str | None  # the file that they stand on top of
+    gpus: tuple[str, ...]
+    objectives: tuple[Objective, ...]
+    prices: Prices
+    qualities: Qualities
+    most_gpus: int
+    pools: bool
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """What a request of no class must keep."""
+        return request_bounds(self.objectives, None)
+
+    def notes(self) -> list[str]:
+        """What was read in another way than it was written."""
+        return [*self.asked.load_model().notes]
+
+    def class_bounds(self) -> dict[str, dict[str, float]]:
+        """What a request of each class that tenants have must keep."""
+        have = {one.slo_class for one in self.asked.setup["tenants"].values()}
+        return {name: request_bounds(self.objectives, name) for name in classes(self.objectives) if name in have}
+
+
+def question_of(
+    *,
+    slo: str | Sequence[str],
+    gpu: str | Sequence[str] | None,
+    policy: str | Sequence[str] | None,
+    prices: str | Path | None,
+    quality: str | Path | None,
+    max_gpus: int,
+    pools: bool,
+    scenario: str | Path | None,
+    allow_code: bool,
+    options: Mapping[str, Any],
+) -> Question:
+    """What is asked, checked as far as it can be before a trace is read."""
+    objectives = parse_slo(slo)
+    for key, reason in _UNPLANNED.items():
+        if key in options and reason:
+            raise ValueError(f"{key}: {reason}")
+    if max_gpus < 1:
+        raise ValueError(f"max_gpus={max_gpus} must be at least 1")
+    given = dict(options)
+    gpus = _several(gpu)
+    if gpus:
+        given["gpu"] = gpus[0]
+    if policy is not None:
+        given["policy"] = _several(policy)
+    bounds = {one.removesuffix("_s"): limit_s for one, limit_s in request_bounds(objectives, None).items()}
+    given["slo"] = bounds
+    tenants = given.get("tenants", {})
+    named = {terms.get("slo_class") for terms in tenants.values()} if isinstance(tenants, Mapping) else set()
+    own = {name: request_bounds(objectives, name) for name in classes(objectives) if name in named}
+    if own:
+        written = {name: {one.removesuffix("_s"): s for one, s in each.items()} for name, each in own.items()}
+        given["slo_classes"] = {**written, **given.get("slo_classes", {})}
+    asked = load_scenario(given, None if scenario is None else Path(scenario), allow_code=allow_code)
+    if "prefill_gpus" in asked.given:
+        raise ValueError(f"prefill_gpus: {_UNPLANNED['prefill_gpus']}")
+    replica = asked.setup["tp"] * asked.setup["pp"]
+    if {"gpus", "tp"} <= asked.given and asked.setup["gpus"] % replica:
+        raise ValueError(f"gpus={asked.setup['gpus']} is not a multiple of the {replica} GPUs of a replica (tp x pp)")
+    if "seeds" not in asked.given:
+        asked = replace(asked, seeds=SEEDS)
+    return Question(
+        asked=asked,
+        given={key: value for key, value in given.items() if key not in ("slo", "slo_classes") or key in options},
+        scenario=None if scenario is None else str(scenario),
+        gpus=tuple(dict.fromkeys(gpus or [asked.gpu])),
+        objectives=objectives,
+        prices=Prices(None if prices is None else Path(prices)),
+        qualities=Qualities(None if quality is None else Path(quality)),
+        most_gpus=max_gpus,
+        pools=pools,
+    )
+
+
+def _several(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
