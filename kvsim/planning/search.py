@@ -93,7 +93,7 @@ def _away(size: int, ratios: dict[int, float]) -> int:
     if others and 0 < ratio < math.inf:
         other = min(others, key=lambda one: abs(one - size))
         power = max(_LEAST_POWER, math.log(ratio / ratios[other]) / math.log(other / size))
-    factor = _STEP if math.isinf(ratio) else min(_STEP, max(1 / _STEP, ratio ** (1 / power)))
+    factor = _STEP if math.isinf(ratio) else min(_STEP, max(1 / _STEP, math.pow(ratio, 1 / power)))
     return math.ceil(size * factor) if ratio > 1 else math.floor(size * factor)
 
 
@@ -106,7 +106,7 @@ def _between(breaks: int, holds: int, ratios: dict[int, float] | None) -> int:
         return middle
     share = above / (above + below)
     if breaks > 0:  # a power of the size
-        found = math.ceil(breaks * (holds / breaks) ** share - 1e-9)
+        found = math.ceil(breaks * math.pow(holds / breaks, share) - 1e-9)
     else:  # sizes of a load are powers already
         found = math.ceil(breaks + (holds - breaks) * share - 1e-9)
     return min(holds - 1, max(breaks + 1, found))
