@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ _FIXED = {
     "seeds": "sweep the key seed instead: --over seed=0,1,2",
     "perfetto": "simulate a point of it alone",
 }
+_WITH_UNITS = re.compile(r"\d[\w.]*?\.\.\d.*")  # a span of amounts, not a path such as ../mine.yaml
 _WORDS = {"true": True, "false": False, "yes": True, "no": False}
 
 
@@ -98,7 +100,7 @@ def _values(one: Option, text: str) -> Dimension:
         return [one.kind.gathers([text])]
     if ".." in text and one.kind.flag in (int, float):
         return _span(one, text)
-    if one.kind.flag is str and ".." in text and not text.strip(".").count("/"):
+    if one.kind.flag is str and _WITH_UNITS.fullmatch(text):
         raise ValueError(f"--over {one.key}={shown(text)}: only options that are plain numbers have spans; list values")
     return [_plain(one, part.strip()) for part in text.split(",")]
 

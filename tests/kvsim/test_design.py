@@ -37,6 +37,10 @@ def test_drawn_points_are_those_of_their_seed_and_cover_their_spans() -> None:
     assert {point["policy"][0] for point in found} == {"full", "quest"}
 
 
+def test_paths_with_dots_are_no_spans() -> None:
+    assert dimensions(["gpu=../a.yaml,h100-sxm"]) == {"gpu": ["../a.yaml", "h100-sxm"]}
+
+
 def test_whole_numbers_of_a_logarithmic_span_include_both_ends() -> None:
     found = [point["gpus"] for point in points(dimensions(["gpus=1..8:log"]), 2_000, 0)]
     assert set(found) == set(range(1, 9))
@@ -56,6 +60,8 @@ def test_whole_numbers_of_a_logarithmic_span_include_both_ends() -> None:
         (["rate_scale=0..1:log"], 3, r"must be above zero and rising"),
         (["rate_scale=1..2:cubic"], 3, r"'cubic' is no scale of a span"),
         (["gpus=1..2", "gpus=4"], 3, r"--over gpus has a span and other values"),
+        (["prefix_cache_ddr=1GiB..1TiB"], 3, r"only options that are plain numbers have spans"),
+        (["limit=10..100"], 3, r"only options that are plain numbers have spans"),
         (["seeds=1,2"], None, r"--over seed=0,1,2"),
         (["perfetto=0s-1s"], None, r"simulate a point of it alone"),
         (["skip_bad_rows=maybe"], None, r"'maybe' is not true or false"),
