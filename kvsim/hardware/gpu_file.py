@@ -141,6 +141,7 @@ class GpuFile(BaseModel):
     def figures(self, chosen: str) -> tuple[dict[str, Any], dict[str, str]]:
         """The figures of a parameter set as absolute numbers, and the sources of those that have one."""
         values: dict[str, Any] = {}
+        peaks: dict[str, Any] = {}
         sources = {key: text for key, text in self.sources.items() if key in _CAPACITIES}
         for name in PARAMETER_SETS[: PARAMETER_SETS.index(chosen) + 1]:
             part = getattr(self, name)
@@ -149,11 +150,16 @@ class GpuFile(BaseModel):
                 if value is None:
                     continue
                 values[field] = self._absolute(field, value, values)
+                if name != "datasheet":
+                    peak = peaks.get("pcie_h2d_Bps" if field == "gather_curve" else field)
+                    _check_below(f"{name}.{field}", values[field], peak)
                 source = self.sources.get(f"{name}.{field}", self.sources.get(name))
                 if source is not None:
                     sources[field] = source
             if getattr(part, "kernels", None) and (source := self.sources.get(f"{name}.kernels")) is not None:
                 sources["kernels"] = source
+            if name == "datasheet":
+                peaks = dict(values)
         missing = [field for field in Figures.model_fields if field not in values]
         if missing:
             raise ValueError(f"datasheet.{missing[0]} is missing")
@@ -173,6 +179,22 @@ class GpuFile(BaseModel):
                 raise ValueError("datasheet.matmul_flops must give a rate for each dtype, such as {bf16: 312e12}")
         absolute = {dtype: _number(figure, f"{field}.{dtype}", peak.get(dtype)) for dtype, figure in given.items()}
         return tuple({**dict(before.get(field, ())), **absolute}.items())
+
+
+def _check_below(field: str, value: Any, peak: Any) -> None:
+    """ValueError for a rate above the datasheet's; what a datasheet leaves out has no bound."""
+    if peak is None or not field.endswith(("_Bps", "_flops", "_per_s", "gather_curve")):
+        return
+    if isinstance(value, tuple):
+        bounds = dict(peak) if isinstance(peak, tuple) else dict.fromkeys((key for key, _ in value), peak)
+        pairs = [(f"{field}.{key}", rate, bounds.get(key)) for key, rate in value]
+    else:
+        pairs = [(field, value, peak)]
+    for name, rate, most in pairs:
+        if most is not None and rate > most:
+            raise ValueError(
+                f"{name}={rate:g} is faster than the datasheet's {most:g}, which no chip is; mend one of the two"
+            )
 
 
 def _number(figure: Figure, field: str, peak: Figure | None) -> float:

@@ -48,7 +48,10 @@ class Rates:
         """FLOP/s of large GEMMs in `dtype`; ValueError when this chip has no rate for it."""
         rates = dict(self.matmul_flops)
         if dtype not in rates:
-            raise ValueError(f"this GPU has no GEMM rate for dtype {shown(dtype)}; it has {', '.join(rates)}")
+            raise ValueError(
+                f"this GPU has no GEMM rate for dtype {shown(dtype)}; it has {', '.join(rates)}; "
+                "give its file a rate for it in matmul_flops, or choose another --weight-dtype"
+            )
         return rates[dtype]
 
     def product_flops(self, dtype: str) -> float:

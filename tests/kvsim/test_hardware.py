@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvsim.__main__ import main
 from kvsim.hardware.catalogue import Host, gpu_names, host_names, load_gpu, load_host
 from kvsim.hardware.rates import Rates, interpolate
 
@@ -238,6 +239,24 @@ def test_unknown_names(name: str, message: str) -> None:
         load_gpu(name)
 
 
+def test_a_run_on_a_chip_without_its_dtype_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is simulated; what stands in for it would be 16 or 32 bits."""
+    gpu = user_gpu(
+        tmp_path,
+        ("{bf16: 100e12, fp32: 10e12}", "{fp8: 200e12}"),
+        ("{bf16: 45e12}", "{fp8: 45e12}"),
+        ("memory_bytes: 1000", "memory_bytes: 80000000000"),
+    )
+    asked = ["--model", "llama-3.1-8b", "--policy", "full", "--gpu", gpu]
+    for command in (["simulate", "--trace", "azure-2023-code", "--limit", "2"], ["explain"]):
+        assert main([*command, *asked]) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            "error: this GPU has no GEMM rate for dtype 'bf16'; it has fp8; give its file a rate for it in "
+            "matmul_flops, or choose another --weight-dtype\n"
+        )
+
+
 def test_unknown_host_lists_the_nearest_first() -> None:
     with pytest.raises(ValueError, match=r"unknown host 'ddr5'; .*known: ddr5-dual-xeon"):
         load_host("ddr5")
@@ -259,6 +278,14 @@ def test_unknown_host_lists_the_nearest_first() -> None:
         ("memory_bytes: 1000", "memory_bytes: 0", r"memory_bytes=0: Input should be greater than 0"),
         ("sms: 10", "sms: 10\ndevice_bytes: 1001", r"device_bytes=1001 exceeds memory_bytes=1000"),
         ("\neager:", "\nachievable: {}\neager:", r"achievable is the former name of eager; keep one of them"),
+        (
+            "hbm_Bps: 50%",
+            "hbm_Bps: 101%",
+            r"eager\.hbm_Bps=1\.01e\+12 is faster than the datasheet's 1e\+12, which",
+        ),
+        ("hbm_Bps: 50%", "nvlink_Bps: 1", r"eager\.nvlink_Bps=1 is faster than the datasheet's 0"),
+        ("matmul_flops: 40%", "matmul_flops: {fp32: 11e12}", r"eager\.matmul_flops\.fp32=1\.1e\+13 is faster than"),
+        ("256: 25%", "256: 1e12", r"eager\.gather_curve\.256=1e\+12 is faster than"),
         ("eager.launch_s: a", "eager.lunch_s: a", r"sources\.eager\.lunch_s names no figure"),
         ("fp32: 10e12}", "fp32: 10e12", r"mine\.yaml is not YAML: "),
     ],
