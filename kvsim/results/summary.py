@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.results.causes import attribution, bottleneck
+from kvsim.results.crowding import crowding
 from kvsim.results.fairness import Tenancy, fairness
 from kvsim.results.identity import identity
 from kvsim.results.token_gaps import TenantGaps
@@ -184,7 +185,7 @@ def plain(value: Any) -> Any:
 
 
 def _warnings(result: Result) -> list[str]:
-    return warnings_of(
+    found = warnings_of(
         inputs=result.inputs,
         requests=result.requests,
         gaps=result.token_gaps,
@@ -193,6 +194,7 @@ def _warnings(result: Result) -> list[str]:
         makespan_s=result.makespan_s,
         limits=result.limits,
     )
+    return [*found, *filter(None, [crowding(result.requests)])]
 
 
 def _preemptions(result: Result) -> dict[str, int]:
