@@ -56,8 +56,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _help(error: TyperException) -> str:
-    """Where to look for what arguments a command takes, where typer itself names nothing nearer."""
+    """What stands for an option of a serving engine, or where to look for what arguments a command takes."""
     context = getattr(error, "ctx", None)
+    if context and context.info_name in ("simulate", "compare", "explain"):
+        from kvsim.scenario.engine_names import in_words
+
+        if words := in_words(getattr(error, "option_name", "")):
+            return f"; {words}"
     return f"; see {context.command_path} --help" if context and "unexpected extra" in error.format_message() else ""
 
 

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, create_model
 from kvsim.hardware.catalogue import load_gpu, load_host
 from kvsim.models import load_model
 from kvsim.scenario import kinds
+from kvsim.scenario.engine_names import in_words
 from kvsim.scenario.options import CLUSTER, GROUPS, GUESSING, MODEL, RESULTS, TRACE, Option, option, options_of
 from kvsim.scenario.setup import Setup
 from kvsim.scenario.speculation import speculation
@@ -211,6 +212,9 @@ def load_scenario(options: Mapping[str, Any], file: Path | None = None, *, allow
     """
     written = {} if file is None else parse_yaml(read_document(file), str(file))
     origin = " and ".join([*([str(file)] if file else []), *(["command line"] if options or not file else [])])
+    for key in {**written, **options}:
+        if key not in _KEYS and (words := in_words(str(key))):
+            raise ValueError(f"{origin}: unknown key {shown(key)}; {words}")
     read = validated(_SCHEMA, {**written, **options}, [*_KEYS], origin)
     own, setup = ({one.name: getattr(read, one.key) for one in options_of(kept)} for kept in (Scenario, Setup))
     asked = Scenario(**own, setup=setup, given=frozenset(read.model_fields_set))
