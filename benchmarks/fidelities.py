@@ -110,7 +110,7 @@ def _tight(setup: Setup, trace: traces.Trace) -> Setup:
     """The same with memory for the three largest requests on each replica, so that sequences are swapped."""
     token_bytes = sum(2 * layer.kv_heads * layer.head_dim * 2 for layer in setup.rank.layers)
     largest = int((trace.prompt_tokens + trace.output_tokens).max())
-    taken = setup.rank.weight_bytes + setup.activation_bytes + setup.prefix_cache_hbm_bytes // setup.gpus
+    taken = setup.rank.weight_bytes + setup.reserve_bytes[0] + setup.prefix_cache_hbm_bytes // setup.gpus
     gpu = replace(setup.gpu, memory_bytes=taken + 3 * largest * token_bytes)
     return replace(setup, gpu=gpu, gpu_memory_utilization=1.0)
 

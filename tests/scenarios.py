@@ -46,7 +46,7 @@ CACHING = st.fixed_dictionaries(
 def with_room(s, hbm_bytes, ddr_bytes):
     """The same setup on GPUs and hosts that leave a rank this much for KV state."""
     ranks = s.replicas_per_host * s.tp
-    taken = s.rank.weight_bytes + s.activation_bytes + s.prefix_cache_hbm_bytes // ranks
+    taken = s.rank.weight_bytes + s.reserve_bytes[0] + s.prefix_cache_hbm_bytes // ranks
     return replace(
         s,
         gpu=replace(s.gpu, memory_bytes=taken + hbm_bytes),

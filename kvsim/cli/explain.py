@@ -10,6 +10,7 @@ import typer
 from kvsim.cli.model import ParamsOption
 from kvsim.cli.output import SCHEMA_VERSION, Columns, JsonFlag, print_line, print_rich, print_table
 from kvsim.cli.prefill import print_density, print_occupancy, print_schemes
+from kvsim.scenario.choices import ENGINES
 from kvsim.scenario.shares import parse_shares
 from kvsim.text.names import unknown_name
 from kvsim.text.units import bounded_tokens, format_bytes, format_count, format_s, parse_params
@@ -34,7 +35,7 @@ PAPER_OPTIONS = (
     "json",
 )
 SP_OPTIONS = ("sp", "model", "gpu", "host", "context", "kv_dtype", "weight_dtype", "params", "json")
-PP_OPTIONS = ("pp", "micro_batches", "tp", "batch", "gpu_memory_utilization", *SP_OPTIONS[1:])
+PP_OPTIONS = ("pp", "micro_batches", "tp", "batch", "engine", "gpu_memory_utilization", *SP_OPTIONS[1:])
 OCCUPANCY_OPTIONS = ("occupancy", "batch", "tp", *SP_OPTIONS[1:])
 DENSITY_OPTIONS = ("density", "policy", "counts", *SP_OPTIONS[1:])
 BATCH_COLUMNS = ("batch", "output_tokens_per_s")
@@ -89,6 +90,9 @@ def explain(
     kv_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of cached keys and values.")] = None,
     weight_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Of the weights.")] = None,
     params: ParamsOption = None,
+    engine: Annotated[
+        str, typer.Option(metavar="|".join(ENGINES), help="Whose memory beside weights and KV is set aside.")
+    ] = "vllm",
     gpu_memory_utilization: Annotated[
         float, typer.Option(metavar="SHARE", help="What an engine may use of HBM.")
     ] = 0.9,
@@ -149,7 +153,7 @@ def explain(
         from kvsim.cli.pipeline import print_pipeline
 
         _refuse_others(ctx, "--pp", PP_OPTIONS)
-        options: dict[str, Any] = {"pp": pp, "tp": tp, "utilization": gpu_memory_utilization}
+        options: dict[str, Any] = {"pp": pp, "tp": tp, "utilization": gpu_memory_utilization, "engine": engine}
         print_pipeline(shape, gpu, host, contexts, micro_batches or pp, size, options, json=json)
         return
     if micro_batches is not None:
@@ -159,7 +163,7 @@ def explain(
         rows = _paper_rows(policy or ["full"], shape, gpu, contexts, tp, size)
     else:
         guesses = speculation(shape, speculate, parse_acceptance(acceptance or ""), tree, draft, draft_share)
-        options = {"tp": tp, "utilization": gpu_memory_utilization, "speculation": guesses}
+        options = {"tp": tp, "utilization": gpu_memory_utilization, "engine": engine, "speculation": guesses}
         rows = list(
             _rows(
                 policy, shape, gpu, host, contexts, size, options, parse_shares([counts]) if counts is not None else {}
@@ -183,7 +187,7 @@ def _paper_rows(
             )
     card = load_gpu(gpu if "@" in gpu else f"{gpu}@datasheet")
     # As the paper counts, an engine may use all of the memory, and one copy lies on all GPUs together.
-    if note := misfit(model.name, card, tp, 1.0, -(-model.weight_bytes // tp)):
+    if note := misfit(model.name, card, tp, -(-model.weight_bytes // tp)):
         _warn(f"note: {note}")
     return [("full", paper_costs(model, card, tokens, tp=tp, batch=batch)) for tokens in contexts]
 

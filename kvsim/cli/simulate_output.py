@@ -59,7 +59,7 @@ def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, 
         _print_uncertainty(run)
     if len(run.summary["tenants"]) > 1:
         _print_tenants(run.summary)
-    for note in inputs["trace_notes"]:
+    for note in [*inputs["trace_notes"], *inputs.get("model_notes", ())]:
         print_line(f"note: {note}")
     for warning in run.summary["warnings"]:
         print_line(f"warning: {warning}")
@@ -139,6 +139,9 @@ def _facts(run: "Run", slo_s: Mapping[str, float]) -> dict[str, str]:
         "throughput": f"{_rate(summary['output_tokens_per_s'])} output tokens/s",
         "goodput": f"{_rate(summary['goodput_rps'])} requests/s" + (f" with {bounds}" if bounds else ""),
     }
+    if room := summary["inputs"].get("kv_capacity"):
+        held = "" if room["tokens"] is None else f" or {room['tokens']:,} tokens of the dense cache"
+        facts["KV capacity"] = f"{format_bytes(room['bytes'])}{held} a replica: {room['source']}"
     for tier in run.tiers():
         peak, capacity = (run.tier_bytes(tier, figure) or 0.0 for figure in ("peak_bytes", "capacity_bytes"))
         facts[f"{tier.upper()} peak"] = f"{format_bytes(peak)} of {format_bytes(capacity)}, all together"

@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvsim.explain.fit import misfit, usable_bytes
 from kvsim.hardware.catalogue import Gpu, Host
 from kvsim.hardware.machine import CPU, D2H, H2D, NVLINK, SM, Machine
 from kvsim.iteration.arrays import Floats
@@ -16,6 +15,7 @@ from kvsim.iteration.busy import HBM_BUSY, OVERHEAD, WORK, add_guesses
 from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import TIERS, PlanTable
 from kvsim.plans.guessing import Guesser
+from kvsim.scenario.setup import Setup
 from kvsim.scenario.speculation import Speculation
 from policies import ModelShape, Policy
 from policies.shown import shown
@@ -47,9 +47,9 @@ class Costs:
 class Explainer:
     """Prices one policy on one model, `tp` GPUs and their host.
 
-    An engine may use `utilization` of the HBM. Raises ValueError where the host does not hold as many GPUs, the
-    model does not divide by `tp`, the policy cannot verify guesses, or (when a context is priced) the policy cannot
-    take the model.
+    An engine may use `utilization` of the HBM, and sets aside what `engine` does. Raises ValueError where the host
+    does not hold as many GPUs, the model does not divide by `tp`, the policy cannot verify guesses, or (when a context
+    is priced) the policy cannot take the model.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Explainer:
         *,
         tp: int = 1,
         utilization: float = 0.9,
+        engine: str = "vllm",
         shares: Mapping[str, float] | None = None,
         speculation: Speculation | None = None,
     ) -> None:
@@ -79,11 +80,22 @@ class Explainer:
         self._new_tokens = speculation.verified_tokens if speculation is not None else 1
         self.table = PlanTable(policy, rank, self.machine, shares or {}, self._guesser)
         self.clock = Clock(rank, self.machine, self._guesser)
-        weight_bytes = rank.weight_bytes + (self._guesser.weight_bytes if self._guesser else 0)
-        hbm_bytes = usable_bytes(gpu, utilization) - weight_bytes
-        self.misfit = misfit(model.name, gpu, tp, utilization, weight_bytes)  # in words; None where the weights fit
-        # One rank's part of each tier.
-        self.capacity_bytes = (max(0, hbm_bytes), host.ddr_bytes // tp, host.nvme_bytes // tp)
+        setup = Setup(
+            model=model,
+            policy=policy,
+            gpu=gpu,
+            host=host,
+            gpus=tp,
+            tp=tp,
+            engine=engine,
+            gpu_memory_utilization=utilization,
+            speculation=speculation,
+        )
+        memory = setup.gpu_memory
+        self.misfit = memory.misfit  # in words; None where the model fits
+        # One rank's part of each tier, as a simulation of a lone replica has it.
+        hbm_bytes, ddr_bytes, _ = (0, 0, 0) if self.misfit else setup.capacity()
+        self.capacity_bytes = (hbm_bytes, ddr_bytes, host.nvme_bytes // tp)
 
     def costs(self, context_tokens: int, batch: int | None = None) -> Costs:
         """The costs at `context_tokens`, the last of which is the one that the decode step feeds in.

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from kvsim.explain.fit import misfit, usable_bytes
 from kvsim.hardware.catalogue import Gpu, Host
 from kvsim.hardware.machine import Machine
 from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import TIERS, PlanTable
+from kvsim.scenario.setup import Setup
 from kvsim.scenario.stages import stages_of
 from policies import Full, ModelShape
 from policies.shown import shown
@@ -54,12 +54,20 @@ class Pipeline:
 class Pipelined:
     """Prices the dense cache of a model on a pipeline of `pp` stages.
 
-    An engine may use `utilization` of the HBM. Raises ValueError as `stages_of` does, and for a `tp` that does not
-    fit the host.
+    An engine may use `utilization` of the HBM, and sets aside what `engine` does. Raises ValueError as `stages_of`
+    does, and for a `tp` that does not fit the host.
     """
 
     def __init__(
-        self, model: ModelShape, gpu: Gpu, host: Host, *, pp: int, tp: int = 1, utilization: float = 0.9
+        self,
+        model: ModelShape,
+        gpu: Gpu,
+        host: Host,
+        *,
+        pp: int,
+        tp: int = 1,
+        utilization: float = 0.9,
+        engine: str = "vllm",
     ) -> None:
         if not 1 <= tp <= host.gpus_max:
             raise ValueError(f"tp={tp} does not fit host {shown(host.name)}; it takes 1 to {host.gpus_max} GPUs")
@@ -68,10 +76,20 @@ class Pipelined:
         self._stages = stages_of(model, self.machine, pp)
         self._tables = [PlanTable(Full(), rank, self.machine, {}) for rank in self._stages.ranks]
         self._clocks = [Clock(rank, self.machine) for rank in self._stages.ranks]
-        usable = usable_bytes(gpu, utilization)
-        self._room_bytes = [usable - rank.weight_bytes for rank in self._stages.ranks]
-        most_bytes = max(rank.weight_bytes for rank in self._stages.ranks)
-        self.misfit = misfit(model.name, gpu, pp * tp, utilization, most_bytes)  # in words; None where the weights fit
+        setup = Setup(
+            model=model,
+            policy=Full(),
+            gpu=gpu,
+            host=host,
+            gpus=pp * tp,
+            tp=tp,
+            pp=pp,
+            engine=engine,
+            gpu_memory_utilization=utilization,
+        )
+        memory = setup.gpu_memory
+        self._room_bytes = memory.room_bytes
+        self.misfit = memory.misfit  # in words; None where the model fits
 
     def send_s(self, tokens: int) -> list[float]:
         """How long the activations of so many tokens take to each stage; each rank sends its part of them."""

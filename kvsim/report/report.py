@@ -66,6 +66,13 @@ def report_html(
     return page.html("simulation", f"{_named(runs, 'trace')}: {policies}", identity or {}, **content)
 
 
+def _capacity(run: Run) -> str:
+    """Room for KV in HBM, and where that figure is from."""
+    room = run.summary["inputs"]["kv_capacity"]
+    tokens = "" if room["tokens"] is None else f" or {room['tokens']:,} tokens of the dense cache"
+    return f"KV capacity of a replica: {format_bytes(room['bytes'])}{tokens}; {room['source']}."
+
+
 def _named(runs: Sequence[Run], key: str) -> str:
     """An input of all runs; several where they differ."""
     return ", ".join(dict.fromkeys(str(run.summary["inputs"].get(key, "not stated")) for run in runs))
@@ -168,6 +175,8 @@ def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float, ident
     if warmup_s:
         notes.append(f"Latencies leave out requests that arrived in the first {format_s(warmup_s)}.")
     notes += dict.fromkeys(f"Trace: {note}" for run in runs for note in run.summary["inputs"].get("trace_notes", ()))
+    notes += dict.fromkeys(f"Model: {note}" for run in runs for note in run.summary["inputs"].get("model_notes", ()))
+    notes += dict.fromkeys(_capacity(run) for run in runs if "kv_capacity" in run.summary["inputs"])
     for run in runs:
         counts = run.summary["requests"]
         note = f"{run.label}: {counts['finished']:,} of {counts['submitted']:,} requests finished, "

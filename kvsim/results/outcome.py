@@ -327,6 +327,30 @@ def _prefill_replica(requests: Array) -> Array:
     return np.where(requests["sender"] == NOBODY, requests["replica"], requests["sender"])
 
 
+def _model_notes(setup: Setup) -> list[str]:
+    """What to know of how the model is spread over a replica's GPUs."""
+    layers = setup.model.layers
+    if setup.tp == 1 or not any(layer.experts for layer in layers):
+        return []
+    latents = " and the whole latent of every sequence" if any(layer.kind == "mla" for layer in layers) else ""
+    words = (
+        f"each of {setup.tp} ranks holds a slice of every expert{latents}; expert parallelism and data-parallel "
+        "attention, with which engines serve such models at scale, are not modelled"
+    )
+    return [words]
+
+
+def _kv_capacity(setup: Setup) -> dict[str, Any]:
+    """Room for KV in the HBM of one replica, all its GPUs together, and where that figure is from."""
+    found = setup.gpu_memory.capacity()
+    return {
+        "bytes": setup.tp * found.hbm_bytes,
+        "tokens": found.tokens,
+        "source": found.source,
+        "reserve_bytes": setup.reserve,
+    }
+
+
 def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:
     options = {name: getattr(setup, name) for name in setup.__slots__ if name not in ("model", "policy", "gpu", "host")}
     if setup.speculation is not None:
@@ -337,6 +361,7 @@ def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:
         "trace_sha256": digest([getattr(trace, name) for name in TRACE_COLUMNS]),
         "setup_sha256": digest(setup),
         "trace_notes": list(trace.notes),
+        "model_notes": _model_notes(setup),
         "skipped_rows": trace.skipped_rows,
         "requests": len(trace),
         "model": setup.model.name,
@@ -350,5 +375,6 @@ def _inputs(trace: Trace, setup: Setup) -> dict[str, Any]:
         "kv_dtype": setup.model.kv_dtype,
         "weight_dtype": setup.model.weight_dtype,
         "capacity_bytes": dict(zip((str(t) for t in TIERS), setup.capacity(), strict=True)),
+        "kv_capacity": _kv_capacity(setup),
         "versions": {"kvsim": __version__, "python": platform.python_version(), "numpy": np.__version__},
     }

@@ -6,6 +6,7 @@ FIDELITIES = ("step", "op")
 SCHEDULERS = ("fcfs", "priority", "fair")
 ROUTERS = ("round-robin", "least-loaded", "prefix-affinity", "kv-aware")
 CACHE_ROUTERS = ROUTERS[2:]  # these look into prefix caches
+ENGINES = ("vllm", "vllm-0.16", "sglang")  # whose reserve of memory, in engine_memory
 PREEMPTIONS = ("swap", "recompute")
 SESSIONS = ("open", "closed")
 SESSION_KVS = ("recompute", "keep", "swap", "cheapest")  # what becomes of a turn's state

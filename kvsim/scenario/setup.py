@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from kvsim.hardware.catalogue import Gpu, Host
 from kvsim.hardware.machine import Machine
 from kvsim.scenario import choices, kinds
+from kvsim.scenario.engine_memory import reserve
 from kvsim.scenario.finite import first_nan
+from kvsim.scenario.kv_capacity import BLOCK_TOKENS, GpuMemory, Stated
 from kvsim.scenario.options import (
     CACHE,
     CLUSTER,
@@ -73,7 +75,16 @@ class Setup:
     max_num_batched_tokens: int = option(
         8192, kinds.NUMBER, ENGINE, "Tokens of an iteration, which bound the prefill chunk.", least=1
     )
+    engine: str = option(
+        "vllm", kinds.choice(choices.ENGINES), ENGINE, "Whose memory beside weights and KV is set aside."
+    )
     gpu_memory_utilization: float = option(0.9, kinds.SHARE, ENGINE, "What an engine may use of HBM.")
+    kv_cache_tokens: int | None = option(
+        None, kinds.NUMBER, ENGINE, "KV of a replica, in tokens. Default: what HBM leaves.", least=1
+    )
+    kv_cache_blocks: int | None = option(None, kinds.WHOLE, ENGINE, "Or in blocks of --kv-cache-block-tokens.", least=1)
+    kv_cache_block_tokens: int = option(BLOCK_TOKENS, kinds.WHOLE, ENGINE, "Tokens of such a block.", least=1)
+    kv_cache_memory_bytes: int | None = option(None, kinds.SIZE, ENGINE, "Or in bytes of each GPU.", least=1)
     host_memory_utilization: float = option(0.9, kinds.SHARE, ENGINE, "What all engines of a host may use of DDR.")
     prefix_cache_hbm_bytes: int = option(0, kinds.SIZE, CACHE, "HBM of each host for cached prefixes. Default: none.")
     prefix_cache_ddr_bytes: int = option(0, kinds.SIZE, CACHE, "DDR of each host for cached prefixes. Default: none.")
@@ -131,6 +142,7 @@ class Setup:
         for name in ("gpu_memory_utilization", "host_memory_utilization"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0 and at most 1")
+        self._stated_kv()
         if self.router in choices.CACHE_ROUTERS and not any(self.prefix_cache_bytes.values()):
             raise ValueError(
                 f"router={self.router} looks into prefix caches, and there is none; give prefix_cache_hbm or "
@@ -301,15 +313,6 @@ class Setup:
         return self.model.shard(self.tp) if self.tp > 1 else self.model
 
     @property
-    def activation_bytes(self) -> int:
-        """HBM for one iteration's activations and logits: the widest layer of the largest batch, at 16 and 32 bits."""
-        rank = self.rank
-        mlp_width = max(layer.mlp_active_params for layer in rank.layers) // (3 * rank.hidden_dim)
-        token_bytes = 2 * (4 * rank.hidden_dim + 2 * mlp_width)
-        logits_bytes = 4 * (rank.head_params // rank.hidden_dim) * self.max_num_seqs
-        return self.max_num_batched_tokens * token_bytes + logits_bytes * self.step_tokens
-
-    @property
     def step_tokens(self) -> int:
         """Tokens that a decode step of one sequence takes through the model."""
         return 1 if self.speculation is None else self.speculation.verified_tokens
@@ -335,35 +338,63 @@ class Setup:
         """One rank's place in its node."""
         return Machine(gpu=self.gpu, host=self.host, tp=self.tp)
 
+    @property
+    def reserve(self) -> list[dict[str, int]]:
+        """HBM of a GPU of each stage that neither weights nor KV may have, by source."""
+        return reserve(
+            self.engine,
+            self.gpu,
+            self.stages.ranks,
+            self.tp,
+            self.max_num_batched_tokens,
+            self.max_num_seqs,
+            self.step_tokens,
+        )
+
+    @property
+    def reserve_bytes(self) -> list[int]:
+        """The sum of `reserve`, of each stage."""
+        return [sum(parts.values()) for parts in self.reserve]
+
+    @property
+    def gpu_memory(self) -> GpuMemory:
+        """The HBM of a replica's GPUs, and what stands in it beside KV."""
+        return GpuMemory(
+            model=self.model.name,
+            experts=any(layer.experts for layer in self.model.layers),
+            gpu=self.gpu,
+            gpus=self.tp * self.pp,
+            engine=self.engine,
+            utilization=self.gpu_memory_utilization,
+            weight_bytes=self.weight_bytes,
+            draft_bytes=self.draft_weight_bytes,
+            reserve=self.reserve,
+            cached_bytes=self.prefix_cache_hbm_bytes // (self.replicas_per_host * self.gpus_on_host),
+            shares=self.held_shares(Tier.HBM),
+            token_bytes=self.rank.kv_bytes_per_token,
+            stated=self._stated_kv(),
+        )
+
+    def _stated_kv(self) -> Stated:
+        return Stated(
+            tokens=self.kv_cache_tokens,
+            blocks=self.kv_cache_blocks,
+            memory_bytes=self.kv_cache_memory_bytes,
+            block_tokens=self.kv_cache_block_tokens,
+        )
+
     def capacity(self) -> tuple[int, int, int]:
-        """Bytes per tier of one rank for KV state, after weights, activations and prefix caches.
+        """Bytes per tier of one rank for KV state, after weights, the engine's reserve and prefix caches.
 
         In a pipeline, bytes of whole sequences that fit on every stage. Raises ValueError when the model or a cache
-        leaves nothing.
+        leaves nothing, and where more was asked for than a GPU holds.
         """
-        ranks = self.replicas_per_host * self.gpus_on_host
-        usable = int(self.gpu.memory_bytes * self.gpu_memory_utilization)
-        cached = self.prefix_cache_hbm_bytes // ranks
-        rooms = [usable - weight_bytes - self.activation_bytes - cached for weight_bytes in self.weight_bytes]
-        if min(rooms) <= 0:
-            parts = [
-                ("weights", max(rank.weight_bytes for rank in self.stages.ranks)),
-                ("draft", self.draft_weight_bytes),
-                ("activations", self.activation_bytes),
-                ("prefix cache", cached),
-            ]
-            needs = " + ".join(f"{format_bytes(n)} {what}" for what, n in parts if n)
-            raise ValueError(
-                f"{self.model.name} does not fit: one of {self.tp * self.pp} x {self.gpu.name} has "
-                f"{format_bytes(usable)} usable (gpu_memory_utilization={self.gpu_memory_utilization}), needed: "
-                f"{needs}; raise --tp, --pp or that share"
-            )
-        ddr = (int(self.host.ddr_bytes * self.host_memory_utilization) - self.prefix_cache_ddr_bytes) // ranks
+        hbm_bytes = self.gpu_memory.capacity().hbm_bytes
+        usable = int(self.host.ddr_bytes * self.host_memory_utilization)
+        ddr = (usable - self.prefix_cache_ddr_bytes) // (self.replicas_per_host * self.gpus_on_host)
         if ddr < 0:
             raise ValueError(
                 f"prefix_cache_ddr={format_bytes(self.prefix_cache_ddr_bytes)} exceeds the usable "
-                f"{format_bytes(int(self.host.ddr_bytes * self.host_memory_utilization))} of host "
-                f"{shown(self.host.name)}"
+                f"{format_bytes(usable)} of host {shown(self.host.name)}"
             )
-        hbm = fitting_bytes(rooms, self.held_shares(Tier.HBM))
-        return hbm, fitting_bytes([ddr] * self.pp, self.held_shares(Tier.DDR)), 0
+        return hbm_bytes, fitting_bytes([ddr] * self.pp, self.held_shares(Tier.DDR)), 0

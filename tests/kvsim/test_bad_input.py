@@ -112,7 +112,7 @@ def test_a_merged_key_may_be_given_anew(tmp_path: Path, capsys: pytest.CaptureFi
         (["--perfetto", "2s-1s"], "error: perfetto=(2.0, 1.0): a window goes from one second to a later one"),
         (["--max-num-seqs", "0"], "error: max_num_seqs=0 must be at least 1"),
         (["--max-num-batched-tokens", "1e17"], "error: llama-3.1-8b does not fit: "),
-        (["--gpu-memory-utilization", "0.1"], "error: llama-3.1-8b does not fit: one of 1 x h100-sxm has 8 GiB"),
+        (["--gpu-memory-utilization", "0.1"], "error: llama-3.1-8b does not fit: one of 1 x h100-sxm has 7.918 GiB"),
         (["--gpu-memory-utilization", "inf"], "error: command line: gpu_memory_utilization=inf: "),
         (["--model", "llama-3.1-405b"], "error: llama-3.1-405b does not fit: "),
         (["--model", "llama-3.1-9b"], "error: unknown model 'llama-3.1-9b'; did you mean 'llama-3.1-8b'? known: "),

@@ -178,7 +178,7 @@ def test_handed_over_bytes_are_those_of_every_request_that_decodes(policy, tp):
 
 def small_room(s, tokens):
     """The setup with room for so many tokens on each GPU."""
-    taken = s.rank.weight_bytes + s.activation_bytes
+    taken = s.rank.weight_bytes + s.reserve_bytes[0]
     gpu = replace(s.gpu, memory_bytes=taken + tokens * SMALL_TOKEN_BYTES // s.tp)
     return replace(s, gpu=gpu, gpu_memory_utilization=1.0, max_num_seqs=s.max_num_seqs)
 

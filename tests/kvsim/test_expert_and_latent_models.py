@@ -104,7 +104,8 @@ def test_stages_divide_latents_that_ranks_repeat():
     s = setup(model=load_model("deepseek-v3"), gpu=load_gpu("h200-sxm"), gpus=8, tp=2, pp=4)
     results = [simulate(trace([0.0], 1000, output), s) for output in (2, 1)]
     assert results[0].series["hbm_bytes"].max() - 2 * sum(s.weight_bytes) == 2 * 1001 * 61 * LATENT * 2
-    rooms = [int(0.9 * s.gpu.memory_bytes) - weight_bytes - s.activation_bytes for weight_bytes in s.weight_bytes]
+    taken = zip(s.weight_bytes, s.reserve_bytes, strict=True)
+    rooms = [int(0.9 * (s.gpu.device_bytes or s.gpu.memory_bytes)) - weights - reserve for weights, reserve in taken]
     fits = min(room // (len(own) * LATENT * 2) for room, own in zip(rooms, s.stages.layers, strict=True))
     assert s.capacity()[0] // (61 * LATENT * 2) == pytest.approx(fits, abs=1)
     assert fits / (wide.inputs["capacity_bytes"]["hbm"] // (61 * LATENT * 2)) == pytest.approx(4, rel=0.2)

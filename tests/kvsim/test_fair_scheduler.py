@@ -92,7 +92,7 @@ def test_the_turn_passes_in_the_midst_of_a_run_of_decode_steps(fidelity: str) ->
     At the first token of `a` its counter is 1000 + 20, that of `b` 1500 + 20; each step adds 20 to the first: it is
     above the second after 26.
     """
-    options = {"scheduler": "fair", "gpu_memory_utilization": 0.22, "output_token_weight": 20.0}
+    options = {"scheduler": "fair", "kv_cache_tokens": 15_000, "output_token_weight": 20.0}
     large = setup("full", **options).capacity()[0] // 131072 - 600
     requests = trace(np.zeros(4), [1000, 1500, large, 100], [60, 1, 2, 2], tenant=[0, 1, 0, 1], tenants=("a", "b"))
     times = simulate(requests, setup("full", fidelity=fidelity, **options)).requests

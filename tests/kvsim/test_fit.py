@@ -1,6 +1,9 @@
 """Models that do not fit: said in words by `explain`, refused with the numbers by `simulate`."""
 
+from dataclasses import replace
+
 import pytest
+from simulated import setup
 
 from kvsim.__main__ import main
 from kvsim.explain.fit import misfit
@@ -11,15 +14,22 @@ BIG = ["--model", "llama-3.1-70b", "--gpu", "a100-80g-sxm"]
 
 
 def test_the_words_are_there_from_the_first_byte_that_leaves_no_room() -> None:
-    usable = GPU.memory_bytes * 9 // 10
-    assert misfit("m", GPU, 1, 0.9, usable - 1) is None
-    assert "72 GiB usable" in str(misfit("m", GPU, 1, 0.9, usable))
+    assert misfit("m", GPU, 1, GPU.memory_bytes - 1) is None
+    assert "has 80 GiB, and its part of the weights is 80 GiB" in str(misfit("m", GPU, 1, GPU.memory_bytes))
+    s = setup(gpu=GPU)
+    taken_bytes = s.rank.weight_bytes + s.reserve_bytes[0]
+    fitting = replace(GPU, memory_bytes=taken_bytes + 1, device_bytes=None)
+    assert setup(gpu=fitting, gpu_memory_utilization=1.0).capacity()[0] == 1
+    tight = setup(gpu=replace(fitting, memory_bytes=taken_bytes), gpu_memory_utilization=1.0)
+    assert "llama-3.1-8b does not fit" in str(tight.gpu_memory.misfit)
+    with pytest.raises(ValueError, match=r"llama-3\.1-8b does not fit"):
+        tight.capacity()
 
 
 @pytest.mark.parametrize("mode", [["--policy", "full", "--policy", "quest"], ["--paper"], ["--pp", "1"]])
 def test_explain_says_it_once(mode: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *BIG, "--context", "4k", *mode]) == 0
-    notes = [line for line in capsys.readouterr().err.splitlines() if "do not fit" in line]
+    notes = [line for line in capsys.readouterr().err.splitlines() if "does not fit" in line]
     assert len(notes) == 1
     assert "131.4 GiB" in notes[0]
 
@@ -34,5 +44,5 @@ def test_a_context_too_long_for_one_sequence_is_told_apart(capsys: pytest.Captur
 def test_simulate_refuses_with_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", *BIG, "--trace", "mooncake-conversation", "--limit", "2"]) == 2
     error = capsys.readouterr().err
-    assert "does not fit: one of 1 x a100-80g-sxm has 72 GiB usable" in error
+    assert "does not fit: one of 1 x a100-80g-sxm has 71.24 GiB usable" in error
     assert "131.4 GiB weights" in error

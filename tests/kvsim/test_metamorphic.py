@@ -46,7 +46,7 @@ def scheduled(s, scheduler, router, draft):
             guesses=2, acceptance=(0.6, 0.5), candidates=2, method=method, draft=model, draft_share=0.25
         )
         guessing = replace(s, speculation=guesses)
-        taken = guessing.activation_bytes - s.activation_bytes + guesser_of(guessing).weight_bytes
+        taken = guessing.reserve_bytes[0] - s.reserve_bytes[0] + guesser_of(guessing).weight_bytes
         larger = replace(s.gpu, memory_bytes=s.gpu.memory_bytes + math.ceil(taken / s.gpu_memory_utilization))
         s = replace(guessing, gpu=larger)
     return s
@@ -129,7 +129,7 @@ def test_a_window_that_covers_everything_is_the_dense_cache(scenario):
 @given(scenarios(caches=False) | squeezes(), st.sampled_from([1.0, 1.3, 2.0, 50.0]), st.integers(0, 10**6))
 def test_more_memory_never_lowers_the_number_of_finished_requests(scenario, factor, more_bytes):
     requests, s = scenario
-    taken = s.rank.weight_bytes + s.activation_bytes + s.prefix_cache_hbm_bytes // (s.replicas_per_host * s.tp)
+    taken = s.rank.weight_bytes + s.reserve_bytes[0] + s.prefix_cache_hbm_bytes // (s.replicas_per_host * s.tp)
     hbm_bytes, ddr_bytes = s.gpu.memory_bytes - taken, s.capacity()[1]
     larger = with_room(s, int(factor * hbm_bytes) + more_bytes, ddr_bytes)
     before, after = (simulate(requests, x).requests["status"] == "finished" for x in (s, larger))

@@ -124,8 +124,7 @@ def test_all_reduces_over_pcie_compete_with_offloaded_caches():
 def test_swaps_take_what_their_bytes_take():
     """Memory for two of three sequences: what is preempted goes down and up over a lone GPU's PCIe."""
     room_bytes = 1500 * TOKEN_BYTES
-    tight = replace(GPU, memory_bytes=setup().rank.weight_bytes + setup().activation_bytes + room_bytes)
-    options = {"gpu": tight, "gpu_memory_utilization": 1.0, "preemption": "swap"}
+    options = {"kv_cache_memory_bytes": room_bytes, "preemption": "swap"}
     step, op = (simulate(trace([0.0] * 3, 400, 200), setup(fidelity=f, **options)) for f in ("step", "op"))
     assert step.traffic == op.traffic
     assert op.traffic["hbm->ddr"]["swaps"] > 0

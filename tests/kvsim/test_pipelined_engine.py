@@ -101,7 +101,8 @@ def test_memory_is_that_of_the_tightest_stage():
     """70B on four GPUs: 20 layers a stage; the last also has the head."""
     model = load_model("llama-3.1-70b")
     s = setup(model=model, gpus=4, pp=4)
-    rooms = [int(GPU.memory_bytes * 0.9) - rank.weight_bytes - s.activation_bytes for rank in s.stages.ranks]
+    taken = zip(s.stages.ranks, s.reserve_bytes, strict=True)
+    rooms = [int((GPU.device_bytes or 0) * 0.9) - rank.weight_bytes - reserve for rank, reserve in taken]
     assert [len(own) for own in s.stages.layers] == [20] * 4
     assert s.capacity()[0] == pytest.approx(4 * min(rooms), rel=1e-12)
     result = simulate(random_trace(3, 10), s)
@@ -155,7 +156,7 @@ def test_stages_on_two_hosts_send_over_the_network():
 def test_a_crowded_pipeline_loses_nothing(preemption):
     """Little memory: sequences are preempted, all finish, and each latency is the sum of its causes."""
     requests = random_trace(5, 14, span_s=2.0, prompts=(3000, 9000), outputs=(300, 900))
-    crowded = setup(gpus=4, pp=2, gpu_memory_utilization=0.135, preemption=preemption, max_num_batched_tokens=4096)
+    crowded = setup(gpus=4, pp=2, kv_cache_tokens=46_779, preemption=preemption, max_num_batched_tokens=4096)
     result = simulate(requests, crowded)
     assert result.requests["preemptions"].sum() > 0
     assert (result.requests["status"] == "finished").all()

@@ -26,7 +26,7 @@ def flood(every_s: float, urgent: int) -> Trace:
 @pytest.mark.parametrize("tight", ["slots", "memory"])
 def test_an_urgent_tenant_is_served_as_if_it_were_alone(preemption: str, tight: str) -> None:
     options = {"preemption": preemption, "max_num_batched_tokens": 2048}
-    options |= {"max_num_seqs": 4} if tight == "slots" else {"gpu_memory_utilization": 0.3}
+    options |= {"max_num_seqs": 4} if tight == "slots" else {"kv_cache_tokens": 70_000}
     requests = flood(1.7, 6)
     mine = requests.tenant == 1
     base = simulate(alone(requests, 1), setup("full", **options)).requests

@@ -217,7 +217,7 @@ def test_every_gpu_has_a_host_that_exists() -> None:
         ({"gpu": "h100-smx"}, "unknown GPU 'h100-smx'; did you mean 'h100-sxm'?"),
         ({"model": "lama-3.1-8b"}, "unknown model 'lama-3.1-8b'; did you mean 'llama-3.1-8b'?"),
         ({"kv_dtype": "fp9"}, "unknown dtype 'fp9'; known: "),
-        ({"model": "llama-3.1-405b"}, "llama-3.1-405b does not fit: one of 1 x h100-sxm has 72 GiB usable"),
+        ({"model": "llama-3.1-405b"}, "llama-3.1-405b does not fit: one of 1 x h100-sxm has 71.26 GiB usable"),
         ({"trace": "azure-2024"}, "unknown trace 'azure-2024'"),
     ],
 )

@@ -11,7 +11,7 @@ from kvsim.scenario.choices import SCHEDULERS
 from kvsim.scenario.tenants import Tenant
 from traces import Trace
 
-TIGHT = {"gpu_memory_utilization": 0.21, "max_num_batched_tokens": 1024}
+TIGHT = {"kv_cache_tokens": 13_388, "max_num_batched_tokens": 1024}
 
 
 def tight(seed: int, tenants: int) -> Trace:
@@ -101,7 +101,7 @@ def test_a_request_that_can_never_fit_its_quota_is_rejected() -> None:
 def test_both_fidelities_take_the_same_decisions(seed: int, policy: str, scheduler: str) -> None:
     requests = mixed(seed, 16, 3, span_s=1.0, prompts=(300, 6000), outputs=(1, 40))
     tenants = {"a": Tenant(priority=1, weight=2), "b": Tenant(quota=0.4)}
-    options = {"scheduler": scheduler, "tenants": tenants, "max_num_seqs": 6, **TIGHT}
+    options = {"scheduler": scheduler, "tenants": tenants, "max_num_seqs": 6, **TIGHT, "kv_cache_tokens": 14_366}
     step, op = (simulate(requests, setup(policy, fidelity=x, **options)).requests for x in ("step", "op"))
     assert step["preemptions"].sum() > 0 or scheduler == "fair"
     assert step["preemptions"].tolist() == op["preemptions"].tolist()

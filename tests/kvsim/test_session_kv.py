@@ -112,7 +112,7 @@ def test_memory_that_is_held_is_that_of_states_and_both_fidelities_agree(mode: s
     """Where memory is short: what is not dropped is held, all of it and nothing else, and nothing exceeds it."""
     requests, times = sessions(1, 8, 3, outputs=(2, 20), span_s=4.0), []
     for fidelity in ("step", "op"):
-        options = {"gpu_memory_utilization": 0.26, "host_memory_utilization": 0.005, "fidelity": fidelity}
+        options = {"kv_cache_tokens": 41_200, "host_memory_utilization": 0.005, "fidelity": fidelity}
         cluster = _Cluster(requests, setup("full", session_kv=mode, sessions="closed", **options))
         cluster.play(None)
         state = cluster.engine.cluster
@@ -148,8 +148,8 @@ def test_a_turn_takes_over_what_lies_in_ddr_where_there_is_no_room_for_both() ->
 
 REGIMES = {  # and the fixed choice that is best there
     "ample memory": ({}, "keep"),
-    "little HBM": ({"gpu_memory_utilization": 0.26}, "swap"),
-    "a slow link": ({"gpu_memory_utilization": 0.26, "gpu": with_pcie(0.5e9)}, "keep"),
+    "little HBM": ({"kv_cache_tokens": 41_200}, "swap"),
+    "a slow link": ({"kv_cache_tokens": 41_200, "gpu": with_pcie(0.5e9)}, "keep"),
 }
 
 

@@ -61,7 +61,7 @@ def check_tokens(result):
 def check_memory(result, s):
     """Never above capacity, and nothing but weights and cached prefixes at the end."""
     series = result.series
-    assert series["hbm_bytes"].max() <= s.tp * (s.gpu.memory_bytes - s.activation_bytes)
+    assert series["hbm_bytes"].max() <= s.tp * (s.gpu.memory_bytes - s.reserve_bytes[0])
     for node in result.memory.values():
         assert 0 <= node["mean_bytes"] <= node["peak_bytes"] * (1 + 1e-12)
         assert node["peak_bytes"] <= node["capacity_bytes"]

@@ -125,7 +125,7 @@ def test_preempted_sequences_finish():
     """So little memory that sequences are swapped out or recomputed: all requests still get their tokens."""
     requests = trace([0.0] * 12, 3000, 600)
     for preemption in ("swap", "recompute"):
-        tight = setup("full", speculation=SHARED, preemption=preemption, gpu_memory_utilization=0.27)
+        tight = setup("full", speculation=SHARED, preemption=preemption, kv_cache_tokens=32_500)
         result = simulate(requests, tight)
         assert (result.requests["status"] == "finished").all()
         assert result.requests["preemptions"].sum() > 0

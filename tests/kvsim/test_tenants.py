@@ -27,7 +27,7 @@ def test_quotas_may_add_up_to_more_than_the_memory() -> None:
     """They are limits: each tenant may have three quarters, not both of them at a time."""
     n = 40
     requests = trace(np.zeros(n), 3000, 100, tenant=np.arange(n) % 2, tenants=("a", "b"))
-    result = simulate(requests, setup("full", tenants={"*": Tenant(quota=0.75)}, gpu_memory_utilization=0.25))
+    result = simulate(requests, setup("full", tenants={"*": Tenant(quota=0.75)}, kv_cache_tokens=34_700))
     capacity_bytes = result.inputs["capacity_bytes"]["hbm"]
     held = result.tenancy.kv_peak_bytes
     assert all(0.5 * capacity_bytes < held[name] <= 0.75 * capacity_bytes for name in "ab")

@@ -67,8 +67,8 @@ def test_work_for_nobody_counts_as_work(fidelity: str) -> None:
 CASES = (
     {},
     {"scheduler": "fair", "max_num_seqs": 4},
-    {"scheduler": "priority", "tenants": {"a": Tenant(priority=1)}, "gpu_memory_utilization": 0.21},
-    {"preemption": "recompute", "gpu_memory_utilization": 0.21},
+    {"scheduler": "priority", "tenants": {"a": Tenant(priority=1)}, "kv_cache_tokens": 8500},
+    {"preemption": "recompute", "kv_cache_tokens": 8500},
     {"tenants": {"b": Tenant(quota=0.02), "c": Tenant(quota=0.001)}},
     {"gpus": 4, "prefill_gpus": 2},
     {"gpus": 3, "router": "least-loaded"},
@@ -135,12 +135,8 @@ def test_who_was_admitted_has_asked_the_caches_and_nothing_is_kept_for_who_has_l
 def test_memory_of_a_prompt_that_is_given_up_goes_to_who_waits_for_it() -> None:
     """In chunks of 256 tokens the first prompt takes longer than its client waits, and there is no room beside it."""
     requests = trace([0.0, 0.01], [60_000, 50_000], 1, tenant=[0, 1], tenants=("a", "b"))
-    s = setup("full", tenants={"a": Tenant(timeout_s=0.5)}, max_num_batched_tokens=256)
-    capacity_bytes, (hbm_bytes, *_) = s.gpu.memory_bytes, s.capacity()
-    utilization = 0.9 - (hbm_bytes - 70_000 * 131072) / capacity_bytes  # room for 70,000 tokens
-    result = simulate(
-        requests, setup("full", tenants=s.tenants, max_num_batched_tokens=256, gpu_memory_utilization=utilization)
-    )
+    s = setup("full", tenants={"a": Tenant(timeout_s=0.5)}, max_num_batched_tokens=256, kv_cache_tokens=70_000)
+    result = simulate(requests, s)
     assert result.requests["status"].tolist() == ["timed_out", "finished"]
     iteration_s = 0.02  # each takes less
     assert 0.5 < result.requests["admitted_s"][1] < 0.5 + iteration_s

@@ -9,7 +9,7 @@ from kvsim.results.summary import finished, summarize
 from kvsim.run.simulate import simulate
 from kvsim.scenario.tenants import Tenant
 
-TIGHT = {"gpu_memory_utilization": 0.21}
+TIGHT = {"kv_cache_tokens": 8500}
 
 
 @pytest.mark.parametrize(
