@@ -60,7 +60,8 @@ class Work(StrEnum):
 
     ATTENTION = "attention"  # scores, softmax and weighted values in one kernel
     MATMUL = "matmul"  # dense products on the tensor cores
-    FACTOR = "factor"  # decompositions and clustering in fp32
+    FACTOR = "factor"  # decompositions in fp32
+    NEAREST = "nearest"  # clustering, and graphs of neighbours: products of which the largest of a row count
     ELEMENTWISE = "elementwise"  # reductions, copies within a tier, gathers
     TOPK = "topk"  # `rows` are the elements that are searched
 

@@ -64,7 +64,7 @@ class Ivf(NamedTuple):
         return (
             Compute(
                 name="build",
-                work=Work.FACTOR,
+                work=Work.NEAREST,
                 processor=Processor.CPU,
                 rows=rounds,
                 flops_per_row=2 * self.lists * self.shape.head_dim,
@@ -112,7 +112,7 @@ class Graph(NamedTuple):
         )
 
     def build(self, step: Step) -> Plan:
-        """On the GPU, in fp32: the exact nearest keys of the queries learnt from, and twice those of every key itself.
+        """On the GPU: the exact nearest keys of the queries learnt from, and twice those of every key itself.
 
         By inner product, and by how alike the queries score them. Choosing among these candidates, and leading to keys
         that no link led to, is small beside finding them.
@@ -123,7 +123,7 @@ class Graph(NamedTuple):
         return (
             Compute(
                 name="build",
-                work=Work.FACTOR,
+                work=Work.NEAREST,
                 rows=links,
                 flops_per_row=2 * self.shape.head_dim * (learnt + 2 * self.keys),
                 reads=(

@@ -71,7 +71,7 @@ class Centroids(NamedTuple):
         visits = Rows(iterations * heads * points)
         return Compute(
             name=name,
-            work=Work.FACTOR,
+            work=Work.NEAREST,
             rows=visits,
             flops_per_row=2 * self.shape.head_dim * centroids,
             reads=(Access(source, visits),),

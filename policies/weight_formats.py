@@ -9,11 +9,13 @@ class Stored(NamedTuple):
 
     `dtype` is that of most of its elements, `product` the one that products with them run in: the same where
     activations are quantised too, else 16 bits. `nbytes` counts everything: scales, zero points, what is unconverted.
+    `blockwise`: a scale stands for a block of rows and columns, which other kernels multiply than one for a tensor.
     """
 
     dtype: str
     product: str
     nbytes: int
+    blockwise: bool = False
 
     def scaled(self, after: int, before: int) -> "Stored":
         """The bytes of `after` in `before` of the weights, rounded up."""
@@ -40,6 +42,11 @@ class WeightFormat:
     input_bits: int = 0
     fixed_bytes: int = 0
     quantises_activations: bool = False
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether a scale stands for several rows and columns, but not for all."""
+        return self.rows > 1 and self.columns > 1
 
     def nbytes(self, outputs: int, inputs: int) -> int:
         """Bytes of a matrix with so many outputs and inputs."""

@@ -9,7 +9,7 @@ from policies import parse_policy
 from traces import Trace
 
 MODEL = load_model("llama-3.1-8b")
-GPU = load_gpu("h100-sxm")
+GPU = load_gpu("h100-sxm@eager")
 HOST = load_host("ddr5-dual-xeon")
 
 

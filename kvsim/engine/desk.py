@@ -60,7 +60,7 @@ class Engine:
         self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
         self._stages = setup.stages.layers
         self._clocks = [Clock(rank, clock.machine) for rank in setup.stages.ranks] if setup.pp > 1 else [clock]
-        self._own, self._own_s = own_arrays(clock, setup.most_tokens, setup.pp)
+        self._own, self._own_s, self._head = own_arrays(clock, setup.most_tokens, setup.pp)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
         self._wanted = self.cluster.world["wanted"]
         self._lay_out_plans(table.pieces)
@@ -226,10 +226,7 @@ class Engine:
             self._combinations.append(tuple(cluster.rows[first : first + arguments[0], 0].tolist()))
             self._lay_out_prices()
         elif wanted == WANT_TIMES:
-            tokens = arguments[0]
-            self._own_s[tokens] = self.clock.own_layers(tokens).times_s
-            for stage, clock in enumerate(self._clocks):
-                self._own[tokens * len(self._clocks) + stage] = clock.own_layers(tokens).record
+            self._price_own(*arguments[:2])
         elif wanted == WANT_ROWS:
             for written, rows in zip(self._written, self._filled(), strict=True):
                 written.append(rows)
@@ -238,6 +235,22 @@ class Engine:
             self.cluster = cluster._replace(**fresh)
         elif wanted == WANT_LOOK:
             self._look(arguments[0])
+
+    def _price_own(self, tokens: int, logits: int) -> None:
+        """Enter what the model's own layers and head take, here and around."""
+        stages, most_tokens = len(self._clocks), len(self._own_s) - 1
+        for stage, clock in enumerate(self._clocks):
+            numbers, layers = clock.layers_around(tokens)
+            end = min(numbers.stop, most_tokens + 1)
+            rows = slice(numbers.start * stages + stage, end * stages, stages)
+            self._own[rows] = layers.records[: end - numbers.start]
+        numbers, layers = self.clock.layers_around(tokens)
+        end = min(numbers.stop, most_tokens + 1)
+        self._own_s[numbers.start : end] = layers.times_s[: end - numbers.start]
+        for row in {0, 1, logits}:
+            numbers, heads = self.clock.heads_around(row)
+            end = min(numbers.stop, len(self._head))
+            self._head[numbers.start : end] = heads[: end - numbers.start]
 
     def _look(self, number: int) -> None:
         """Show what a replica has begun."""
@@ -282,4 +295,5 @@ class Engine:
         self.cluster = self.cluster._replace(sums=sums, rows=rows)
 
     def _lay_out_prices(self) -> None:
-        self._prices = self.clock.prices(self._stages, self._structures, self._combinations, self._own, self._own_s)
+        known = self._head, self._own, self._own_s
+        self._prices = self.clock.prices(self._stages, self._structures, self._combinations, known)

@@ -110,7 +110,7 @@ def circulate(cluster: Cluster, prices: Prices, number: int, loads: Ints, busy: 
     size, parts = micro_batches(world, decoding)
     tokens, last = size * world["step_tokens"], (decoding - (parts - 1) * size) * world["step_tokens"]
     if not prices.own[last * world["stages"]]["known"]:  # for the books
-        world["wanted"][0], world["wanted"][1] = WANT_TIMES, last
+        world["wanted"][0], world["wanted"][1], world["wanted"][2] = WANT_TIMES, last, last
         raise Detour
     _clear(busy)
     batch = Scheduled(loads, tokens, tokens)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvsim.hardware.machine import Machine, access_bytes
 from policies import Full, LayerPlan, ModelShape, Policy, Step, plan_layer
+from policies.layer import LayerShape
 from policies.plan import Compute, Work
 
 
@@ -47,7 +48,7 @@ def density(policy: Policy, model: ModelShape, tokens: int, machine: Machine, sh
     for index, layer in enumerate(model.layers):
         plan, full = (plan_layer(one, model, step, index) for one in (policy, Full()))
         (own, chosen, own_bytes, own_s), (whole, _, whole_bytes, whole_s) = (
-            _attention(one, machine, shares) for one in (plan, full)
+            _attention(one, machine, shares, layer, model.kv_dtype) for one in (plan, full)
         )
         attention, choosing, dense = attention + own, choosing + chosen, dense + whole
         read, dense_read = read + own_bytes, dense_read + whole_bytes
@@ -72,7 +73,9 @@ def density(policy: Policy, model: ModelShape, tokens: int, machine: Machine, sh
     )
 
 
-def _attention(plan: LayerPlan, machine: Machine, shares: Mapping[str, float]) -> tuple[int, int, int, float]:
+def _attention(
+    plan: LayerPlan, machine: Machine, shares: Mapping[str, float], layer: LayerShape, kv_dtype: str
+) -> tuple[int, int, int, float]:
     """FLOPs of attending and of choosing, bytes that both read, and the seconds that both take one after the other."""
     totals = {count.name: count.expected(shares.get(count.name)) for count in plan.counts}
     buffers = {buffer.name: buffer for buffer in plan.buffers}
@@ -89,8 +92,8 @@ def _attention(plan: LayerPlan, machine: Machine, shares: Mapping[str, float]) -
             choosing += work
         nbytes = access_bytes((*op.reads, *op.writes), buffers, totals)
         read += access_bytes(op.reads, buffers, totals)
-        cost = machine.cost(op, buffers)
-        seconds += cost.fixed_s + max(work * cost.work_s, nbytes * cost.streamed_s)
+        cost = machine.cost(op, buffers, layer, kv_dtype, prefill=True)
+        seconds += cost.fixed_s + max(work * cost.work_s + nbytes * cost.walked_s, nbytes * cost.streamed_s)
     return attending, choosing, read, seconds
 
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvsim.hardware.catalogue import Gpu, Host
+from kvsim.hardware.served import ServedModel
+from kvsim.hardware.served_ops import ServedOperations
 from policies.model import LayerShape, ModelShape
 from policies.plan import Access, Buffer, Copy, Engine, Op, Processor, Sync, Tier, Work
 
@@ -25,7 +28,7 @@ Floats = NDArray[np.float64]
 class Cost(NamedTuple):
     """How an operation turns amounts into time: `fixed_s` + the larger of its work and its bytes, on one lane.
 
-    Rates are those of a GPU alone on its host.
+    Rates are those of a GPU alone on its host. `walked_s` is added to the work's time for each byte.
     """
 
     lane: int
@@ -34,6 +37,7 @@ class Cost(NamedTuple):
     streamed_s: float  # seconds per byte of contiguous rows
     scattered_s: float  # seconds per byte of rows at indices that data decide
     sm_share: float  # share of the SMs taken meanwhile
+    walked_s: float = 0.0
 
 
 def copy_floor_s(on_host: int, on_switch: int, ddr_Bps: float, switch_Bps: float) -> float:
@@ -63,13 +67,27 @@ def byte_s(own_s: float, sharing: Floats, lane: int) -> float:
     return float(sharing[SLOWDOWN, lane] / rate)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A GPU, its host, and the number of tensor-parallel ranks that it works with."""
+    """A GPU, its host, and the number of tensor-parallel ranks that it works with.
+
+    Where the GPU's parameter set has constants for each kernel, `served` prices the model's layers and `operations`
+    the policies'; else the set's rates do.
+    """
 
     gpu: Gpu
     host: Host
     tp: int = 1
+
+    @cached_property
+    def served(self) -> ServedModel | None:
+        """Prices of the model's layers by kernels; None where the parameter set has rates alone."""
+        return ServedModel(self.gpu.kernels, self.tp) if self.gpu.kernels.fitted else None
+
+    @cached_property
+    def operations(self) -> ServedOperations | None:
+        """Prices of policies' operations by kernels; None where the parameter set has rates alone."""
+        return ServedOperations(self.served, self.gpu.rates) if self.served else None
 
     @property
     def on_switch(self) -> int:
@@ -82,23 +100,30 @@ class Machine:
         share_evenly(sharing, on_host, on_switch, self.host.ddr_Bps, self.host.switch_Bps)
         return sharing
 
-    def copy_Bps(self, op: Copy, src: Buffer, dst: Buffer) -> float:
-        """Rate of a copy between HBM and DDR by its engine, alone on the host."""
-        rates = self.gpu.rates
-        link = rates.pcie_h2d_Bps if dst.tier is Tier.HBM else rates.pcie_d2h_Bps
+    def _copy_s(self, op: Copy, src: Buffer, dst: Buffer) -> tuple[float, float]:
+        """Seconds before a copy's first byte, and of each, by its engine, alone on the host."""
+        rates, to_hbm = self.gpu.rates, dst.tier is Tier.HBM
+        link_Bps = rates.pcie_h2d_Bps if to_hbm else rates.pcie_d2h_Bps
+        if self.operations is not None and op.engine is Engine.GATHER:
+            return self.operations.gather(src.row_bytes)
+        if self.operations is not None and op.engine is Engine.DMA:
+            return self.operations.copy(src.row_bytes, rows_apart=bool(op.ids), to_hbm=to_hbm)
         if op.engine is Engine.GATHER:
-            return min(link, rates.gather_Bps(src.row_bytes))
+            return rates.launch_s, 1 / min(link_Bps, rates.gather_Bps(src.row_bytes))
         if op.engine is Engine.CPU:
-            return 1 / (1 / link + 1 / self.host.random_Bps(src.row_bytes))
-        return link
+            link_Bps = 1 / (1 / link_Bps + 1 / self.host.random_Bps(src.row_bytes))
+        byte_s = 1 / link_Bps
+        if op.ids:  # one descriptor for each row
+            byte_s += rates.pcie_latency_s / src.row_bytes
+        return rates.pcie_latency_s, byte_s
 
     @property
     def copy_floor_s(self) -> float:
         """Seconds per byte below which no copy goes, alone on the host."""
         return copy_floor_s(1, 1, self.host.ddr_Bps, self.host.switch_Bps)
 
-    def cost(self, op: Op, buffers: Mapping[str, Buffer]) -> Cost:
-        """What one operation costs on this machine.
+    def cost(self, op: Op, buffers: Mapping[str, Buffer], layer: LayerShape, kv_dtype: str, *, prefill: bool) -> Cost:
+        """What one operation costs on this machine, in a step of a prompt or in one that decodes.
 
         Raises ValueError for a copy that does not run between HBM and DDR.
         """
@@ -109,18 +134,19 @@ class Machine:
             src, dst = buffers[op.src], buffers[op.dst]
             if {src.tier, dst.tier} != {Tier.HBM, Tier.DDR}:
                 raise ValueError(f"{op.name}: copies run between hbm and ddr, not from {src.tier} to {dst.tier}")
-            byte_s = 1 / self.copy_Bps(op, src, dst)
-            gather = op.engine is Engine.GATHER
-            if op.ids and not gather:  # one descriptor for each row
-                byte_s += rates.pcie_latency_s / src.row_bytes
-            fixed_s = rates.launch_s if gather else rates.pcie_latency_s
+            fixed_s, byte_s = self._copy_s(op, src, dst)
             lane = H2D if dst.tier is Tier.HBM else D2H
-            return Cost(lane, fixed_s, 0.0, byte_s, byte_s, rates.gather_sm_share if gather else 0.0)
+            sm_share = rates.gather_sm_share if op.engine is Engine.GATHER else 0.0
+            return Cost(lane, fixed_s, 0.0, byte_s, byte_s, sm_share)
         if op.processor is Processor.CPU:
             scattered = max(
                 (self._scattered_s(a, buffers) for a in (*op.reads, *op.writes) if a.scattered), default=0.0
             )
             return Cost(CPU, 0.0, 1 / self.host.cpu_flops, 1 / self.host.ddr_Bps, scattered, 0.0)
+        if self.operations is not None:
+            line = self.operations.line(op.work, layer, kv_dtype, prefill=prefill)
+            fixed_s = op.launches * line.start_s
+            return Cost(SM, fixed_s, line.work_s, line.byte_s, line.byte_s, 0.0, line.walked_s)
         byte_s = 1 / (rates.elementwise_Bps if op.work in (Work.ELEMENTWISE, Work.TOPK) else rates.hbm_Bps)
         return Cost(SM, op.launches * rates.launch_s, self._work_s(op.work), byte_s, byte_s, 0.0)
 
@@ -159,6 +185,10 @@ class Machine:
 
         A block layer's are means over where in its block each sequence is.
         """
+        if self.served is not None:
+            parts = self.served.layer(model, layer, np.array([tokens]))
+            qkv_s, out_s, mlp_s = (float(part.seconds[0]) for part in parts)
+            return qkv_s, out_s, mlp_s
         share, every = layer.share_run(tokens), layer.tokens_per_run
 
         def part(nbytes: int, products: Sequence[tuple[str, int]], kernels: int) -> float:
@@ -175,6 +205,8 @@ class Machine:
 
     def head_s(self, model: ModelShape, logits: int) -> float:
         """Time of the output head for `logits` positions."""
+        if self.served is not None:
+            return float(self.served.head(model, np.array([logits])).seconds[0])
         work = [(model.head_product, 2 * model.head_params * logits)]
         return self.linear_s(model.head_bytes, work, HEAD_KERNELS)
 
@@ -183,11 +215,21 @@ class Machine:
         return 2 * (self.tp - 1) * -(-tokens * model.hidden_dim * 2 // self.tp)
 
     def allreduce_s(self, model: ModelShape, tokens: int) -> float:
-        """Time of that all-reduce over NVLink, or over PCIe where the GPU has none."""
+        """Time of an all-reduce of them over NVLink, or of a ring over PCIe where the GPU has none."""
         if self.tp == 1:
             return 0.0
+        if self.served is not None and self.gpu.rates.nvlink_Bps:
+            return self.gpu.kernels.all_reduce_s(nbytes=tokens * model.hidden_dim * 2, gpus=self.tp)
         latency_s, peer_Bps = self.peer
         return 2 * latency_s + self.allreduce_bytes(model, tokens) / peer_Bps
+
+    def allreduce_fixed_s(self, seconds: float, nbytes: int) -> float:
+        """The part of an all-reduce of so many seconds, and sent bytes of a rank, that is no transfer."""
+        latency_s, peer_Bps = self.peer
+        if self.served is not None and self.gpu.rates.nvlink_Bps and seconds:
+            start_s = self.gpu.kernels.all_reduce_s(nbytes=1, gpus=self.tp)
+            return max(0.0, min(start_s, seconds - nbytes / peer_Bps))
+        return 2 * latency_s
 
     def peer_s(self, nbytes: int) -> float:
         """Time to send one piece to a peer, over NVLink or, where the GPU has none, over PCIe."""

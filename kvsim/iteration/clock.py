@@ -9,24 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvsim.hardware.machine import (
-    HEAD_KERNELS,
-    MLP_KERNELS,
-    NVLINK,
-    OUT_KERNELS,
-    QKV_KERNELS,
-    SM,
-    Machine,
-    by_type,
-)
+from kvsim.hardware.machine import Machine
 from kvsim.iteration.arrays import Floats, Record, Records
-from kvsim.iteration.busy import BUSY, BY_COMPUTE, BY_HBM, HBM_BUSY, WORK
+from kvsim.iteration.busy import BUSY
 from kvsim.iteration.layout import lay_out
-from kvsim.iteration.price import HEAD, OWN, PARTS, Batch, Prices, head_s, price
+from kvsim.iteration.own import Layers, own_times
+from kvsim.iteration.price import HEAD, OWN, PARTS, Batch, Prices, price
 from kvsim.iteration.program import Program, compile_program
 from kvsim.plans.derive import AMOUNTS, TIERS, Structure, Vector
 from kvsim.plans.guessing import Guesser
-from policies.model import LayerShape, ModelShape
+from policies.model import ModelShape
 
 
 class Load(NamedTuple):
@@ -62,15 +54,9 @@ class Clock:
         self._prices: dict[tuple[int, ...], Prices] = {}
         self._kept: list[Structure] = []  # ids above stay valid while these live
         self._shapes = Counter(model.layers)
-        self._multiplied = by_type(  # weights by a token in the layers
-            (dtype, n * params // x.tokens_per_run)
-            for x, n in self._shapes.items()
-            for dtype, params in model.products(x)
-        )
-        one, two = (machine.head_s(model, logits) for logits in (1, 2))
-        launch_s = HEAD_KERNELS * machine.gpu.rates.launch_s
-        self._head: Record = np.array([(2 * one - two, two - one, launch_s)], dtype=HEAD)[0]
-        self._own: dict[int, Own] = {}
+        self._times = own_times(model, machine)
+        self._layers: dict[int, tuple[range, Layers]] = {}  # by the first number of tokens
+        self._heads: dict[int, tuple[range, Records]] = {}
         self._alone = machine.sharing(machine.tp, machine.on_switch)  # only the replica's own ranks are on the host
 
     def iteration(
@@ -91,11 +77,11 @@ class Clock:
             sharing = self.machine.sharing(1, 1)
         prices, _ = self._price(loads, tokens, 0, sharing, np.empty(len(BUSY)))
         program = self.program([load.structure for load in loads])
-        latency_s, _ = self.machine.peer
-        fixed_s, nbytes = [0.0], [0]
+        sent_bytes, fixed_s, nbytes = self.machine.allreduce_bytes(self.model, tokens), [0.0], [0]
+        reduce_fixed_s = self.machine.allreduce_fixed_s(self.machine.allreduce_s(self.model, tokens), sent_bytes)
         for _ in self._shapes:  # only their all-reduces transfer anything
-            fixed_s += [0.0] * (PARTS - 1) + [2 * latency_s]
-            nbytes += [0] * (PARTS - 1) + [self.machine.allreduce_bytes(self.model, tokens)]
+            fixed_s += [0.0] * (PARTS - 1) + [reduce_fixed_s]
+            nbytes += [0] * (PARTS - 1) + [sent_bytes]
         for structure, amounts in loads:
             fixed_s += [op.cost.fixed_s for op in structure.ops]
             moved = amounts[: -len(TIERS)].reshape(-1, AMOUNTS)
@@ -104,30 +90,36 @@ class Clock:
 
     def head_s(self, logits: int) -> float:
         """Time of the output head for `logits` positions."""
-        return head_s(self._head, logits)
+        return float(self.head(logits)["seconds"])
+
+    def head(self, logits: int) -> Record:
+        """What the output head takes for `logits` positions: fields of HEAD."""
+        numbers, records = self.heads_around(logits)
+        return records[logits - numbers.start]
 
     def own_layers(self, tokens: int) -> Own:
         """What the model's own layers take."""
-        found = self._own.get(tokens)
-        if found is None:
-            model, machine, rates = self.model, self.machine, self.machine.gpu.rates
-            times, busy, weight_bytes, kernels = [0.0], np.zeros(len(BUSY)), 0, 0.0
-            reduce_s = machine.allreduce_s(model, tokens)
-            for shape, n in self._shapes.items():
-                parts = machine.layer_s(model, shape, tokens)
-                times += [*parts, reduce_s]
-                busy[SM] += n * sum(parts)
-                busy[NVLINK] += n * 2 * reduce_s
-                weight_bytes += n * model_bytes(model, shape, tokens)
-                each = QKV_KERNELS + OUT_KERNELS + (MLP_KERNELS if shape.mlp_params else 0)
-                kernels += n * shape.share_run(tokens) * each
-            busy[HBM_BUSY] = busy[BY_HBM] = weight_bytes / rates.hbm_Bps
-            busy[WORK] = machine.products_s([(dtype, 2 * n * tokens) for dtype, n in self._multiplied.items()])
-            busy[BY_COMPUTE] = busy[SM] - busy[BY_HBM] - kernels * rates.launch_s
-            sent_bytes = 2 * model.n_layers * machine.allreduce_bytes(model, tokens)  # two all-reduces a layer
-            record = np.array([(1, weight_bytes, sent_bytes, busy)], dtype=OWN)[0]
-            found = self._own[tokens] = Own(record, np.array(times))
-        return found
+        numbers, layers = self.layers_around(tokens)
+        return Own(layers.records[tokens - numbers.start], layers.times_s[tokens - numbers.start])
+
+    def layers_around(self, tokens: int) -> tuple[range, Layers]:
+        """The same for all numbers of tokens that are priced together with this one."""
+        numbers = self._around(tokens)
+        if numbers.start not in self._layers:
+            self._layers[numbers.start] = numbers, self._times.layers(numbers)
+        return self._layers[numbers.start]
+
+    def heads_around(self, logits: int) -> tuple[range, Records]:
+        """HEAD for all numbers of positions that are priced together with this one."""
+        numbers = self._around(logits)
+        if numbers.start not in self._heads:
+            self._heads[numbers.start] = numbers, self._times.head(numbers)
+        return self._heads[numbers.start]
+
+    def _around(self, number: int) -> range:
+        together = self._times.together
+        first = (number - 1) // together * together + 1 if number else 0
+        return range(first, first + together if number else 1)
 
     def program(self, structures: Sequence[Structure], layers: range | None = None) -> Program:
         """The order of work of an iteration in which every layer, or these, run the operations of all `structures`."""
@@ -144,13 +136,13 @@ class Clock:
         stages: Sequence[range],
         structures: Sequence[Structure],
         combinations: Sequence[tuple[int, ...]],
-        own: Records,
-        own_s: Floats,
+        known: tuple[Records, Records, Floats],
     ) -> Prices:
         """Costs of the structures, and programs for those combinations of them on each stage.
 
-        `own` and `own_s` are what is known of the model's own layers. Raises ValueError for a structure that works on
-        all layers at once where stages have only theirs.
+        `known` is what is known of the head and of the model's own layers: `head`, `own` and `own_s`.
+
+        Raises ValueError for a structure that works on all layers at once where stages have only theirs.
         """
         if len(stages) > 1 and any(structure.end for structure in structures):
             raise ValueError("the policy works on all layers at once after a prompt, and no stage has all; use pp=1")
@@ -158,7 +150,7 @@ class Clock:
             [self.program([structures[i] for i in combination], held) for held in stages]
             for combination in combinations
         ]
-        return lay_out(structures, stages, combinations, programs, (self._head, own, own_s))
+        return lay_out(structures, stages, combinations, programs, known)
 
     def _price(
         self, loads: Sequence[Load], tokens: int, logits: int, sharing: Floats, busy: Floats
@@ -169,16 +161,11 @@ class Clock:
         if prices is None:
             self._kept += structures
             whole = [range(self.model.n_layers)]
-            nothing = np.zeros(0, OWN), np.zeros((0, 0))
-            prices = self._prices[key] = self.prices(whole, structures, [tuple(range(len(loads)))], *nothing)
+            nothing = np.zeros(0, HEAD), np.zeros(0, OWN), np.zeros((0, 0))
+            prices = self._prices[key] = self.prices(whole, structures, [tuple(range(len(loads)))], nothing)
         rows = np.zeros((len(loads), 1 + max((s.columns for s in structures), default=0)), np.int64)
         for index, load in enumerate(loads):
             rows[index, 0] = index
             rows[index, 1 : 1 + len(load.amounts)] = np.roll(load.amounts, len(TIERS))
-        batch = Batch(prices.programs[0], own.record, own.times_s, rows, 1.0, 0, logits)
+        batch = Batch(prices.programs[0], own.record, own.times_s, rows, 1.0, 0, self.head(logits), logits)
         return prices, price(prices, batch, sharing, busy)
-
-
-def model_bytes(model: ModelShape, layer: LayerShape, tokens: int) -> int:
-    """Bytes of weights that one layer reads for a batch of `tokens`."""
-    return round(layer.share_run(tokens) * model.layer_bytes_touched(layer, tokens))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvsim.hardware.machine import HOST_LANES, LANES
-from kvsim.iteration.arrays import Floats, Record, Records
+from kvsim.iteration.arrays import Floats, Records
 from kvsim.iteration.price import LAYERS, OP, PROGRAM, SLOT, STRUCTURE, TIME, WAIT, Prices
 from kvsim.iteration.program import Program, Slot
 from kvsim.plans.derive import Structure
@@ -16,7 +16,7 @@ def lay_out(
     stages: Sequence[range],
     combinations: Sequence[tuple[int, ...]],
     programs: Sequence[Sequence[Program]],
-    model: tuple[Record, Records, Floats],
+    model: tuple[Records, Records, Floats],
 ) -> Prices:
     """The arrays for combinations of structures, of each of which `programs` has one program for each stage.
 
@@ -29,8 +29,9 @@ def lay_out(
         heads.append((len(ops), len(structure.ops), uses_host))
         for held in stages:
             for op, layers in zip(structure.ops, structure.multiplicity(held), strict=True):
-                rates_s = (op.cost.fixed_s, op.cost.work_s, op.cost.streamed_s, op.cost.scattered_s)
-                ops.append((op.cost.lane, op.link, op.syncs, layers, *rates_s))
+                cost = op.cost
+                rates_s = (cost.fixed_s, cost.work_s, cost.streamed_s, cost.scattered_s, cost.walked_s)
+                ops.append((cost.lane, op.link, op.syncs, layers, *rates_s))
     keys = np.zeros((len(combinations), 1 + max(map(len, combinations), default=0)), dtype=np.int64)
     for index, combination in enumerate(combinations):
         keys[index, : 1 + len(combination)] = len(combination), *combination

@@ -24,7 +24,7 @@ PARTS = 4  # times of a layer's own operations: QKV, output projection, MLP, all
 
 OP = np.dtype(
     [(name, np.int64) for name in ("lane", "link", "always", "layers")]
-    + [(name, np.float64) for name in ("fixed_s", "work_s", "streamed_s", "scattered_s")]
+    + [(name, np.float64) for name in ("fixed_s", "work_s", "streamed_s", "scattered_s", "walked_s")]
 )
 STRUCTURE = np.dtype([(name, np.int64) for name in ("ops", "n_ops", "uses_host")])
 PROGRAM = np.dtype(
@@ -40,7 +40,9 @@ OWN = np.dtype(  # what the model's own layers read and send, and their seconds;
     [(name, np.int64) for name in ("known", "weight_bytes", "collective_bytes")]
     + [("busy_s", np.float64, (len(BUSY),))]
 )
-HEAD = np.dtype([(name, np.float64) for name in ("once_s", "each_s", "launch_s")])  # the last is part of the first
+HEAD = np.dtype(  # what the output head takes for so many positions, and what that is due to; unknown while not `known`
+    [("known", np.int64)] + [(name, np.float64) for name in ("seconds", "hbm_s", "by_hbm_s", "by_compute_s")]
+)
 
 
 class Prices(NamedTuple):
@@ -54,7 +56,7 @@ class Prices(NamedTuple):
     slots: Records
     waits: Records
     times: Records  # of programs: their operations
-    head: Record
+    head: Records  # by the rows of logits
     own: Records  # by the tokens of an iteration
     own_s: Floats  # (tokens, times): nothing, then PARTS of each layer shape
     seconds: Floats  # of each operation of the batch priced last
@@ -73,7 +75,8 @@ class Batch(NamedTuple):
     loads: Ints  # (loads, columns)
     share: float  # of the loads
     stage: int
-    logits: int  # rows of the head
+    head: Record  # of the batch's logits
+    logits: int  # 0 where a stage has no head
 
 
 def price(prices: Prices, batch: Batch, sharing: Floats, busy: Floats) -> float:
@@ -107,19 +110,13 @@ def price(prices: Prices, batch: Batch, sharing: Floats, busy: Floats) -> float:
             n += 1
     total_s = _makespan_s(prices, batch.program)
     if batch.logits:
-        once_s, each_s = prices.head["once_s"], batch.logits * prices.head["each_s"]
-        busy[SM] += once_s + each_s
-        busy[HBM_BUSY] += once_s
-        busy[BY_HBM] += once_s - prices.head["launch_s"]
-        busy[BY_COMPUTE] += each_s
-        total_s += once_s + each_s
+        busy[SM] += batch.head["seconds"]
+        busy[HBM_BUSY] += batch.head["hbm_s"]
+        busy[BY_HBM] += batch.head["by_hbm_s"]
+        busy[BY_COMPUTE] += batch.head["by_compute_s"]
+        total_s += batch.head["seconds"]
     expose(busy, total_s)
     return float(total_s)
-
-
-def head_s(head: Record, logits: int) -> float:
-    """Seconds of the output head for so many positions."""
-    return float(head["once_s"] + logits * head["each_s"]) if logits else 0.0
 
 
 def _op_s(
@@ -130,7 +127,7 @@ def _op_s(
     if lane != SM:  # the SMs are the GPU's own
         work_s *= sharing[SLOWDOWN, lane]
         streamed_s, scattered_s = byte_s(streamed_s, sharing, lane), byte_s(scattered_s, sharing, lane)
-    arithmetic = work * work_s
+    arithmetic = work * work_s + (contiguous_bytes + scattered_bytes) * op["walked_s"]
     transfers = contiguous_bytes * streamed_s + scattered_bytes * scattered_s
     seconds = max(arithmetic, transfers)
     if seconds > 0 or op["always"]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvsim.hardware.machine import Cost, Machine, access_bytes
 from kvsim.plans.guessing import Guesser
 from policies import LayerPlan, ModelShape, Policy, Step, plan_end, plan_layer
+from policies.layer import LayerShape
 from policies.plan import Buffer, Compute, Copy, Op, Processor, Tier, Work, stored_bytes
 from policies.symbolic import Condition, Floor, Monomial, Polynomial, Tape, evaluate, polynomial_of, total
 
@@ -266,14 +267,17 @@ class PlanTable:
         plans = [plan_layer(self.policy, self.model, step, layer) for layer in range(self.model.n_layers)]
         groups: list[tuple[tuple[OpShape, ...], list[Polynomial]]] = []
         group_of: list[int] = []
-        for plan in plans:
-            group = self._amounts(plan)
+        prefill = len(inputs) == 3
+        for plan, layer in zip(plans, self.model.layers, strict=True):
+            group = self._amounts(plan, layer, prefill=prefill)
             if group not in groups:
                 groups.append(group)
             group_of.append(groups.index(group))
         end = plan_end(self.policy, self.model, step) if step.last_chunk else ()
         held = stored_bytes([plan.buffers for plan in plans])
-        end_shapes, end_columns = self._amounts(LayerPlan(self.policy, (), end, ()))
+        end_shapes, end_columns = self._amounts(
+            LayerPlan(self.policy, (), end, ()), self.model.layers[0], prefill=prefill
+        )
         stored = [polynomial_of(held[tier]) for tier in TIERS]
         if self._guesser is not None and self._guesser.drafts:
             flops, nbytes, cache = self._guesser.amounts(step)
@@ -286,7 +290,9 @@ class PlanTable:
         columns += stored
         return Piece(structure, len(inputs), tape.floors, tape.conditions, columns)
 
-    def _amounts(self, plan: LayerPlan) -> tuple[tuple[OpShape, ...], list[Polynomial]]:
+    def _amounts(
+        self, plan: LayerPlan, layer: LayerShape, *, prefill: bool
+    ) -> tuple[tuple[OpShape, ...], list[Polynomial]]:
         buffers = {b.name: b for b in plan.buffers}
         totals = {c.name: c.expected(self.shares.get(c.name)) for c in plan.counts}
         self.drawn |= set(totals)
@@ -294,7 +300,7 @@ class PlanTable:
         for op in plan.ops:
             work, contiguous, scattered, link = _amounts_of(op, buffers, totals)
             columns += [polynomial_of(work), polynomial_of(contiguous), polynomial_of(scattered)]
-            cost = self.machine.cost(op, buffers)
+            cost = self.machine.cost(op, buffers, layer, self.model.kv_dtype, prefill=prefill)
             shapes.append(OpShape(op.name, op.after, cost, link, not isinstance(op, Copy | Compute)))
         return tuple(shapes), columns
 

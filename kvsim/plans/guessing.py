@@ -14,6 +14,7 @@ from kvsim.hardware.machine import (
     access_bytes,
     by_type,
 )
+from kvsim.hardware.served import Matrix, Part, ServedModel
 from kvsim.scenario.setup import Setup
 from kvsim.scenario.speculation import Speculation
 from policies import Full, ModelShape, Step, plan_layer
@@ -21,6 +22,7 @@ from policies.plan import Compute, Tier, stored_bytes
 from policies.symbolic import Polynomial, polynomial_of
 
 ATTENTION_KERNELS = 2  # append, attend
+_MOST_SEQUENCES, _PROMPT_TOKENS = 64, 2048  # up to which kernels' times, larger of bytes and FLOPs, are a line
 PER_SEQUENCE, PER_PROMPT_TOKEN = range(2)
 ONCE, EACH = range(2)
 LAUNCH, WEIGHTS, ARITHMETIC, COLLECTIVES = range(4)
@@ -72,7 +74,10 @@ class Guesser:
     @property
     def cost(self) -> Cost:
         """Of the draft's attention."""
-        rates = self._machine.gpu.rates
+        rates, operations = self._machine.gpu.rates, self._machine.operations
+        if operations is not None and self._draft is not None:
+            line = operations.attention(self._draft.layers[0], self._draft.kv_dtype).decode
+            return Cost(SM, 0.0, line.work_s, line.byte_s, line.byte_s, 0.0)
         return Cost(SM, 0.0, 1 / rates.attention_flops, 1 / rates.hbm_Bps, 1 / rates.hbm_Bps, 0.0)
 
     def amounts(self, step: Step) -> tuple[Polynomial, Polynomial, Polynomial]:
@@ -107,8 +112,26 @@ class Guesser:
 
     def _set_draft(self, draft: ModelShape) -> None:
         speculation, machine = self.speculation, self._machine
+        share, layer_bytes = speculation.draft_share, sum(draft.layer_bytes_touched(x, 1) for x in draft.layers)
+        if machine.served is not None:
+            for who, rows in ((PER_SEQUENCE, _MOST_SEQUENCES), (PER_PROMPT_TOKEN, _PROMPT_TOKENS)):
+                self.parts[who] = share * self._served_run(draft, machine.served, rows)
+            head = self._line(machine.served.head(draft, np.array([1, _MOST_SEQUENCES])), _MOST_SEQUENCES)
+            self.parts[PER_SEQUENCE] = speculation.guesses * (self.parts[PER_SEQUENCE] + share * head)
+        else:
+            self._set_rated_draft(draft, layer_bytes)
+        self.read_bytes = (
+            round(share * speculation.guesses * (layer_bytes + draft.head_bytes)),
+            round(share * layer_bytes),
+        )
+
+        sent_bytes = share * 2 * draft.n_layers * machine.allreduce_bytes(draft, 1)
+        self.sent_bytes = (round(speculation.guesses * sent_bytes), round(sent_bytes))
+
+    def _set_rated_draft(self, draft: ModelShape, layer_bytes: int) -> None:
+        """Parts by the parameter set's rates."""
+        speculation, machine = self.speculation, self._machine
         share, rates = speculation.draft_share, machine.gpu.rates
-        layer_bytes = sum(draft.layer_bytes_touched(x, 1) for x in draft.layers)
         kernels = sum(
             QKV_KERNELS + OUT_KERNELS + ATTENTION_KERNELS + (MLP_KERNELS if x.mlp_params else 0) for x in draft.layers
         )
@@ -124,22 +147,55 @@ class Guesser:
         head[EACH, ARITHMETIC] = machine.products_s([(draft.head_product, 2 * draft.head_params)])
         self.parts[PER_SEQUENCE] = share * speculation.guesses * (run + head)
         self.parts[PER_PROMPT_TOKEN] = share * run
-        self.read_bytes = (
-            round(share * speculation.guesses * (layer_bytes + draft.head_bytes)),
-            round(share * layer_bytes),
-        )
 
-        sent_bytes = share * 2 * draft.n_layers * machine.allreduce_bytes(draft, 1)
-        self.sent_bytes = (round(speculation.guesses * sent_bytes), round(sent_bytes))
+    def _served_run(self, draft: ModelShape, served: ServedModel, rows: int) -> Parts:
+        """Parts of one run of the draft by kernels: the line through those of one row and of `rows`."""
+        machine, both = self._machine, np.array([1, rows])
+        run = np.zeros((2, 4))
+        for shape in draft.layers:
+            for part in served.layer(draft, shape, both):
+                run += self._line(part, rows)
+        attending_s = 0.0
+        if machine.operations is not None:
+            attending_s = sum(
+                served.elementwise_start_s + machine.operations.attention(x, draft.kv_dtype).decode.start_s
+                for x in draft.layers
+            )
+        run[ONCE, LAUNCH] += attending_s
+        one_s, many_s = (2 * draft.n_layers * machine.allreduce_s(draft, n) for n in (1, rows))
+        each_s = (many_s - one_s) / (rows - 1)
+        run[:, COLLECTIVES] += one_s - each_s, each_s
+        return run
+
+    @staticmethod
+    def _line(part: Part, rows: int) -> Parts:
+        """What one row takes once, and what each further one of so many adds to it, as arithmetic."""
+        run = np.zeros((2, 4))
+        each_s = (part.seconds[1] - part.seconds[0]) / (rows - 1)
+        run[EACH, ARITHMETIC] = each_s
+        run[ONCE, WEIGHTS] = part.by_hbm_s[0] + part.by_compute_s[0]
+        run[ONCE, LAUNCH] = part.seconds[0] - run[ONCE, WEIGHTS] - each_s
+        return run
 
     def _set_heads(self) -> None:
         """One head for each guess, applied to all candidates, since any of them may be the last that holds."""
         speculation, target, rates = self.speculation, self._target, self._machine.gpu.rates
         guesses, params = speculation.guesses, speculation.head_params(target, self._machine.tp)
         kernels = 2 if speculation.method == "medusa" else 1
-        flop_s = 1 / self._machine.weight_flops(target.head_product)
         self.read_bytes = (self.weight_bytes, 0)
+        if self._machine.served is not None:
+            self._set_served_heads(self._machine.served, params)
+            return
+        flop_s = 1 / self._machine.weight_flops(target.head_product)
         once, each = self.parts[PER_SEQUENCE]
         once[LAUNCH] = guesses * kernels * rates.launch_s
         once[WEIGHTS] = self.weight_bytes / rates.hbm_Bps
         each[ARITHMETIC] = 2 * guesses * params * (speculation.candidates + 1) * flop_s
+
+    def _set_served_heads(self, served: ServedModel, params: int) -> None:
+        """Parts by kernels: each head as one matrix."""
+        rows, hidden = _MOST_SEQUENCES * (self.speculation.candidates + 1), self._target.hidden_dim
+        dtype = self._target.head_product
+        head = served.gemm(Matrix(max(1, params // hidden), hidden, dtype, dtype), np.array([1, rows]))
+        self.parts[PER_SEQUENCE] = self.speculation.guesses * self._line(head, rows)
+        self.parts[PER_SEQUENCE, EACH] *= self.speculation.candidates + 1

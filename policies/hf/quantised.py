@@ -45,7 +45,7 @@ class Quantiser:
         if head is not None and not shape.tied:
             nbytes = head.nbytes(shape.vocab_size, shape.hidden_dim)
             product = head.dtype if head.quantises_activations else shape.dtype
-            head_stored = Stored(head.dtype, product, nbytes)
+            head_stored = Stored(head.dtype, product, nbytes, head.blockwise)
         self._params[shape.dtype] += shape.outer_params
         return replace(
             shape,
@@ -77,7 +77,7 @@ class Quantiser:
     def _part(self, params: int, found: Iterable[Matrix], number: int, copies: int = 1) -> Stored:
         """How weights are stored of which `found` are the matrices, and the rest stays as it was."""
         plain = self._shape.dtype
-        sizes: Counter[tuple[str, str]] = Counter()
+        sizes: Counter[tuple[str, str, bool]] = Counter()
         nbytes, left = 0, params
         for matrix in found:
             weight_format = self._scheme.format_of(f"layers.{number}.{matrix.name}")
@@ -86,9 +86,9 @@ class Quantiser:
             left -= matrix.params
             nbytes += weight_format.nbytes(matrix.outputs, matrix.inputs)
             product = weight_format.dtype if weight_format.quantises_activations else plain
-            sizes[weight_format.dtype, product] += matrix.params
-        sizes[plain, plain] += left
-        for (dtype, _), size in sizes.items():
+            sizes[weight_format.dtype, product, weight_format.blockwise] += matrix.params
+        sizes[plain, plain, False] += left
+        for (dtype, _, _), size in sizes.items():
             self._params[dtype] += copies * size
-        dtype, product = max(sizes, key=lambda key: sizes[key])
-        return Stored(dtype, product, nbytes + -(-left * DTYPE_BITS[plain] // 8))
+        dtype, product, blockwise = max(sizes, key=lambda key: sizes[key])
+        return Stored(dtype, product, nbytes + -(-left * DTYPE_BITS[plain] // 8), blockwise)

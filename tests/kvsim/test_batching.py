@@ -17,7 +17,7 @@ from kvsim.models import load_model
 from kvsim.plans.derive import PlanTable
 from policies import Full
 
-MODEL, GPU, HOST = load_model("llama-2-7b"), load_gpu("a100-80g-sxm"), load_host("ddr4-dual-xeon")
+MODEL, GPU, HOST = load_model("llama-2-7b"), load_gpu("a100-80g-sxm@eager"), load_host("ddr4-dual-xeon")
 MACHINE = Machine(gpu=GPU, host=HOST)
 TABLE, CLOCK = PlanTable(Full(), MODEL, MACHINE, {}), Clock(MODEL, MACHINE)
 LINEAR, HEAD = 2 * (MODEL.active_params - MODEL.head_params), 2 * MODEL.head_params

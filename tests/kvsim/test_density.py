@@ -12,7 +12,7 @@ from kvsim.models import load_model
 from policies import HiP, LazyLLM, XAttention, parse_policy
 
 MODEL = load_model("llama-3.1-8b")  # 32 layers, 32 heads of 128 over 8 KV heads
-MACHINE = Machine(gpu=load_gpu("a100-80g-sxm"), host=load_host("ddr4-dual-xeon"))
+MACHINE = Machine(gpu=load_gpu("a100-80g-sxm@eager"), host=load_host("ddr4-dual-xeon"))
 
 
 def found(policy, tokens, **shares):

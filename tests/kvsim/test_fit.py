@@ -9,7 +9,7 @@ from kvsim.__main__ import main
 from kvsim.explain.fit import misfit
 from kvsim.hardware.catalogue import load_gpu
 
-GPU = load_gpu("a100-80g-sxm")
+GPU = load_gpu("a100-80g-sxm@eager")
 BIG = ["--model", "llama-3.1-70b", "--gpu", "a100-80g-sxm"]
 
 

@@ -20,7 +20,7 @@ from kvsim.hardware.catalogue import load_gpu, load_host
 from kvsim.hardware.machine import Machine
 from kvsim.models import load_model
 
-A100 = Machine(gpu=load_gpu("a100-80g-sxm"), host=load_host("ddr4-dual-xeon"))
+A100 = Machine(gpu=load_gpu("a100-80g-sxm@eager"), host=load_host("ddr4-dual-xeon"))
 LLAMA = load_model("llama-3-8b").layers[0]  # 32 query heads over 8 KV heads of 128
 QUARTER = LLAMA.with_heads(16, 2)  # CodeLlama-34B on four GPUs
 

@@ -14,7 +14,7 @@ from kvsim.models import load_model
 
 LLAMA = load_model("llama-3-8b")  # 32 heads over 8 KV heads of 128
 GQA, MHA = LLAMA.layers[0], load_model("llama-2-7b").layers[0]
-MACHINE = Machine(gpu=load_gpu("h100-sxm"), host=load_host("ddr5-dual-xeon"))
+MACHINE = Machine(gpu=load_gpu("h100-sxm@eager"), host=load_host("ddr5-dual-xeon"))
 
 
 def split(devices, tokens=65536, layer=GQA):

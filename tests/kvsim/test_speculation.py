@@ -18,7 +18,7 @@ from kvsim.scenario.speculation import Speculation, speculation
 from policies import POLICIES, Full, LayerPlan, Step, parse_policy, plan_layer
 from policies.plan import flops
 
-GPU, HOST = load_gpu("a100-80g-sxm"), load_host("ddr5-dual-xeon")
+GPU, HOST = load_gpu("a100-80g-sxm@eager"), load_host("ddr5-dual-xeon")
 TARGET, DRAFT = load_model("llama-2-70b"), load_model("llama-3.2-1b")
 SMALL = load_model("llama-2-7b")
 

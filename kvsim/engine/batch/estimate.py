@@ -6,7 +6,6 @@ from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.pipeline import send_s
 from kvsim.engine.state.cluster import Cluster, Prices
 from kvsim.hardware.machine import share_evenly
-from kvsim.iteration.price import head_s
 
 
 def prefill_s(cluster: Cluster, prices: Prices, prompt_tokens: int, cached_tokens: int) -> float:
@@ -59,7 +58,7 @@ def _piped_s(cluster: Cluster, prices: Prices, prompt_tokens: int, cached_tokens
     if new_tokens <= chunk_tokens:
         before_s, slowest_s, after_s = _through_s(cluster, prices, prompt_tokens, cached_tokens, new_tokens, 1)
         seconds = min(seconds, before_s + slowest_s + after_s)
-    return float(seconds + head_s(prices.head, 1))
+    return float(seconds + prices.head[1]["seconds"])
 
 
 def _part_s(

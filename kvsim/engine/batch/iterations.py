@@ -29,7 +29,6 @@ from kvsim.engine.state.cluster import (
     Prices,
 )
 from kvsim.iteration.busy import BUSY, BY_SWAP
-from kvsim.iteration.price import head_s
 
 
 def stall(cluster: Cluster, number: int, now_s: float) -> bool:
@@ -66,7 +65,7 @@ def _charge_batch(cluster: Cluster, prices: Prices, number: int) -> float:
     prompt_tokens = batch.tokens - decoding * world["step_tokens"]
     seconds = price_batch(world, prices, batch, 1.0, 0, replica["sharing"], busy)
     guess_s = guess(world, busy, decoding, prompt_tokens)
-    replica["tail_s"] = guess_s + head_s(prices.head, batch.logits)
+    replica["tail_s"] = guess_s + prices.head[batch.logits]["seconds"]
     charge_loads(world, replica, prices, batch.loads)
     charge_model(world, replica, prices, 1, batch.tokens, batch.logits)
     charge_guesses(world, replica, 1, decoding, prompt_tokens)

@@ -12,14 +12,14 @@ def price_batch(
 
     The last stage has the head. May make detours.
     """
-    own = prices.own[batch.tokens * world["stages"] + stage]
-    if not own["known"]:
-        world["wanted"][0], world["wanted"][1] = WANT_TIMES, batch.tokens
+    logits = batch.logits if stage == world["stages"] - 1 else 0
+    own, head = prices.own[batch.tokens * world["stages"] + stage], prices.head[logits]
+    if not own["known"] or not head["known"]:
+        world["wanted"][0], world["wanted"][1], world["wanted"][2] = WANT_TIMES, batch.tokens, logits
         raise Detour
     program = prices.programs[_program_of(world, prices, batch.loads) * world["stages"] + stage]
-    logits = batch.logits if stage == world["stages"] - 1 else 0
     own_s = prices.own_s[batch.tokens]
-    return price(prices, Batch(program, own, own_s, batch.loads, share, stage, logits), sharing, busy)
+    return price(prices, Batch(program, own, own_s, batch.loads, share, stage, head, logits), sharing, busy)
 
 
 def _program_of(world: Record, prices: Prices, loads: Ints) -> int:

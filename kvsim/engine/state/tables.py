@@ -8,7 +8,7 @@ import numpy as np
 from kvsim.engine.batch.plans import FLOOR, INPUTS, MOST_FACTORS, PIECE, TERM, TEST
 from kvsim.engine.state.cluster import N_TIERS, NOBODY, Floats, Ints, Plans, Record, Records
 from kvsim.iteration.clock import Clock
-from kvsim.iteration.price import OWN, PARTS
+from kvsim.iteration.price import HEAD, OWN, PARTS
 from kvsim.plans.derive import Piece
 from kvsim.plans.guessing import Guesser
 from policies.symbolic import Polynomial
@@ -107,7 +107,11 @@ def set_guesses(world: Record, guesser: Guesser | None) -> None:
         world["guess_sent_bytes"] = guesser.sent_bytes
 
 
-def own_arrays(clock: Clock, most_tokens: int, stages: int) -> tuple[Records, Floats]:
-    """Room for what the model's own layers take on each stage at up to so many tokens; nothing is filled in."""
+def own_arrays(clock: Clock, most_tokens: int, stages: int) -> tuple[Records, Floats, Records]:
+    """Room for what the model's own layers take on each stage at up to so many tokens, and the head at as many rows.
+
+    Nothing is filled in.
+    """
     n_times = 1 + PARTS * len(dict.fromkeys(clock.model.layers))
-    return np.zeros((most_tokens + 1) * stages, dtype=OWN), np.zeros((most_tokens + 1, n_times))
+    own = np.zeros((most_tokens + 1) * stages, dtype=OWN)
+    return own, np.zeros((most_tokens + 1, n_times)), np.zeros(most_tokens + 1, dtype=HEAD)

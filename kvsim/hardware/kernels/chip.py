@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from policies.dtypes import DTYPE_BITS, GROUPS
 
 _STAND_INS = {
@@ -66,3 +69,10 @@ def smooth_max(sharpness: float, *times: float) -> float:
     if not largest:
         return 0.0
     return float(largest * sum((time / largest) ** sharpness for time in times) ** (1 / sharpness))
+
+
+def smooth_max_of(sharpness: float, *times: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same of columns of times, row by row."""
+    largest = np.maximum.reduce(times)
+    scale = np.where(largest > 0, largest, 1.0)
+    return largest * sum((time / scale) ** sharpness for time in times) ** (1 / sharpness)

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvsim.hardware.kernels.chip import Chip
 from kvsim.hardware.kernels.experts import Routed
 from kvsim.hardware.kernels.kernel_file import KernelFits, fit_for
@@ -16,10 +19,15 @@ class FittedPrices:
     fits: KernelFits
     rated: RatedPrices
 
-    def gemm_s(self, dtype: str, m: int, n: int, k: int, *, captured: bool) -> float:
-        """One GEMM."""
-        fit = fit_for(self.fits.gemm, dtype, self.chip.product(dtype)[0])
-        return fit.seconds(self.chip, dtype, m, n, k, captured=captured)
+    def gemm_s(self, dtype: str, product: str, m: int, n: int, k: int, *, captured: bool) -> float:
+        """One GEMM with weights of `dtype`, whose products run in `product` where the GPU has units for that."""
+        fit = fit_for(self.fits.gemm, product, self.chip.product(product)[0])
+        return fit.seconds(self.chip, dtype, m, n, k, product=product, captured=captured)
+
+    def gemm_rows_s(self, dtype: str, product: str, m: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
+        """The same in CUDA graphs, for many numbers of rows at once."""
+        fit = fit_for(self.fits.gemm, product, self.chip.product(product)[0])
+        return fit.captured_s(self.chip, dtype, m, n, k, product)
 
     def prefill_s(
         self, kv_dtype: str, batch: int, tokens: int, cached: int, heads: int, kv_heads: int, head_dim: int

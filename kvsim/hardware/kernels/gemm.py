@@ -1,12 +1,18 @@
 """GEMMs: tiles in waves over the SMs while weights stream, and what quantising and launching add."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict
 
-from kvsim.hardware.kernels.chip import Chip, element_bytes, smooth_max
+from kvsim.hardware.kernels.chip import Chip, element_bytes, smooth_max, smooth_max_of
 from kvsim.hardware.kernels.shares import Count, Seconds, Share, Sharpness, Stretch
+
+Rows = Any
+"""A number of rows, or a column of such: what is computed with it is of the same kind."""
+_ANY = 1 << 62  # rows, where a tile has no limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +26,15 @@ class Tile:
     most_rows: Count | None = None
     peak: Share  # of the SM's share of the peak, while it multiplies
     start_s: Seconds  # of each wave: its first loads and its last stores
+
+
+class Tiles(NamedTuple):
+    """Several tiles, as columns."""
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    peak: NDArray[np.float64]
+    start_s: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,18 +85,20 @@ class GemmFit:
         """Numbers of parts that k may be cut into: powers of two."""
         return [1 << power for power in range(self.most_splits.bit_length())]
 
-    def waves_s(self, chip: Chip, peak_flops: float, tile: Tile, splits: int, m: int, n: int, k: int) -> float:
+    def waves_s(
+        self, chip: Chip, peak_flops: float, tile: "Tile | Tiles", splits: Rows, m: Rows, n: int, k: int
+    ) -> Any:
         """Time of all waves of one tile, with k in `splits` parts that are summed in fp32."""
         waves = -(-(-(-m // tile.rows) * -(-n // tile.columns) * splits) // chip.sms)
         wave_s = 2 * tile.rows * tile.columns * k / splits * chip.sms / (tile.peak * peak_flops) + tile.start_s
-        summed_s = self.split_s + 8 * splits * m * n / chip.hbm_Bps if splits > 1 else 0.0
+        summed_s = (splits > 1) * (self.split_s + 8 * splits * m * n / chip.hbm_Bps)
         return waves * wave_s + summed_s
 
-    def plateau_s(self, chip: Chip, peak_flops: float, m: int, n: int, k: int) -> float:
+    def plateau_s(self, chip: Chip, peak_flops: float, m: Rows, n: int, k: int) -> Any:
         """Time of all FLOPs at the sustained rate, and of the stores that nothing hides."""
         return 2 * m * n * k / (self.peak * peak_flops) + 2 * m * n / (self.output * chip.hbm_Bps)
 
-    def quantising_s(self, chip: Chip, m: int, k: int) -> float:
+    def quantising_s(self, chip: Chip, m: Rows, k: int) -> Any:
         """Time of quantising (m, k) activations in a kernel of its own."""
         if self.quantising is None:
             return m * self.row_s
@@ -94,9 +111,14 @@ class GemmFit:
                 return launch.launch_s + (self.ragged_s if m % 4 else 0.0)
         return 0.0
 
-    def seconds(self, chip: Chip, dtype: str, m: int, n: int, k: int, *, captured: bool = False) -> float:
-        """Time of (m, k) activations times (k, n) weights of `dtype`; `captured`: launched by a CUDA graph."""
-        product, peak_flops = chip.product(dtype)
+    def seconds(
+        self, chip: Chip, dtype: str, m: int, n: int, k: int, *, product: str = "", captured: bool = False
+    ) -> float:
+        """Time of (m, k) activations times (k, n) weights of `dtype`; `captured`: launched by a CUDA graph.
+
+        Products run in `product`, by default the weights' own type, where the GPU has units for that.
+        """
+        product, peak_flops = chip.product(product or dtype)
         work_s = self.plateau_s(chip, peak_flops, m, n, k)
         if not widened(dtype, product):  # Marlin's kernels cut any shape into equal parts
             tiles = [(tile, splits) for tile in self.fitting(m) for splits in self.splits]
@@ -105,13 +127,37 @@ class GemmFit:
         device_s = self.start_s + self.quantising_s(chip, m, k) + smooth_max(self.sharpness, memory_s, work_s)
         return device_s if captured else smooth_max(8, device_s, self.host_s(m))
 
+    def captured_s(
+        self, chip: Chip, dtype: str, rows: NDArray[np.int64], n: int, k: int, product: str
+    ) -> NDArray[np.float64]:
+        """The same for many numbers of rows at once, in CUDA graphs."""
+        product, peak_flops = chip.product(product)
+        work_s = self.plateau_s(chip, peak_flops, rows, n, k)
+        if not widened(dtype, product):
+            limits = sorted({tile.most_rows or _ANY for tile in self.tiles})
+            for below, limit in zip([0, *limits], limits, strict=False):
+                chosen = (rows > below) & (rows <= limit)
+                if chosen.any():
+                    work_s[chosen] = np.maximum(work_s[chosen], self._least_s(chip, peak_flops, rows[chosen], n, k))
+        memory_s = gemm_bytes(dtype, product, rows, n, k) / (self.hbm * chip.hbm_Bps)
+        return self.start_s + self.quantising_s(chip, rows, k) + smooth_max_of(self.sharpness, memory_s, work_s)
+
+    def _least_s(self, chip: Chip, peak_flops: float, rows: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
+        """Waves of the quickest tile, for numbers of rows that choose from the same ones."""
+        fitting, splits = self.fitting(int(rows[0])), np.array(self.splits)[:, None, None]
+        names = ("rows", "columns", "peak", "start_s")
+        tiles = Tiles(*(np.array([getattr(tile, name) for tile in fitting])[:, None] for name in names))
+        waves_s = self.waves_s(chip, peak_flops, tiles, splits, rows, n, k)  # (splits, tiles, rows)
+        least_s: NDArray[np.float64] = waves_s.min(axis=(0, 1))
+        return least_s
+
 
 def widened(dtype: str, product: str) -> bool:
     """Whether weights of `dtype` are widened as they stream, to multiply in `product`."""
     return product in ("bf16", "fp16", "fp32") and element_bytes(dtype) < 2
 
 
-def gemm_bytes(dtype: str, product: str, m: int, n: int, k: int) -> float:
+def gemm_bytes(dtype: str, product: str, m: Rows, n: int, k: int) -> Any:
     """Bytes of the weights, of activations in the type that they are multiplied in, and of a 16-bit output."""
     input_bytes = 2.0 if widened(dtype, product) else element_bytes(dtype)
     return element_bytes(dtype) * n * k + input_bytes * m * k + 2 * m * n

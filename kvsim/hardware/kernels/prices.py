@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvsim.hardware.kernels.attention import attention_bytes, attention_flops
 from kvsim.hardware.kernels.chip import GEMM_DTYPES, KV_DTYPES, Chip, element_bytes
 from kvsim.hardware.kernels.experts import routed
@@ -22,19 +25,37 @@ class Kernels:
     chip: Chip
     prices: FittedPrices | RatedPrices
 
-    def gemm_s(self, *, m: int, n: int, k: int, dtype: str, captured: bool = False) -> float:
+    @property
+    def fitted(self) -> bool:
+        """Whether constants of each kernel are known, not only a parameter set's rates."""
+        return isinstance(self.prices, FittedPrices)
+
+    def gemm_s(
+        self, *, m: int, n: int, k: int, dtype: str, product: str | None = None, captured: bool = False
+    ) -> float:
         """Time of (m, k) activations times (k, n) weights stored in `dtype`.
 
         `fp8` has one scale a tensor, `fp8_block` one a block; both quantise the activations first. A format that the
-        GPU does not multiply in is widened to 16 bits as it streams. The tables of block-wise fp8 were measured with
-        kernels that the host launches one by one, which small batches wait for; `captured` leaves that out, as in a
-        CUDA graph.
+        GPU does not multiply in is widened to 16 bits as it streams; so is one whose `product` says bf16 or fp16, as
+        of weights that are quantised alone. The tables of block-wise fp8 were measured with kernels that the host
+        launches one by one, which small batches wait for; `captured` leaves that out, as in a CUDA graph.
         """
         _sizes(m=m, n=n, k=k)
         _known(dtype, GEMM_DTYPES)
-        product, peak_flops = self.chip.product(dtype)
-        floor_s = max(gemm_bytes(dtype, product, m, n, k) / self.chip.hbm_Bps, 2 * m * n * k / peak_flops)
-        return max(floor_s, self.prices.gemm_s(dtype, m, n, k, captured=captured))
+        if product is not None:
+            _known(product, GEMM_DTYPES)
+        multiplied, peak_flops = self.chip.product(product or dtype)
+        floor_s = max(gemm_bytes(dtype, multiplied, m, n, k) / self.chip.hbm_Bps, 2 * m * n * k / peak_flops)
+        return max(floor_s, self.prices.gemm_s(dtype, product or dtype, m, n, k, captured=captured))
+
+    def gemm_rows_s(self, *, m: NDArray[np.int64], n: int, k: int, dtype: str, product: str) -> NDArray[np.float64]:
+        """`gemm_s(..., captured=True)` for many numbers of rows at once; only where constants are fitted."""
+        if not isinstance(self.prices, FittedPrices):
+            raise ValueError("many GEMMs at once are priced by fitted constants only")
+        multiplied, peak_flops = self.chip.product(product)
+        bytes_s = gemm_bytes(dtype, multiplied, m, n, k) / self.chip.hbm_Bps
+        floor_s = np.maximum(bytes_s, 2 * m * n * k / peak_flops)
+        return np.maximum(floor_s, self.prices.gemm_rows_s(dtype, product, m, n, k))
 
     def prefill_attention_s(
         self,

@@ -17,13 +17,13 @@ class RatedPrices:
     rates: Rates
     overlapped: bool
 
-    def _products_s(self, dtype: str, nbytes: float, flops: float, launches: int) -> float:
-        memory_s, work_s = nbytes / self.rates.hbm_Bps, flops / self.rates.flops(self.chip.product(dtype)[0])
+    def _products_s(self, product: str, nbytes: float, flops: float, launches: int) -> float:
+        memory_s, work_s = nbytes / self.rates.hbm_Bps, flops / self.rates.flops(self.chip.product(product)[0])
         return launches * self.rates.launch_s + (max(memory_s, work_s) if self.overlapped else memory_s + work_s)
 
-    def gemm_s(self, dtype: str, m: int, n: int, k: int, *, captured: bool) -> float:
-        """One GEMM."""
-        return self._products_s(dtype, gemm_bytes(dtype, self.chip.product(dtype)[0], m, n, k), 2 * m * n * k, 1)
+    def gemm_s(self, dtype: str, product: str, m: int, n: int, k: int, *, captured: bool) -> float:
+        """One GEMM with weights of `dtype`, whose products run in `product` where the GPU has units for that."""
+        return self._products_s(product, gemm_bytes(dtype, self.chip.product(product)[0], m, n, k), 2 * m * n * k, 1)
 
     def attention_s(
         self, kv_dtype: str, batch: int, tokens: int, cached: int, heads: int, kv_heads: int, head_dim: int
