@@ -104,12 +104,12 @@ class ServedModel:
         """One matrix times so many rows."""
         n, k, dtype, product = matrix
         seconds = self.kernels.gemm_rows_s(m=rows, n=n, k=k, dtype=dtype, product=product)
-        flops = 2.0 * rows * n * k
+        flops: Seconds = (2 * n * k) * rows.astype(np.float64)
         return self._bound(seconds, self.sustained(dtype, product), element_bytes(dtype) * n * k, flops)
 
     def elementwise(self, nbytes: Rows) -> Part:
         """A kernel that reads and writes so many bytes in all."""
-        moving_s = nbytes * self.elementwise_byte_s
+        moving_s: Seconds = nbytes.astype(np.float64) * self.elementwise_byte_s
         nothing_s = np.zeros(len(nbytes))
         return Part(self.elementwise_start_s + moving_s, moving_s, nothing_s, moving_s, nothing_s)
 
@@ -147,12 +147,13 @@ class ServedModel:
     def _experts(self, model: ModelShape, layer: LayerShape, rows: Rows) -> Part:
         dtype, product = _stored(layer.expert_stored, model.expert_dtype or model.weight_dtype)
         channels = max(1, layer.expert_params // (3 * model.hidden_dim))
-        shape = {"hidden": model.hidden_dim, "intermediate": channels, "experts": layer.experts}
-        top_k = layer.experts_per_token
-        seconds = np.array([self.kernels.moe_s(tokens=n, top_k=top_k, dtype=dtype, **shape) for n in rows.tolist()])
-        touched = layer.experts * (1 - (1 - top_k / layer.experts) ** rows.astype(np.float64))
+        experts, top_k = layer.experts, layer.experts_per_token
+        price = partial(self.kernels.moe_s, hidden=model.hidden_dim, intermediate=channels, experts=experts)
+        seconds = np.array([price(tokens=n, top_k=top_k, dtype=dtype) for n in rows.tolist()])
+        routed: Seconds = rows.astype(np.float64) * top_k * layer.expert_params
+        touched = experts * (1 - (1 - top_k / experts) ** rows.astype(np.float64))
         nbytes = element_bytes(dtype) * touched * layer.expert_params
-        return self._bound(seconds, self.sustained(dtype, product), nbytes, 2.0 * rows * top_k * layer.expert_params)
+        return self._bound(seconds, self.sustained(dtype, product), nbytes, 2 * routed)
 
     def _norm(self, model: ModelShape, rows: Rows) -> Part:
         return self.elementwise(_NORM_PASSES * rows * model.hidden_dim * _ACTIVATION_BYTES)

@@ -63,7 +63,7 @@ class ServedOperations:
             product = served.sustained("bf16", "bf16")
             return Line(product.start_s, product.flop_s, product.byte_s)
         if work is Work.NEAREST:
-            return self._nearest
+            return self.nearest
         start_s, byte_s, rates = served.elementwise_start_s, served.elementwise_byte_s, self._rates
         if work is Work.TOPK:
             return Line(start_s, 1 / rates.topk_elements_per_s, byte_s)
@@ -100,7 +100,8 @@ class ServedOperations:
         return start_s, (seconds - start_s) / (rows * row_bytes)
 
     @cached_property
-    def _nearest(self) -> Line:
+    def nearest(self) -> Line:
+        """Products of which the largest of each row count: clusterings, and graphs of neighbours."""
         start_s, points = self._kernels.neighbours_s(heads=1, queries=1, keys=1, head_dim=1), 1 << 16
         seconds = self._kernels.neighbours_s(heads=1, queries=points, keys=points, head_dim=128)
         return Line(start_s, (seconds - start_s) / (2 * points**2 * 128), self._served.elementwise_byte_s)

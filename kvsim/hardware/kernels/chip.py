@@ -73,6 +73,8 @@ def smooth_max(sharpness: float, *times: float) -> float:
 
 def smooth_max_of(sharpness: float, *times: NDArray[np.float64]) -> NDArray[np.float64]:
     """The same of columns of times, row by row."""
-    largest = np.maximum.reduce(times)
+    largest: NDArray[np.float64] = np.maximum.reduce(times)
     scale = np.where(largest > 0, largest, 1.0)
-    return largest * sum((time / scale) ** sharpness for time in times) ** (1 / sharpness)
+    powers: NDArray[np.float64] = np.add.reduce([(time / scale) ** sharpness for time in times])
+    joined: NDArray[np.float64] = largest * powers ** (1 / sharpness)
+    return joined

@@ -140,7 +140,8 @@ class GemmFit:
                 if chosen.any():
                     work_s[chosen] = np.maximum(work_s[chosen], self._least_s(chip, peak_flops, rows[chosen], n, k))
         memory_s = gemm_bytes(dtype, product, rows, n, k) / (self.hbm * chip.hbm_Bps)
-        return self.start_s + self.quantising_s(chip, rows, k) + smooth_max_of(self.sharpness, memory_s, work_s)
+        before_s: NDArray[np.float64] = self.start_s + self.quantising_s(chip, rows, k) + np.zeros(len(rows))
+        return before_s + smooth_max_of(self.sharpness, memory_s, work_s)
 
     def _least_s(self, chip: Chip, peak_flops: float, rows: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
         """Waves of the quickest tile, for numbers of rows that choose from the same ones."""

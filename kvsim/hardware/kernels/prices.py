@@ -45,7 +45,7 @@ class Kernels:
         if product is not None:
             _known(product, GEMM_DTYPES)
         multiplied, peak_flops = self.chip.product(product or dtype)
-        floor_s = max(gemm_bytes(dtype, multiplied, m, n, k) / self.chip.hbm_Bps, 2 * m * n * k / peak_flops)
+        floor_s: float = max(gemm_bytes(dtype, multiplied, m, n, k) / self.chip.hbm_Bps, 2 * m * n * k / peak_flops)
         return max(floor_s, self.prices.gemm_s(dtype, product or dtype, m, n, k, captured=captured))
 
     def gemm_rows_s(self, *, m: NDArray[np.int64], n: int, k: int, dtype: str, product: str) -> NDArray[np.float64]:
@@ -54,7 +54,7 @@ class Kernels:
             raise ValueError("many GEMMs at once are priced by fitted constants only")
         multiplied, peak_flops = self.chip.product(product)
         bytes_s = gemm_bytes(dtype, multiplied, m, n, k) / self.chip.hbm_Bps
-        floor_s = np.maximum(bytes_s, 2 * m * n * k / peak_flops)
+        floor_s: NDArray[np.float64] = np.maximum(bytes_s, 2 * m * n * k / peak_flops)
         return np.maximum(floor_s, self.prices.gemm_rows_s(dtype, product, m, n, k))
 
     def prefill_attention_s(
