@@ -247,7 +247,9 @@ class Engine:
         numbers, layers = self.clock.layers_around(tokens)
         end = min(numbers.stop, most_tokens + 1)
         self._own_s[numbers.start : end] = layers.times_s[: end - numbers.start]
-        for row in {0, 1, logits}:
+        for row in (0, 1, logits):
+            if self._head[row]["known"]:
+                continue
             numbers, heads = self.clock.heads_around(row)
             end = min(numbers.stop, len(self._head))
             self._head[numbers.start : end] = heads[: end - numbers.start]

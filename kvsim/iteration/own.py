@@ -21,7 +21,7 @@ from kvsim.hardware.machine import (
 )
 from kvsim.hardware.served import ServedModel
 from kvsim.iteration.arrays import Floats, Records
-from kvsim.iteration.busy import BUSY, BY_COMPUTE, BY_HBM, HBM_BUSY, WORK
+from kvsim.iteration.busy import BY_COMPUTE, BY_HBM, HBM_BUSY, WORK
 from kvsim.iteration.price import HEAD, OWN, PARTS
 from policies.model import LayerShape, ModelShape
 
@@ -53,7 +53,7 @@ def own_times(model: ModelShape, machine: Machine) -> OwnTimes:
 class RatedTimes:
     """By rates: weights stream in, then they multiply."""
 
-    together = 1
+    together = 8
 
     def __init__(self, model: ModelShape, machine: Machine) -> None:
         self._model, self._machine = model, machine
@@ -68,26 +68,33 @@ class RatedTimes:
 
     def layers(self, tokens: range) -> Layers:
         """For each of these numbers of tokens."""
-        rows = [self._of(n) for n in tokens]
-        return Layers(np.array([row for row, _ in rows], dtype=OWN), np.array([times for _, times in rows]))
+        records, times_s = np.zeros(len(tokens), OWN), np.zeros((len(tokens), 1 + PARTS * len(self._shapes)))
+        weight_bytes, busy_s = records["weight_bytes"], records["busy_s"]
+        for i, n in enumerate(tokens):
+            weight_bytes[i] = self._enter(n, times_s[i], busy_s[i])
+        records["known"] = 1
+        records["collective_bytes"] = _sent_bytes(self._model, self._machine, tokens)
+        return Layers(records, times_s)
 
-    def _of(self, tokens: int) -> tuple[tuple[object, ...], list[float]]:
+    def _enter(self, tokens: int, times_s: Floats, busy: Floats) -> int:
+        """Set what so many tokens take and keep busy; the bytes of weights that they read."""
         model, machine, rates = self._model, self._machine, self._machine.gpu.rates
-        times, busy, weight_bytes, kernels = [0.0], np.zeros(len(BUSY)), 0, 0.0
-        reduce_s = machine.allreduce_s(model, tokens)
+        weight_bytes, kernels, sms_s, reduces_s = 0, 0.0, 0.0, 0.0
+        reduce_s, times = machine.allreduce_s(model, tokens), [0.0]
         for shape, n in self._shapes.items():
             parts = machine.layer_s(model, shape, tokens)
             times += [*parts, reduce_s]
-            busy[SM] += n * sum(parts)
-            busy[NVLINK] += n * 2 * reduce_s
+            sms_s += n * sum(parts)
+            reduces_s += n * 2 * reduce_s
             weight_bytes += n * model_bytes(model, shape, tokens)
             each = QKV_KERNELS + OUT_KERNELS + (MLP_KERNELS if shape.mlp_params else 0)
             kernels += n * shape.share_run(tokens) * each
-        busy[HBM_BUSY] = busy[BY_HBM] = weight_bytes / rates.hbm_Bps
+        times_s[:] = times
+        busy[SM], busy[NVLINK] = sms_s, reduces_s
+        busy[HBM_BUSY] = busy[BY_HBM] = reading_s = weight_bytes / rates.hbm_Bps
         busy[WORK] = machine.products_s([(dtype, 2 * n * tokens) for dtype, n in self._multiplied.items()])
-        busy[BY_COMPUTE] = busy[SM] - busy[BY_HBM] - kernels * rates.launch_s
-        sent_bytes = 2 * model.n_layers * machine.allreduce_bytes(model, tokens)  # two all-reduces a layer
-        return (1, weight_bytes, sent_bytes, busy), times
+        busy[BY_COMPUTE] = sms_s - reading_s - kernels * rates.launch_s
+        return weight_bytes
 
     def head(self, logits: range) -> Records:
         """HEAD for each of these numbers of positions."""
@@ -129,7 +136,7 @@ class ServedTimes:
             busy[:, NVLINK] += n * 2 * reduce_s
             records["weight_bytes"] += n * _bytes_of(model, shape, tokens)
         records["known"] = 1
-        records["collective_bytes"] = [2 * model.n_layers * machine.allreduce_bytes(model, n) for n in tokens]
+        records["collective_bytes"] = _sent_bytes(model, machine, tokens)
         return Layers(records, times)
 
     def head(self, logits: range) -> Records:
@@ -156,3 +163,10 @@ def _bytes_of(model: ModelShape, layer: LayerShape, tokens: range) -> NDArray[np
     if not layer.experts and layer.tokens_per_run == 1:
         return np.full(len(tokens), model_bytes(model, layer, 1))
     return np.array([model_bytes(model, layer, n) for n in tokens])
+
+
+def _sent_bytes(model: ModelShape, machine: Machine, tokens: range) -> list[int]:
+    """Bytes of the two all-reduces of each layer."""
+    if machine.tp == 1:
+        return [0] * len(tokens)
+    return [2 * model.n_layers * machine.allreduce_bytes(model, n) for n in tokens]

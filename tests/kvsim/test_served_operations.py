@@ -8,6 +8,7 @@ from simulated import HOST, MODEL, random_trace, setup
 
 from kvsim.hardware.catalogue import load_gpu
 from kvsim.hardware.machine import D2H, H2D, Cost, Machine
+from kvsim.iteration.clock import Clock, Load
 from kvsim.plans.derive import OpShape, PlanTable
 from kvsim.run.simulate import simulate
 from policies import parse_policy
@@ -106,3 +107,24 @@ def test_lanes_are_those_of_the_direction() -> None:
     assert found["offload_values"].cost.lane == D2H
     fetched = ops("shadowkv", 30_000, decode=True)
     assert fetched["fetch"].cost.lane == H2D
+
+
+def test_batches_of_equal_sums_take_equal_times() -> None:
+    machine = Machine(gpu=H100, host=HOST)
+    clock, table = Clock(MODEL, machine), PlanTable(parse_policy("full"), MODEL, machine, {})
+
+    def step_s(*contexts: int) -> float:
+        segments = [table.decode(context, 1) for context in contexts]
+        load = Load(segments[0].piece.structure, sum(segment.start for segment in segments))
+        return clock.iteration([load], len(contexts), len(contexts))[0]
+
+    assert step_s(1000, 61_000) == step_s(31_000, 31_000)
+
+
+def test_each_direction_of_pcie_runs_as_if_alone() -> None:
+    operations, nbytes = Machine(gpu=H100, host=HOST).operations, 1 << 30
+    for to_hbm in (True, False):
+        start_s, byte_s = operations.copy(2048, rows_apart=False, to_hbm=to_hbm)
+        alone_s, both_s = (H100.kernels.copy_s(nbytes=nbytes, to_hbm=to_hbm, duplex=duplex) for duplex in (False, True))
+        assert start_s + nbytes * byte_s == pytest.approx(alone_s, rel=1e-6)
+        assert both_s > 1.08 * alone_s
