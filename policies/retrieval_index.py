@@ -8,6 +8,7 @@ from policies.plan import Access, Buffer, Compute, Copy, Plan, Processor, Rows, 
 KMEANS_ROUNDS = 10  # for the lists of an inverted file
 TRAIN_QUERIES = 8192  # of the prompt, that the graph of a KV head learns from
 ENTRIES = 32  # keys at which a search of a graph begins, for each KV head
+FOLLOWED_EACH = 0.25  # keys whose links a search of a graph reads, for each that it visits, on average
 
 
 class Flat(NamedTuple):
@@ -93,7 +94,6 @@ class Graph(NamedTuple):
     shape: LayerShape
     keys: int
     degree: int
-    followed: int  # keys whose links a search reads, for each query head
 
     def state(self) -> tuple[Buffer, ...]:
         """Buffers beside the keys themselves."""
@@ -138,7 +138,7 @@ class Graph(NamedTuple):
         )
 
     def search(self) -> Compute:
-        """Best-first search; each distance that it computes is a visit."""
+        """Best-first search; each distance that it computes is a visit, each key whose links it reads is followed."""
         visited = Rows(0, (("visited", 1),))
         return Compute(
             name="search",
@@ -150,11 +150,11 @@ class Graph(NamedTuple):
                 Access("q_host", Rows(1)),
                 Access("entries", Rows(self.shape.kv_heads * ENTRIES)),
                 Access("index_keys", visited, scattered=True),
-                Access("graph", Rows(self.shape.heads * self.followed), scattered=True),
+                Access("graph", Rows(0, (("followed", 1),)), scattered=True),
             ),
             writes=(Access("found", Rows(self.shape.heads)),),
             after=("wait_query",),
-            draws=("visited",),
+            draws=("visited", "followed"),
         )
 
 

@@ -11,6 +11,7 @@ class Found(NamedTuple):
     ids: torch.Tensor  # int64 (heads, top_k), rows of the KV head's keys; -1 where the search met fewer keys
     scores: torch.Tensor  # fp32 (heads, top_k), inner products, not scaled; -inf where ids is -1
     scanned: torch.Tensor  # int64 (heads,), inner products computed: with keys, and with centroids or entry points
+    followed: torch.Tensor | None = None  # int64 (heads,), keys whose links were read, of a graph
 
 
 class Index(Protocol):

@@ -59,11 +59,13 @@ def best_first(
     ids: np.ndarray,
     scores: np.ndarray,
     scanned: np.ndarray,
+    followed: np.ndarray,
 ) -> None:
     """Search for each head of `q` (heads, head_dim), heads side by side in all threads; `Graph.search` describes it.
 
     `keys` are fp32 (kv_heads, n, head_dim), `links` int32 (kv_heads, n, degree), `entries` int32 (kv_heads, count),
-    `padding` (kv_heads,). Fills `ids` and `scores` (heads, top_k), which hold -1 and -inf before, and `scanned`.
+    `padding` (kv_heads,). Fills `ids` and `scores` (heads, top_k), which hold -1 and -inf before, `scanned`
+    and `followed`.
     """
     heads, head_dim = q.shape
     n, degree, top_k = keys.shape[1], links.shape[2], ids.shape[1]
@@ -77,7 +79,7 @@ def best_first(
         heap_scores, heap_ids = np.empty(most, np.float32), np.empty(most, np.int32)
         front = np.empty(max(degree, begins), np.int32)
         front[:begins] = entries[kv_head]
-        width, count, size, sweep, checked = begins, 0, 0, n - 1, 0
+        width, count, size, sweep, checked, read = begins, 0, 0, n - 1, 0, 0
         while count < most:
             for key in front[:width]:
                 if key < first or seen[key] or count == most:
@@ -95,16 +97,19 @@ def best_first(
                 if checked > 0 and added < stop_gain * _mass(met_scores[:checked], scale, highest):
                     break
                 checked = count
+            if count == most:
+                break
             if size > 0:
                 key = _pop(heap_scores, heap_ids, size)
                 size -= 1
                 width = degree
                 front[:degree] = links[kv_head, key]
-            elif count < most:  # nothing left to follow: the last key not seen
+                read += 1
+            else:  # nothing left to follow: the last key not seen
                 while seen[sweep]:
                     sweep -= 1
                 front[0], width = sweep, 1
-        scanned[head] = count
+        scanned[head], followed[head] = count, read
         kept = met_scores[:count]
         least = np.partition(kept, max(0, count - top_k))[max(0, count - top_k)] if count else np.float32(0)
         chosen = np.flatnonzero(kept >= least)

@@ -75,8 +75,8 @@ class Graph:
     def search(self, q: torch.Tensor, top_k: int) -> Found:
         """Follow the links of the best key met, again and again, until the allowance of distances is spent.
 
-        `q` is (heads, head_dim). No key is scanned twice. Where no links are left to follow, the last key that was not
-        seen is next: a search that may scan everything is exact.
+        `q` is (heads, head_dim). No key is scanned twice, nor are its links read twice. Where no links are left to
+        follow, the last key that was not seen is next: a search that may scan everything is exact.
         """
         from runtime.index.descent import best_first  # the compiler takes a while to load
 
@@ -85,7 +85,7 @@ class Graph:
         allowance = max(share, self.parameters.scan_factor * top_k)
         ids = np.full((len(q), top_k), -1, np.int64)
         scores = np.full((len(q), top_k), -np.inf, np.float32)
-        scanned = np.zeros(len(q), np.int64)
+        scanned, followed = np.zeros(len(q), np.int64), np.zeros(len(q), np.int64)
         best_first(
             query.numpy(),
             self.keys.numpy(),
@@ -97,8 +97,9 @@ class Graph:
             ids,
             scores,
             scanned,
+            followed,
         )
-        return Found(*map(torch.from_numpy, (ids, scores, scanned)))
+        return Found(*map(torch.from_numpy, (ids, scores, scanned, followed)))
 
 
 def link(keys: torch.Tensor, queries: torch.Tensor, parameters: GraphParameters) -> tuple[torch.Tensor, torch.Tensor]:

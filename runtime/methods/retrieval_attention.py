@@ -137,8 +137,9 @@ class _Far:
         table = call.state["found"]
         table[..., 0] = found.scores.view(table.shape[:3])
         _ids(table).copy_(found.ids.view(table.shape[:3]))
-        if self.policy.index == "graph":
-            call.counts["visited"] = found.scanned.view(len(table), -1, call.shape.group).sum(dim=2)
+        if found.followed is not None:
+            for name, of in (("visited", found.scanned), ("followed", found.followed)):
+                call.counts[name] = of.view(len(table), -1, call.shape.group).sum(dim=2)
 
     def attend_far(self, call: Call) -> None:
         """The softmax over what was found, the scores being at hand; where nothing was, out 0 and lse -inf."""

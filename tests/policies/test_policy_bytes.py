@@ -434,12 +434,12 @@ def test_retrieval_attention_searches_on_the_cpu() -> None:
     assert work(ivf, "search") == 2 * 32 * 128 * (39_130 + 512)  # 30 % of 130,432 keys and all centroids
     graph = planned("retrieval-attention", step)
     assert work(graph, "search") == 2 * 128 * 8 * round(0.02 * 4 * keys)
-    # 2,609 keys visited at 16 new ones a key followed: at least 164 keys whose 16 links are read, for each query head.
-    assert read(graph, "search")["graph"] == 32 * 164 * 16 * 4
-    # Five keys for each of 5,000 that are returned are more than 2 %: 25,000 at 16 a key followed; or just those 5,000.
-    assert read(planned("retrieval-attention:top_k=5000", step), "search")["graph"] == 32 * 1563 * 16 * 4
+    # For each four keys that a group's query heads visit, one whose 16 links of 4 bytes are read.
+    assert read(graph, "search")["graph"] == 8 * round(0.005 * 4 * keys) * 16 * 4
+    # Five keys for each of 5,000 that are returned are more than 2 %: 25,000; or just those 5,000.
+    assert read(planned("retrieval-attention:top_k=5000", step), "search")["graph"] == 32 * 6250 * 16 * 4
     least = planned("retrieval-attention:top_k=5000,scan_factor=1", step)
-    assert read(least, "search")["graph"] == 32 * 313 * 16 * 4
+    assert read(least, "search")["graph"] == 32 * 1250 * 16 * 4
     for plan in (flat, ivf, graph):
         assert work(plan, "attend_near") == PAIR * 641
         assert work(plan, "attend_far") == 2 * 32 * 128 * 100  # the search has left the scores

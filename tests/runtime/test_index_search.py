@@ -151,11 +151,12 @@ def test_stopping_on_mass_ends_the_search_of_a_concentrated_head_alone() -> None
     assert (stopped.scanned <= to_the_end.scanned).all()
 
 
-def walk(index: Graph, head: int, query: np.ndarray, allowance: int) -> list[int]:
-    """The keys in the order in which a search scans them, with plain lists."""
+def walk(index: Graph, head: int, query: np.ndarray, allowance: int) -> tuple[list[int], list[int]]:
+    """The keys in the order in which a search scans them, and those whose links it reads, with plain lists."""
     kv_head, n = head // GROUP, index.keys.shape[1]
     scores = index.keys[kv_head].double().numpy() @ query
     scanned: list[int] = []
+    followed: list[int] = []
     frontier: list[int] = []
     met = index.entries[kv_head].tolist()
     while True:
@@ -164,10 +165,11 @@ def walk(index: Graph, head: int, query: np.ndarray, allowance: int) -> list[int
                 scanned.append(key)
                 frontier.append(key)
                 if len(scanned) == allowance:
-                    return scanned
+                    return scanned, followed
         if frontier:
             best = max(frontier, key=lambda key: scores[key])
             frontier.remove(best)
+            followed.append(best)
             met = index.links[kv_head, best].tolist()
         else:
             met = [max(set(range(n)) - set(scanned))]
@@ -179,7 +181,8 @@ def test_a_graph_search_is_best_first(share: float) -> None:
     found = index.search(ASKED, 15)
     for head in range(KV_HEADS * GROUP):
         query = ASKED[head].double().numpy()
-        scanned = walk(index, head, query, int(np.ceil(share * N)))
+        scanned, followed = walk(index, head, query, int(np.ceil(share * N)))
+        assert found.followed[head] == len(followed)
         scores = KEYS[head // GROUP].double().numpy() @ query
         assert found.ids[head].tolist() == sorted(scanned, key=lambda key: -scores[key])[:15]
 

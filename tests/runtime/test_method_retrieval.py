@@ -208,7 +208,8 @@ def test_visits_are_what_the_index_scanned(scanned):
         own = [min(allowance, len(searched(one, row))) for row in range(len(pads))]
         assert call.counts["visited"].tolist() == [[4 * n, 4 * n] for n in own]
         alone = apart.search(one.q[0, :, past], TOP_K)
-        assert alone.scanned.view(2, 4).sum(1).tolist() == call.counts["visited"][0].tolist()
+        for name, of in (("visited", alone.scanned), ("followed", alone.followed)):
+            assert of.view(2, 4).sum(1).tolist() == call.counts[name][0].tolist()
         assert (alone.ids + SINKS).tolist() == [found(one, call, 0, head) for head in range(8)]
 
 
@@ -222,9 +223,10 @@ def test_a_search_scans_so_many_keys_for_each_it_returns_where_the_share_is_smal
     expected = min(keys, scan_factor * TOP_K)
     for past, call in one.decode():
         assert call.counts["visited"].tolist() == [[4 * expected, 4 * expected]]
-        (count,) = policy.counts(one.shape, Step(prompt_tokens=PROMPT, past_tokens=past, new_tokens=1), 0)
-        assert count.expected() == 2 * 4 * expected
-        assert count.minimum <= 4 * expected <= count.maximum
+        visited, followed = policy.counts(one.shape, Step(prompt_tokens=PROMPT, past_tokens=past, new_tokens=1), 0)
+        assert visited.expected() == 2 * 4 * expected
+        assert visited.minimum <= 4 * expected <= visited.maximum
+        assert (call.counts["followed"] <= followed.maximum).all()
 
 
 def test_the_plan_and_the_graph_have_the_same_sizes():
@@ -284,7 +286,8 @@ def test_bytes_and_visits_of_two_runs_are_the_same_and_those_of_the_plans(model,
                 plan = plan_layer(kv.policy, kv.shape, Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new), 0)
                 expected.update(moved_bytes(plan.ops, plan.buffers, drawn_))
                 if plan.counts:  # 0.3 of 50 keys, for each of four heads
-                    assert drawn_ == {"visited": 2 * 4 * 15}
+                    assert drawn_["visited"] == 2 * 4 * 15
+                    assert set(drawn_) == {"visited", "followed"}
             assert kv.moved_bytes == expected
             last = [plan_layer(kv.policy, kv.shape, Step.decoding(70, 12), i).buffers for i in range(3)]
             assert kv.footprint_bytes == {tier: 2 * n for tier, n in stored_bytes(last).items()}
