@@ -192,7 +192,7 @@ class RetrievalAttention(Policy):
                 share=self.scanned * FOLLOWED_EACH,
                 least_mean=shape.group * round(least * FOLLOWED_EACH),
                 spread=0.002,
-                source="0.15 to 0.39 for each key visited, measured by benchmarks/retrieval_followed.py: a quarter",
+                source="0.15 to 0.38 for each key visited, measured by benchmarks/retrieval_followed.py: a quarter",
             ),
         )
 
