@@ -17,7 +17,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def test_the_graph_is_within_a_point_of_the_best_of_ivf_and_hnsw_on_every_layer_at_every_share() -> None:
-    """Means over the heads of which one of both has a figure; at 1 % none has."""
+    """Means over the heads that have figures; at 1 %, fewer keys than are sought, none has."""
     report = read("retrieval_model.json")
     assert [layer["layer"] for layer in report["layers"]] == list(range(30))
     compared = 0
@@ -27,7 +27,7 @@ def test_the_graph_is_within_a_point_of_the_best_of_ivf_and_hnsw_on_every_layer_
             ahead = []
             for own, *others in zip(graph, ivf, hnsw, strict=True):
                 best = max((other[at] for other in others if other[at] is not None), default=None)
-                if best is not None:
+                if best is not None and own[at] is not None:
                     ahead.append(own[at] - best)
             if share >= 0.05:
                 assert len(ahead) == 9
