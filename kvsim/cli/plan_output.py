@@ -41,7 +41,8 @@ def print_plan(document: Mapping[str, Any]) -> None:
     elif document["nearest"] is not None:
         _print_load(document["nearest"]["load"])
     _print_sources(document)
-    print_line(f"{document['simulations']} simulations in {format_s(document['wall_s'])}")
+    cpu = format_s(document["simulations_cpu_s"])
+    print_line(f"{document['simulations']} simulations of {cpu} of CPU together, in {format_s(document['wall_s'])}")
 
 
 def _print_sources(document: Mapping[str, Any]) -> None:

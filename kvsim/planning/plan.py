@@ -143,5 +143,6 @@ def answered(
         "first_answer": estimate,
         "partial": interrupted,
         "simulations": simulations.made,
+        "simulations_cpu_s": simulations.cpu_s,
         "wall_s": time.perf_counter() - began_s,
     }

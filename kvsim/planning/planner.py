@@ -7,8 +7,8 @@ searched further only where that holds. So each line ends with its cheapest flee
 
 import math
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from kvsim.planning.candidates import Family
 from kvsim.planning.closed_form import Work, replicas_needed, work_of
@@ -67,18 +67,21 @@ class Planner:
         self._estimate()
         if self.found.estimates:
             first(min(self.found.estimates, key=lambda one: one.usd_per_hour))
-        primary = self._primary()
-        leading = self.families[0].policy if self.families else ""
-        plain = [i for i in primary if self.families[i].policy == leading and not self.families[i].options]
-        self._bracket(plain, self._start)
-        self._bracket([i for i in primary if i not in plain], self._start_beside(plain))
-        self._challenge([i for i in range(len(self.families)) if i not in primary])
-        if self._pools:
-            self._challenge(self._pooled())
-            self._challenge(self._shifted())
+        leading = [i for i, one in enumerate(self.families) if one.line[1:] == self.families[0].line[1:]]
+        self._search(leading)
+        self._search([i for i in range(len(self.families)) if self.families[i].line not in self._lines(leading)])
         self._verify()
         self._resample()
         self._load()
+
+    def _search(self, indices: Sequence[int]) -> None:
+        """The best fleet of some lines, from the split and the pools that their GPU's first line is best in."""
+        first = self._starts(indices)
+        self._bracket(list(first), lambda index: first[index])
+        self._challenge([i for i in indices if i not in first])
+        if self._pools:
+            self._challenge(self._pooled(self._lines(indices)))
+            self._challenge(self._shifted(self._lines(indices)))
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -87,10 +90,6 @@ class Planner:
 
     def _least(self, index: int) -> int:
         return self._most(index) if self._fixed_gpus else self.families[index].fewest
-
-    @cached_property
-    def _feasible_sizes(self) -> list[int]:
-        return [i for i in range(len(self.families)) if self._most(i) >= self._least(i) >= 1]
 
     def holds(self, index: int) -> int | None:
         """The fewest replicas of a family that hold the SLO, as far as is known."""
@@ -120,23 +119,40 @@ class Planner:
             usd = family.usd_per_hour(replicas)
             self.found.estimates.append(Estimate(family=index, replicas=replicas, usd_per_hour=usd))
 
-    def _primary(self) -> list[int]:
-        """For each line the split that is cheapest by estimate."""
-        cheapest: dict[Line, int] = {}
-        for one in self.found.estimates:
-            line = self.families[one.family].line
-            best = cheapest.setdefault(line, one.family)
-            if one.usd_per_hour < self.found.estimates[best].usd_per_hour:
-                cheapest[line] = one.family
-        return [index for index in cheapest.values() if self._most(index) >= 1]
+    def _starts(self, indices: Sequence[int]) -> dict[int, int]:
+        """For each line the family to begin with, and with how many replicas.
 
-    def _start(self, index: int) -> int:
-        return self.found.estimates[index].replicas
+        What the GPU's first line is best in, or else the split that is cheapest by estimate.
+        """
+        chosen: dict[Line, int] = {}
+        for i in indices:
+            best = chosen.setdefault(self.families[i].line, i)
+            if self.found.estimates[i].usd_per_hour < self.found.estimates[best].usd_per_hour:
+                chosen[self.families[i].line] = i
+        starts = {}
+        known = {self.families[i].gpu: i for i in reversed(self.best_of_lines())}
+        for line, index in chosen.items():
+            like = known.get(line[0])
+            alike = [
+                i
+                for i in indices
+                if self.families[i].line == line and like is not None and self._split(i) == self._split(like)
+            ]
+            if like is None or not alike or self.holds(like) is None:
+                starts[index] = self.found.estimates[index].replicas
+                continue
+            family = alike[0]
+            if self.families[like].prefill_share is not None and _may_be_pooled(self.families[family]):
+                share, shift = self.families[like].prefill_share, self.families[like].prefill_shift
+                family = self._add(replace(self.families[family], prefill_share=share, prefill_shift=shift), family)
+            starts[family] = self.holds(like) or 1
+        return {index: start for index, start in starts.items() if self._most(index) >= self._least(index) >= 1}
 
-    def _start_beside(self, plain: Sequence[int]) -> Callable[[int], int]:
-        """Where another policy starts: at what the first one needs on the same GPU."""
-        known = {self.families[i].gpu: self.holds(i) for i in plain}
-        return lambda index: known.get(self.families[index].gpu) or self._start(index)
+    def _split(self, index: int) -> tuple[int, int]:
+        return self.families[index].setup.tp, self.families[index].setup.pp
+
+    def _lines(self, indices: Sequence[int]) -> set[Line]:
+        return {self.families[i].line for i in indices}
 
     def _bracket(self, indices: Sequence[int], start: Callable[[int], int]) -> None:
         tasks = [self._sized(i, smallest(start(i), self._least(i), self._most(i))) for i in indices]
@@ -156,23 +172,28 @@ class Planner:
                 most = min(most, math.ceil(usd / family.usd_per_hour(1) - 1e-9) - 1)
             self.found.tried_up_to[index] = most
             if most >= least:
-                start = most if usd < math.inf else self._start(index)
+                start = most if usd < math.inf else self.found.estimates[index].replicas
                 tasks.append(self._sized(index, smallest(start, least, most)))
         self.simulations.all(tasks)
 
-    def _pooled(self) -> list[int]:
+    def _pooled(self, lines: AbstractSet[Line]) -> list[int]:
         """New families with pools: the best split of each line, its work shared out between prompts and decoding."""
         new = []
         for index in self.best_of_lines():
             family = self.families[index]
-            if _may_be_pooled(family):
+            if family.line in lines and family.prefill_share is None and _may_be_pooled(family):
                 new.append(self._add(replace(family, prefill_share=self._prefill_share(index)), index))
         return new
 
-    def _shifted(self) -> list[int]:
+    def _shifted(self, lines: AbstractSet[Line]) -> list[int]:
         """New families beside those with pools that were best: one replica more for prompts, and one fewer."""
         pooled = [i for i in self.best_of_lines() if self.families[i].prefill_share is not None]
-        return [self._add(replace(self.families[i], prefill_shift=shift), i) for i in pooled for shift in (-1, 1)]
+        own = [i for i in pooled if self.families[i].line in lines]
+        return [
+            self._add(replace(self.families[i], prefill_shift=self.families[i].prefill_shift + shift), i)
+            for i in own
+            for shift in (-1, 1)
+        ]
 
     def _add(self, family: Family, beside: int) -> int:
         """The index of a new family, which is taken to need as much as another one."""

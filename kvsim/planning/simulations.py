@@ -48,11 +48,11 @@ def _begin() -> None:
 
 
 class Simulations(AbstractContextManager["Simulations"]):
-    """Runs tasks; `made` counts simulations, `done` keeps what came of each."""
+    """Runs tasks; `made` counts simulations, `cpu_s` what they took, `done` keeps what came of each."""
 
     def __init__(self, families: list[Family], traces: Sequence[Trace], ask: Ask) -> None:
         self.families, self.done = families, dict[Key, Measured | Failed]()
-        self.made = 0
+        self.made, self.cpu_s = 0, 0.0
         self._traces, self._ask = traces, ask
         self._processes = Processes(max(1, os.cpu_count() or 1), _begin)
 
@@ -106,11 +106,15 @@ class Simulations(AbstractContextManager["Simulations"]):
     def _keep(self, key: Key, future: Future[Measured]) -> None:
         family = self.families[key.family]
         try:
-            self.done[key] = answer(future, f"{family.policy} on {key.replicas * family.gpus_each} x {family.gpu}")
+            measured = self.done[key] = answer(
+                future, f"{family.policy} on {key.replicas * family.gpus_each} x {family.gpu}"
+            )
         except ValueError as error:
             self.done[key] = Failed(str(error))
-        if key.resample and isinstance(self.done[key], Measured):
-            self.done[key._replace(resample=False)] = self.done[key]
+            return
+        self.cpu_s += measured.cpu_s
+        if key.resample:
+            self.done[key._replace(resample=False)] = measured
 
 
 def one(key: Key) -> Task[Measured | Failed]:

@@ -182,6 +182,16 @@ class Piece:
         return nearest
 
 
+class Pieces:
+    """Pieces that were derived before, for tables of one policy, rank, machine, shares and guesses to find again."""
+
+    def __init__(self) -> None:
+        self.decode: list[Piece] = []
+        self.prefill: list[Piece] = []
+        self.structures: dict[Structure, Structure] = {}
+        self.drawn: set[str] = set()
+
+
 class PlanTable:
     """The plans of one policy on one rank of a model, on one machine, with data-dependent counts at their means.
 
@@ -196,12 +206,13 @@ class PlanTable:
         machine: Machine,
         shares: Mapping[str, float],
         guesser: Guesser | None = None,
+        known: Pieces | None = None,
     ) -> None:
         self.policy, self.model, self.machine, self.shares = policy, model, machine, shares
         self._guesser = guesser
+        self._known = Pieces() if known is None else known
         self._decode: list[Piece] = []
         self._prefill: list[Piece] = []
-        self._structures: dict[Structure, Structure] = {}
         self.drawn: set[str] = set()
         self._asked: tuple[int, int, int] | None = None
         self._answer: tuple[Structure, Vector]
@@ -256,7 +267,19 @@ class PlanTable:
         return piece, variables, piece.rows(variables)
 
     def derive(self, inputs: tuple[int, ...]) -> Piece:
-        """The piece that holds at a decode step's two inputs or a chunk's three, derived anew."""
+        """The piece that holds at a decode step's two inputs or a chunk's three: known from before, or derived anew.
+
+        Which one it is makes no difference: where the same conditions hold, the same piece is derived.
+        """
+        known = self._known.decode if len(inputs) == 2 else self._known.prefill
+        piece = next((one for one in known if one.holds(one.rows(one.variables(inputs)))), None)
+        if piece is None:
+            piece = self._anew(inputs)
+            known.append(piece)
+        self.drawn |= self._known.drawn
+        return piece
+
+    def _anew(self, inputs: tuple[int, ...]) -> Piece:
         tape = Tape(inputs)
         if len(inputs) == 2:
             prompt, generated = tape.symbols()
@@ -285,7 +308,7 @@ class PlanTable:
             end_columns += [flops, nbytes, {}]
             stored[0] = total(stored[0], cache)
         structure = Structure(tuple(shapes for shapes, _ in groups), tuple(group_of), end_shapes)
-        structure = self._structures.setdefault(structure, structure)
+        structure = self._known.structures.setdefault(structure, structure)
         columns = [column for _, group in groups for column in group] + end_columns
         columns += stored
         return Piece(structure, len(inputs), tape.floors, tape.conditions, columns)
@@ -295,7 +318,7 @@ class PlanTable:
     ) -> tuple[tuple[OpShape, ...], list[Polynomial]]:
         buffers = {b.name: b for b in plan.buffers}
         totals = {c.name: c.expected(self.shares.get(c.name)) for c in plan.counts}
-        self.drawn |= set(totals)
+        self._known.drawn |= set(totals)
         shapes, columns = [], []
         for op in plan.ops:
             work, contiguous, scattered, link = _amounts_of(op, buffers, totals)

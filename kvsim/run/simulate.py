@@ -10,7 +10,7 @@ import numpy as np
 from kvsim.engine.caches.tiers import PrefixTiers, apart
 from kvsim.engine.desk import Engine
 from kvsim.iteration.clock import Clock
-from kvsim.plans.derive import PlanTable
+from kvsim.plans.derive import Pieces, PlanTable
 from kvsim.plans.guessing import guesser_of
 from kvsim.results.outcome import Outcome
 from kvsim.results.summary import Result
@@ -26,9 +26,12 @@ TURNS_AT_ONCE = 5000  # between two looks at whether to go on
 MAX_ARRIVAL_S = 1e10  # three hundred years after 0
 
 
-def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None = None) -> Result:
+def simulate(
+    trace: Trace, setup: Setup, progress: Callable[[int], None] | None = None, *, pieces: Pieces | None = None
+) -> Result:
     """Replay `trace` on a cluster; `progress` is told how many requests have left, first before any event.
 
+    `pieces` keep what is derived of plans for simulations of the same policy, rank, machine, counts and guesses.
     An interruption (Ctrl-C) from there on ends the replay early: the result is `partial`, and requests that had not
     finished are reported as such. Raises
     ValueError for a model that does not fit, for prefix caches where the trace has no block ids, and for arrivals so
@@ -41,7 +44,7 @@ def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None 
             "still have microseconds; is the unit of arrivals right?"
         )
     began_s = time.perf_counter()
-    cluster = _Cluster(trace, setup)
+    cluster = _Cluster(trace, setup, pieces)
     setup_cpu_s = time.process_time()
     whole = cluster.play(progress)
     cpu_s = time.process_time() - setup_cpu_s
@@ -50,7 +53,7 @@ def simulate(trace: Trace, setup: Setup, progress: Callable[[int], None] | None 
 
 
 class _Cluster:
-    def __init__(self, trace: Trace, setup: Setup) -> None:
+    def __init__(self, trace: Trace, setup: Setup, pieces: Pieces | None) -> None:
         self.trace, self.setup = trace, setup
         if (trace.session < 0).all():
             for option, without in (("sessions", "open"), ("session_kv", "recompute")):
@@ -58,8 +61,9 @@ class _Cluster:
                     raise ValueError(f"trace {shown(trace.name)} has no sessions; replay it with {option}={without}")
         machine = setup.machine()
         guesser = guesser_of(setup)
-        table = PlanTable(setup.policy, setup.rank, machine, setup.counts, guesser)
-        clock = Clock(setup.rank, machine, guesser)
+        rank = setup.rank
+        table = PlanTable(setup.policy, rank, machine, setup.counts, guesser, pieces)
+        clock = Clock(rank, machine, guesser)
         lengths = np.quantile(trace.prompt_tokens, (0.0, 0.25, 0.5, 0.75, 1.0), method="nearest")
         table.warm([int(n) for n in lengths], setup.max_num_batched_tokens)
         blocks = (
