@@ -12,8 +12,10 @@ from traces.formats import load_table, read_options
 from traces.log_text import is_log, log_lines
 from traces.options import unknown
 from traces.schema import Trace, TraceError
+from traces.synthetic import described
 from traces.table import READ_ONLY, SUFFIXES, read_table
 
+SYNTHETIC = "synthetic"
 ARCHIVES = (".tar", ".tar.gz", ".tar.xz")
 DATA = Path(__file__).parent / "data"
 
@@ -94,6 +96,7 @@ def load(
 ) -> Trace:
     """The trace that the text names: a bundled name or a path, either followed by `:key=value,key=value` options.
 
+    `synthetic:rate=2,prompt=fixed:1000` is a workload in words (`traces.synthetic.described`), drawn by `seed`.
     A path's format is told from its columns or keys (`traces.formats`), from the members of an archive (ServeGen,
     agentic) or from the lines of a log (vLLM, SGLang). `limit` keeps the first requests by arrival; `seed` drives what
     is sampled. `time_unit` ("s", "ms", "us", "ns") and `block_tokens` are the options of these names. Raises TraceError
@@ -102,6 +105,11 @@ def load(
     """
     if limit is not None and limit < 1:
         raise TraceError(f"limit={limit}: must be at least 1 request, or None for all")
+    head, colon, words = text.partition(":")
+    if head == SYNTHETIC and not Path(text).exists():
+        if time_unit is not None or block_tokens is not None or skip_bad_rows:
+            raise TraceError(f"{SYNTHETIC}: nothing is read from a file; state rate, prompt, block_tokens... behind it")
+        return described(words if colon else "", seed=seed, limit=limit)
     path, name, options = _resolve(text)
     stated = {"time_unit": time_unit, "block_tokens": block_tokens}
     options = ",".join(

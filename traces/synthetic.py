@@ -83,6 +83,31 @@ class Tenant:
         return cls(**{fields[key][0]: value for key, value in given.items()})
 
 
+SPAN_S = 1800.0
+_OF_ALL = ("span_s", "block_tokens")
+
+
+def described(text: str, *, seed: int, limit: int | None) -> Trace:
+    """The trace of a workload in words: `rate=2,prompt=lognormal:1000:4000,prefix=1024,turns=3`, tenants joined by +.
+
+    Keys are those of `Tenant.parse`, the name of a single tenant may be left out; `span_s` (half an hour by default)
+    and `block_tokens` hold for all. Raises TraceError for what these refuse.
+    """
+    parts = [[pair for pair in part.split(",") if pair.strip()] for part in text.split("+")]
+    whole = ",".join(pair for part in parts for pair in part if pair.partition("=")[0].strip() in _OF_ALL)
+    stated = parse_pairs(whole, {"span_s": float, "block_tokens": int}, "synthetic")
+    own = [[pair for pair in part if pair.partition("=")[0].strip() not in _OF_ALL] for part in parts]
+    if len(own) == 1 and not any(pair.partition("=")[0].strip() == "name" for pair in own[0]):
+        own[0].append("name=default")
+    trace = synthesize(
+        [Tenant.parse(",".join(part)) for part in own],
+        duration_s=stated.get("span_s", SPAN_S),
+        seed=seed,
+        block_tokens=stated.get("block_tokens", 512),
+    )
+    return trace if limit is None else trace.head(limit)
+
+
 def synthesize(
     tenants: Sequence[Tenant],
     *,

@@ -144,11 +144,12 @@ def _print_commands(answer: Mapping[str, Any]) -> None:
     print_line("Play it again:")
     print_line(f"  {answer['simulate']}")
     for name, engine in answer["engines"].items():
-        if engine["command"] is None:
+        if engine["why_not"]:
             print_line(f"{name}: {engine['why_not']}")
             continue
-        print_line(f"{name}, one replica:")
-        print_line(f"  {engine['command']}")
+        for server in engine["commands"]:
+            print_line(f"{name}, each of {server['servers']} servers for {server['for']}:")
+            print_line(f"  {server['command']}")
         for note in engine["notes"]:
             print_line(f"  ({note})")
     beside = answer["beside"]

@@ -4,13 +4,15 @@ vLLM and SGLang serve the dense cache (`full`), with prefixes cached in host mem
 has one under these terms, which is said instead of a command.
 """
 
+import json
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from kvsim.planning.candidates import Family
 from kvsim.scenario.scenario_file import OPTIONS
-from policies.full import Full
+from kvsim.scenario.setup import Setup
+from policies import Full
 
 _GIB, _GB = 1 << 30, 10**9
 _CHOSEN = ("gpu", "policy", "gpus", "tp", "pp", "prefill_gpus", "slo", "slo_classes", "seeds")
@@ -60,89 +62,84 @@ def _flag(flag: str, value: Any) -> list[str]:
 
 
 def engines(family: Family, replicas: int, model: str, longest_tokens: int) -> dict[str, Any]:
-    """For each engine the command of one replica and what goes with it, or why it cannot run the plan."""
-    if not isinstance(family.setup.policy, Full):
+    """For each engine its `commands`, a server each, with how many of them there are; or `why_not`."""
+    if not run_by_engines(family):
         reason = (
-            f"has no policy {family.policy}; the policy is run by this package (kvsim generate, runtime.offload), one "
-            "request at a time"
+            f"has no policy {family.policy} of this kind; here kvsim generate and runtime.offload run it, for a batch "
+            "at a time"
         )
-        return {
-            "vllm": {"command": None, "why_not": f"vLLM {reason}"},
-            "sglang": {"command": None, "why_not": f"SGLang {reason}"},
-        }
+        return {name: {"commands": [], "why_not": f"{name} {reason}"} for name in ("vLLM", "SGLang")}
     setup = family.fleet(replicas)
-    notes = [f"{setup.replicas} such servers, behind a router"]
+    prompts = setup.prefill_replicas
+    servers = {"prompts": prompts, "decoding": replicas - prompts} if prompts else {"prompts and decoding": replicas}
+    found = {}
+    for name, words_of, notes in (("vLLM", _vllm, _VLLM_NOTES), ("SGLang", _sglang, _SGLANG_NOTES)):
+        commands = [
+            {"servers": count, "for": work, "command": shlex.join(words_of(setup, work, model, longest_tokens))}
+            for work, count in servers.items()
+        ]
+        found[name] = {"commands": commands, "why_not": None, "notes": [*_notes(setup, model), *notes]}
+    return found
+
+
+_VLLM_NOTES = ("--kv-offloading-size is in GiB, of all ranks of a server together",)
+_SGLANG_NOTES = ("--hicache-size is in GB, of one rank",)
+
+
+def _notes(setup: Setup, model: str) -> list[str]:
+    notes = [] if "/" in model else [f"{model} stands for its name on Hugging Face, or a folder"]
+    if setup.replicas > 1:
+        notes.append("a router goes before the servers")
     if setup.router in ("kv-aware", "prefix-affinity"):
-        notes.append("the router sends a prompt to where its prefix is cached, as Dynamo's KV router and SGLang's do")
-    if setup.prefill_gpus:
-        notes.append(f"{setup.prefill_replicas} of them process prompts alone and hand their KV over to the others")
-    return {
-        "vllm": {
-            "command": shlex.join(_vllm(family, replicas, model, longest_tokens)),
-            "notes": notes + _vllm_notes(family),
-        },
-        "sglang": {
-            "command": shlex.join(_sglang(family, replicas, model, longest_tokens)),
-            "notes": notes + _sglang_notes(family),
-        },
-    }
+        notes.append("it sends a prompt to where its prefix is cached, as Dynamo's router and SGLang's do")
+    return notes
 
 
-def _ddr_bytes_each(family: Family, replicas: int) -> int:
+def _ddr_bytes_each(setup: Setup) -> int:
     """What a replica has of the host memory for cached prefixes."""
-    return family.setup.prefix_cache_ddr_bytes // family.fleet(replicas).replicas_per_host
+    return setup.prefix_cache_ddr_bytes // setup.replicas_per_host
 
 
-def _vllm(family: Family, replicas: int, model: str, longest_tokens: int) -> list[str]:
-    setup = family.setup
+def _vllm(setup: Setup, work: str, model: str, longest_tokens: int) -> list[str]:
     words = ["vllm", "serve", model, "--tensor-parallel-size", str(setup.tp)]
     words += ["--pipeline-parallel-size", str(setup.pp)] if setup.pp > 1 else []
     words += ["--max-num-seqs", str(setup.max_num_seqs), "--max-num-batched-tokens", str(setup.max_num_batched_tokens)]
     words += ["--gpu-memory-utilization", f"{setup.gpu_memory_utilization:g}", "--max-model-len", str(longest_tokens)]
-    cached = any(setup.prefix_cache_bytes.values())
-    words.append("--enable-prefix-caching" if cached else "--no-enable-prefix-caching")
-    if setup.prefix_cache_ddr_bytes:
-        words += ["--kv-offloading-size", str(_ddr_bytes_each(family, replicas) // _GIB)]
-        words += ["--kv-offloading-backend", "native"]
-    if setup.prefill_gpus or family.prefill_share is not None:
-        transfer = '{"kv_connector":"NixlConnector","kv_role":"kv_both"}'
-        words += ["--kv-transfer-config", transfer]
+    caching = any(setup.prefix_cache_bytes.values()) and work != "decoding"
+    words.append("--enable-prefix-caching" if caching else "--no-enable-prefix-caching")
+    cached_bytes = _ddr_bytes_each(setup) if caching else 0
+    if setup.prefill_gpus:
+        return [*words, "--kv-transfer-config", json.dumps(_connectors(cached_bytes), separators=(",", ":"))]
+    if cached_bytes:
+        words += ["--kv-offloading-size", str(cached_bytes // _GIB), "--kv-offloading-backend", "native"]
     return words
 
 
-def _vllm_notes(family: Family) -> list[str]:
-    notes = []
-    if family.setup.prefix_cache_ddr_bytes:
-        notes.append("--kv-offloading-size is in GiB, of all its ranks together")
-    if family.prefill_share is not None and family.setup.prefix_cache_ddr_bytes:
-        notes.append("offloading and handing over are two KV connectors: vLLM joins them by its MultiConnector")
-    return notes
+def _connectors(cached_bytes: int) -> dict[str, Any]:
+    """What hands KV over, and beside it what caches it in host memory."""
+    handing: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    if not cached_bytes:
+        return handing
+    sizes = {"cpu_bytes_to_use": cached_bytes}
+    caching = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": sizes}
+    both = {"connectors": [handing, caching]}
+    return {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": both}
 
 
-def _sglang(family: Family, replicas: int, model: str, longest_tokens: int) -> list[str]:
-    setup = family.setup
+def _sglang(setup: Setup, work: str, model: str, longest_tokens: int) -> list[str]:
     words = ["python", "-m", "sglang.launch_server", "--model-path", model, "--tp-size", str(setup.tp)]
     words += ["--pp-size", str(setup.pp)] if setup.pp > 1 else []
     words += ["--max-running-requests", str(setup.max_num_seqs)]
     words += ["--chunked-prefill-size", str(setup.max_num_batched_tokens)]
     words += ["--mem-fraction-static", f"{setup.gpu_memory_utilization:g}", "--context-length", str(longest_tokens)]
-    if setup.prefix_cache_ddr_bytes:
-        each = _ddr_bytes_each(family, replicas) // setup.tp // _GB
-        words += ["--enable-hierarchical-cache", "--hicache-size", str(each)]
-    elif not any(setup.prefix_cache_bytes.values()):
+    if setup.prefix_cache_ddr_bytes and work != "decoding":
+        size = str(_ddr_bytes_each(setup) // setup.tp // _GB)
+        words += ["--enable-hierarchical-cache", "--hicache-size", size]
+    elif not any(setup.prefix_cache_bytes.values()) or work == "decoding":
         words.append("--disable-radix-cache")
-    if family.prefill_share is not None:
-        words += ["--disaggregation-mode", "prefill|decode"]
+    if setup.prefill_gpus:
+        words += ["--disaggregation-mode", "prefill" if work == "prompts" else "decode"]
     return words
-
-
-def _sglang_notes(family: Family) -> list[str]:
-    notes = []
-    if family.setup.prefix_cache_ddr_bytes:
-        notes.append("--hicache-size is in GB for each rank")
-    if family.prefill_share is not None:
-        notes.append("--disaggregation-mode is prefill on servers for prompts, decode on the others")
-    return notes
 
 
 def run_by_engines(family: Family) -> bool:

@@ -176,13 +176,17 @@ def test_every_simulation_is_counted_and_quality_stands_beside(planned: dict[str
 
 def test_engines_are_named_where_they_have_the_policy(planned: dict[str, Any]) -> None:
     answer = planned["answer"]
-    vllm = shlex.split(answer["engines"]["vllm"]["command"]) if answer["policy"] == "full" else []
-    if vllm:
-        assert vllm[vllm.index("--tensor-parallel-size") + 1] == str(answer["tp"])
-        assert vllm[vllm.index("--max-num-seqs") + 1] == "256"
+    engines = answer["engines"]
+    assert set(engines) == {"vLLM", "SGLang"}
+    if answer["policy"] == "full":
+        servers = engines["vLLM"]["commands"]
+        assert sum(one["servers"] for one in servers) == answer["replicas"]
+        for words in (shlex.split(one["command"]) for one in servers):
+            assert words[words.index("--tensor-parallel-size") + 1] == str(answer["tp"])
+            assert words[words.index("--max-num-seqs") + 1] == "256"
         assert answer["beside"] is None
     else:
-        assert "has no policy" in answer["engines"]["vllm"]["why_not"]
+        assert "has no policy" in engines["vLLM"]["why_not"]
         assert answer["beside"]["policy"] == "full"
 
 
