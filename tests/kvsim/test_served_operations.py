@@ -7,10 +7,13 @@ import pytest
 from simulated import HOST, MODEL, random_trace, setup
 
 from kvsim.hardware.catalogue import load_gpu
-from kvsim.hardware.machine import D2H, H2D, Cost, Machine
+from kvsim.hardware.machine import D2H, H2D, NVLINK, SM, Cost, Machine
 from kvsim.iteration.clock import Clock, Load
+from kvsim.models import load_model
 from kvsim.plans.derive import OpShape, PlanTable
+from kvsim.plans.guessing import Guesser
 from kvsim.run.simulate import simulate
+from kvsim.scenario.speculation import Speculation
 from policies import parse_policy
 
 H100 = load_gpu("h100-sxm")
@@ -128,3 +131,17 @@ def test_each_direction_of_pcie_runs_as_if_alone() -> None:
         alone_s, both_s = (H100.kernels.copy_s(nbytes=nbytes, to_hbm=to_hbm, duplex=duplex) for duplex in (False, True))
         assert start_s + nbytes * byte_s == pytest.approx(alone_s, rel=1e-6)
         assert both_s > 1.08 * alone_s
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_draft_s_run_takes_what_its_own_layers_and_head_take(tp: int) -> None:
+    draft = load_model("llama-3.2-1b")
+    speculation = Speculation(method="draft", draft=draft, guesses=3, acceptance=(0.7,), candidates=3, draft_share=1.0)
+    machine = Machine(gpu=H100, host=HOST, tp=tp)
+    guesser, clock = Guesser(speculation, MODEL.shard(tp), machine), Clock(draft.shard(tp), machine)
+    for sequences in (1, 64):
+        once_s, each_s = guesser.parts[0].sum(axis=1)
+        attention = machine.operations.attention(draft.shard(tp).layers[0], "bf16").decode
+        attending_s = draft.n_layers * (attention.start_s + machine.served.elementwise_start_s)
+        own_s = clock.own_layers(sequences).record["busy_s"][[SM, NVLINK]].sum() + clock.head_s(sequences)
+        assert (once_s + sequences * each_s) / 3 == pytest.approx(own_s + attending_s, rel=1e-9)
