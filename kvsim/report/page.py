@@ -40,11 +40,15 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table: its caption, each column's heading and whether it is left-aligned, and its rows."""
+    """A table: its caption, each column's heading and whether it is left-aligned, and its rows.
+
+    A `tall` one scrolls within its own height.
+    """
 
     caption: str
     headings: list[tuple[str, bool]]
     rows: list[list[Cell]]
+    tall: bool = False
 
 
 def number_cell(value: float | None, show: Callable[[float], str], best: bool = False) -> Cell:

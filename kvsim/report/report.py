@@ -1,17 +1,15 @@
 """The report page of a simulation or a comparison: what came out, how the policies differ, and what was assumed."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from kvsim.report import tables
-from kvsim.report.page import Chart, Page
-from kvsim.report.plots import COLOURS, cdf, occupancy, stacked_bytes, stacked_shares, total_over_replicas
+from kvsim.report.page import Page
+from kvsim.report.run_charts import cdf_chart, coloured, occupancy_chart, places_chart, spent_charts, traffic_charts
 from kvsim.report.runs import Run, runs_of
 from kvsim.results.causes import CAUSES
-from kvsim.results.summary import Floats, Result, finished, latencies
+from kvsim.results.summary import Result
 from kvsim.text.units import format_bytes, format_s
 
-_CAUSES = ("plans", "weights", "swaps", "prefix", "collectives", "handoff")  # first, so that their colours stay
 _FACTS = ("Trace", "Requests", "Model", "GPU", "GPUs", "TP", "Host")
 _TITLED = 3  # more policies than this are counted in the title, not named
 
@@ -44,19 +42,19 @@ def report_html(
         "runs": [(run.label, run.style.css_border) for run in runs],
         "compared": tables.comparison(runs),
         "busy": tables.busy(runs),
-        "latency": [_cdf(page, runs, name, warmup_s) for name in ("ttft_s", "tpot_s")],
-        "causes": _coloured(CAUSES),
-        "spent_shares": _spent(page, runs),
+        "latency": [cdf_chart(page, runs, name, warmup_s) for name in ("ttft_s", "tpot_s")],
+        "causes": coloured(CAUSES),
+        "spent_shares": spent_charts(page, runs),
         "spent": tables.spent(runs),
         "estimated": list(
             dict.fromkeys(run.summary["uncertainty"]["method"] for run in runs if run.summary["uncertainty"])
         ),
         "intervals": tables.intervals(runs),
-        "memory": [_occupancy(page, runs, tier) for tier in ("hbm", "ddr")],
-        **_places(page, runs),
+        "memory": [occupancy_chart(page, runs, tier) for tier in ("hbm", "ddr")],
+        **places_chart(page, runs),
         "places": tables.places(runs),
         "cache": tables.cache(runs),
-        **_traffic(page, runs),
+        **traffic_charts(page, runs),
         "links": tables.links(runs),
         "tenants": tables.tenants(runs) if any(len(run.summary["tenants"]) > 1 for run in runs) else None,
         "fairness": tables.fairness(runs),
@@ -102,61 +100,6 @@ def _finding(runs: Sequence[Run]) -> str:
 
 def _tokens_per_s(run: Run) -> float:
     return float(run.summary["output_tokens_per_s"])
-
-
-def _cdf(page: Page, runs: Sequence[Run], name: str, warmup_s: float) -> Chart:
-    samples: dict[str, Floats] = {}
-    for run in runs:
-        values = latencies(run.result)[name]
-        measured = finished(run.result) & (run.result.requests["arrival_s"] >= warmup_s) & (values >= 0)
-        samples[run.label] = values[measured]
-    title, caption = {
-        "ttft_s": ("Time to first token", "Further left is better; the upper end of a line is its slowest request."),
-        "tpot_s": ("Time per output token", "Mean over a request's tokens after the first; further left is better."),
-    }[name]
-    return page.chart(title, caption, cdf(samples, title.lower()))
-
-
-def _spent(page: Page, runs: Sequence[Run]) -> list[Chart]:
-    charts = []
-    for phase, title in (("ttft", "Time to first token"), ("decode", "From the first token to the last")):
-        shares = {run.label: run.summary["attribution"][phase]["mean_share"] for run in runs}
-        bars = {label: causes for label, causes in shares.items() if causes["queue"] is not None}
-        caption = "Mean over the finished requests of the share of each cause."
-        charts.append(page.chart(title, caption, stacked_shares(bars, CAUSES)))
-    return charts
-
-
-def _occupancy(page: Page, runs: Sequence[Run], tier: str) -> Chart:
-    curves = {run.label: total_over_replicas(run.result.series, f"{tier}_bytes") for run in runs}
-    capacities = [run.tier_bytes(tier, "capacity_bytes") or 0.0 for run in runs]
-    caption = f"Sum over all replicas; capacity {' or '.join(map(format_bytes, dict.fromkeys(capacities)))}."
-    return page.chart(f"{tier.upper()} in use", caption, occupancy(curves, max(capacities)))
-
-
-def _places(page: Page, runs: Sequence[Run]) -> dict[str, Any]:
-    """The chart of what each tier holds at its peak, and its legend."""
-    tiers = list(dict.fromkeys(tier for run in runs for tier in run.tiers()))
-    bars = {run.label: {tier: run.tier_bytes(tier, "peak_bytes") or 0.0 for tier in tiers} for run in runs}
-    caption = "Each tier at its own peak, summed over its memories."
-    chart = page.chart("Bytes at the peak", caption, stacked_bytes(bars, tiers))
-    return {"tiers": _coloured(tiers), "peaks": [chart]}
-
-
-def _traffic(page: Page, runs: Sequence[Run]) -> dict[str, Any]:
-    """A chart of the bytes by cause for each kind of link, and their legend."""
-    kinds = list(dict.fromkeys(kind for run in runs for kind in run.link_kinds()))
-    bars = {kind: {run.label: run.cause_bytes(run.link_kinds().get(kind, ())) for run in runs} for kind in kinds}
-    moved = [cause for of_runs in bars.values() for causes in of_runs.values() for cause in causes]
-    causes = list(dict.fromkeys((*_CAUSES, *moved)))
-    caption = "Bytes over the whole run, by cause."
-    charts = [page.chart(kind, caption, stacked_bytes(bars[kind], causes)) for kind in kinds]
-    return {"traffic_causes": _coloured(causes), "traffic": charts}
-
-
-def _coloured(parts: Sequence[str]) -> list[tuple[str, str]]:
-    """The legend of stacked bars: each part, and its colour as a CSS border."""
-    return [(part, f"solid {COLOURS[index % len(COLOURS)]}") for index, part in enumerate(parts)]
 
 
 def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float, identity: Mapping[str, str]) -> list[str]:
