@@ -168,7 +168,7 @@ class Planner:
             family, least = self.families[index], self._least(index)
             usd = lines.get(family.line, math.inf)
             most = self._most(index)
-            if usd < math.inf:
+            if usd < math.inf and not self._fixed_gpus:
                 most = min(most, math.ceil(usd / family.usd_per_hour(1) - 1e-9) - 1)
             self.found.tried_up_to[index] = most
             if most >= least:
@@ -220,8 +220,10 @@ class Planner:
             if len(self.traces) == 1 or self._check_seeds(index):
                 return
 
-    def _rank(self, index: int) -> tuple[float, int, int]:
-        return self.usd(index), (self.holds(index) or 0) * self.families[index].gpus_each, index
+    def _rank(self, index: int) -> tuple[float, float, int]:
+        """The cheapest first, of those the one of fewer GPUs; of a size that is fixed, that furthest from the SLO."""
+        gpus = (self.holds(index) or 0) * self.families[index].gpus_each
+        return self.usd(index), self._nearness(index) if self._fixed_gpus else gpus, index
 
     def _check_seeds(self, index: int) -> bool:
         """Whether the family's bracket holds on all seeds; if not, its lower end moves up by one replica."""

@@ -54,16 +54,17 @@ class Simulations(AbstractContextManager["Simulations"]):
         self.families, self.done = families, dict[Key, Measured | Failed]()
         self.made, self.cpu_s = 0, 0.0
         self._traces, self._ask = traces, ask
-        self._processes = Processes(max(1, os.cpu_count() or 1), _begin)
+        self._workers = [Processes(1, _begin) for _ in range(os.cpu_count() or 1)]
+        self._homes: dict[tuple[str, str, int, int], int] = {}  # who has derived which plans
 
     def __enter__(self) -> Self:
-        self._processes.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None:
-        self._processes.__exit__(kind, error, trace)
+        for worker in self._workers:
+            worker.__exit__(kind, error, trace)
 
     def all(self, tasks: Sequence[Task[T]]) -> list[T]:
         """What each task returns, in their order. Raises OSError where the process of a simulation was killed."""
@@ -76,9 +77,7 @@ class Simulations(AbstractContextManager["Simulations"]):
             for number in [number for number, key in wanted.items() if key in self.done]:
                 key = wanted.pop(number)
                 self._advance(number, tasks[number], self.done[key], wanted, found)
-            for key in dict.fromkeys(wanted[number] for number in sorted(wanted)):
-                if self._processes.free and key not in self.done and key not in running.values():
-                    self._start(key, running)
+            self._fill([wanted[number] for number in sorted(wanted)], running)
             if running and not any(key in self.done for key in wanted.values()):
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     self._keep(running.pop(future), future)
@@ -92,16 +91,31 @@ class Simulations(AbstractContextManager["Simulations"]):
         except StopIteration as end:
             found[number] = end.value
 
-    def _start(self, key: Key, running: dict[Future[Measured], Key]) -> None:
+    def _fill(self, wanted: Sequence[Key], running: dict[Future[Measured], Key]) -> None:
+        """Give free workers what is wanted first: each what it has derived plans for, then whatever is left."""
+        for at_home in (True, False):
+            for key in dict.fromkeys(wanted):
+                if key not in self.done and key not in running.values():
+                    self._start(key, running, at_home=at_home)
+
+    def _start(self, key: Key, running: dict[Future[Measured], Key], *, at_home: bool) -> None:
+        free = [number for number, worker in enumerate(self._workers) if worker.free]
+        family = self.families[key.family]
+        plans = family.gpu, family.policy, family.setup.tp, family.setup.pp
+        home = self._homes.get(plans)
+        if not free or (at_home and home not in (None, *free)):
+            return
+        chosen = home if home in free and home is not None else free[0]
         trace = self._traces[key.seed]
         try:
-            setup = self.families[key.family].fleet(key.replicas)
+            setup = family.fleet(key.replicas)
             job = Job(trace if key.load == 0 else trace.scaled_rate(key.rate_scale), setup)
         except ValueError as error:
             self.done[key] = Failed(str(error))
             return
+        self._homes.setdefault(plans, chosen)
         self.made += 1
-        running[self._processes.submit(measure, job, replace(self._ask, resample=key.resample))] = key
+        running[self._workers[chosen].submit(measure, job, replace(self._ask, resample=key.resample))] = key
 
     def _keep(self, key: Key, future: Future[Measured]) -> None:
         family = self.families[key.family]

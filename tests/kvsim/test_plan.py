@@ -308,3 +308,16 @@ def test_classes_have_bounds_of_their_own(tmp_path: Path) -> None:
     assert set(tight["slo"]) == {"bulk:ttft_p99", "chat:ttft_p99"}
     summary = played(tight, both)
     assert tight["slo"]["chat:ttft_p99"]["value_s"] == summary["tenants"]["chat"]["ttft_s"]["p99"]
+
+
+def test_a_fleet_of_a_given_size_is_split_as_serves_best(chat: Trace) -> None:
+    found = plan(**{**CHAT, "gpu": GPU, "model": MODEL, "gpus": 8})
+    answer = found.answer
+    assert answer is not None
+    assert answer["gpus"] == 8
+    held = answer["load"]["holds_at"]
+    summary = played(answer, chat.scaled_rate(held))
+    assert summary["ttft_s"]["p99"] <= 1
+    assert summary["tpot_s"]["p99"] <= 0.03
+    beyond = played(answer, chat.scaled_rate(answer["load"]["breaks_at"]))
+    assert beyond["ttft_s"]["p99"] > 1 or beyond["tpot_s"]["p99"] > 0.03
