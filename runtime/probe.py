@@ -139,11 +139,13 @@ def _forward(model: Any, cache: DynamicCache) -> _Heard:
     ]
     decoder = model.get_decoder()
     decoder = decoder if hasattr(decoder, "set_attn_implementation") else model
+    # What is to happen before a model's first forward, such as unpacking its weights, happens before this one.
+    asked = model if model._forward_pre_hooks else decoder  # noqa: SLF001 - there is no other way to see them
     ids = _harmless_ids(model.config).to(model.device)
     _NOW.strangers, _NOW.masks = [], {}
     try:
         with _bound(decoder), torch.no_grad(), torch.random.fork_rng(_devices(model)):
-            decoder(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+            asked(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
             for hook in hooks:
                 hook.remove()
             return heard

@@ -1,11 +1,14 @@
 """Models that come quantised: the runtime needs their KV shapes, whatever their weights were stored in."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from kvsim.__main__ import main  # noqa: E402
 from policies import parse_policy  # noqa: E402
@@ -57,6 +60,21 @@ def test_layers_that_hold_no_floating_weights_are_taken(tiny_llama: Path, tmp_pa
     follow(model, policy, tmp_path)
 
 
+def test_a_model_that_unpacks_its_weights_in_its_first_forward_is_taken(tiny_llama: Path, tmp_path: Path) -> None:
+    """As compressed-tensors does, by a hook of the whole model."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    projections = [layer.self_attn.q_proj for layer in model.model.layers]
+    packed = [vars(linear)["_parameters"].pop("weight") for linear in projections]
+
+    def unpack(_model, _args):
+        for linear, weight in zip(projections, packed, strict=True):
+            linear.weight = weight
+        hook.remove()
+
+    hook = model.register_forward_pre_hook(unpack)
+    follow(model, POLICIES[1], tmp_path)
+
+
 @pytest.mark.filterwarnings("default")  # what these libraries warn of at import is theirs
 @pytest.mark.parametrize("method", ["torchao", "bitsandbytes", "optimum.quanto"])
 def test_what_quantises_on_a_cpu_is_taken(tiny_llama: Path, tmp_path: Path, method: str) -> None:
@@ -75,6 +93,70 @@ def test_what_quantises_on_a_cpu_is_taken(tiny_llama: Path, tmp_path: Path, meth
         tiny_llama, quantization_config=how, dtype=torch.float32, device_map="cpu"
     )
     assert model.is_quantized
+    follow(model.eval(), POLICIES[1], tmp_path)
+
+
+def packed_words(values: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Eight numbers of 4 bits in an int32, along the last dimension."""
+    words = sum(values[..., at::8].long() << (4 * place) for place, at in enumerate(order))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def packed(weight: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
+    """A matrix as checkpoints of the method hold it: symmetric, one scale for 32 inputs or for a block."""
+    if method == "fp8":
+        scale = weight.abs().max() / 448
+        return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale_inv": scale.reshape(1, 1)}
+    outputs, inputs = weight.shape
+    groups = weight.view(outputs, -1, 32)
+    scales = (groups.abs().amax(2) / 7).clamp(min=1e-6)
+    values = ((groups / scales[..., None]).round() + 8).clamp(0, 15).long().view(outputs, inputs).T
+    zeros = torch.full((inputs // 32, outputs), 8)
+    in_order, awq = tuple(range(8)), (0, 2, 4, 6, 1, 3, 5, 7)
+    if method == "awq":
+        words = {"qweight": packed_words(values, awq), "qzeros": packed_words(zeros, awq)}
+    else:  # GPTQ packs along the inputs, and stores zero points less one
+        words = {
+            "qweight": packed_words(values.T, in_order).T,
+            "qzeros": packed_words(zeros - 1, in_order),
+            "g_idx": torch.arange(inputs, dtype=torch.int32) // 32,
+        }
+    return {**words, "scales": scales.T.half()}
+
+
+CHECKPOINTS = {
+    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "gptq": {"bits": 4, "group_size": 32, "desc_act": False, "sym": True, "checkpoint_format": "gptq"},
+    "awq": {"bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("method", CHECKPOINTS)
+def test_a_quantised_checkpoint_is_taken(tiny_llama: Path, tmp_path: Path, method: str) -> None:
+    """Written here, matrix by matrix. Transformers turns FP8 back on a CPU; gptqmodel runs the others."""
+    pytest.importorskip("accelerate")
+    if method != "fp8":
+        pytest.importorskip("gptqmodel")
+        pytest.importorskip("optimum")
+    folder = tmp_path / "checkpoint"
+    config = transformers.AutoConfig.from_pretrained(tiny_llama, intermediate_size=64)  # whole groups
+    torch.manual_seed(4)
+    stock = transformers.AutoModelForCausalLM.from_config(config).eval()
+    stock.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        parts = packed(weights.pop(name), method)
+        weights |= {name.removesuffix("weight") + part: tensor.contiguous() for part, tensor in parts.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    written = json.loads((folder / "config.json").read_text())
+    written["quantization_config"] = {"quant_method": method, **CHECKPOINTS[method]}
+    (folder / "config.json").write_text(json.dumps(written))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        probable = [torch.log_softmax(each(ids).logits.float(), dim=-1) for each in (model, stock)]
+    assert 0 < (probable[0] - probable[1]).abs().mean() < 0.2  # it is that model, rounded
     follow(model.eval(), POLICIES[1], tmp_path)
 
 
