@@ -100,11 +100,29 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 replaced.add(f"{name}.{key}")
             else:
                 yield f"{name}.{key}", value
-    for key, value in model.state_dict().items():
+    for key, value in _written_state(model).items():
         if isinstance(value, Tensor) and key not in replaced:
             yield key, value
         elif (said := _plain(value)) is not None:
             yield key, torch.frombuffer(bytearray(said.encode()), dtype=torch.uint8)
+
+
+def _written_state(model: nn.Module) -> dict[str, Any]:
+    """The model's `state_dict`, after which it computes as before.
+
+    On CPUs with products in bf16, bitsandbytes' 4-bit layers unpack themselves in it, by what it calls a best effort:
+    their next forward would give other values.
+    """
+    states = ((weight, getattr(weight, "quant_state", None)) for weight in model.parameters())
+    packed = [(weight, state) for weight, state in states if getattr(state, "packing_format_for_cpu", False)]
+    before = [(weight, weight.data, state, dict(vars(state))) for weight, state in packed]
+    try:
+        return model.state_dict()
+    finally:
+        for weight, data, state, fields in before:
+            weight.data, weight.quant_state = data, state  # type: ignore[attr-defined]  # theirs
+            vars(state).clear()
+            vars(state).update(fields)
 
 
 def _rope_kinds(module: nn.Module) -> list[str]:

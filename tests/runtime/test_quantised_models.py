@@ -96,6 +96,27 @@ def test_what_quantises_on_a_cpu_is_taken(tiny_llama: Path, tmp_path: Path, meth
     follow(model.eval(), POLICIES[1], tmp_path)
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["fp4", "nf4"])
+def test_four_bits_of_bitsandbytes_compute_after_a_cache_was_saved_as_before(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    how = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=how, dtype=torch.float32, device_map="cpu"
+    ).eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        follow(model, POLICIES[1], tmp_path)
+        assert torch.equal(model(ids).logits, before)
+
+
 def packed_words(values: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     """Eight numbers of 4 bits in an int32, along the last dimension."""
     words = sum(values[..., at::8].long() << (4 * place) for place, at in enumerate(order))
