@@ -60,6 +60,7 @@ def plan(
     """
     began_s = time.perf_counter()
     from kvsim.cli.plan_output import print_first, print_plan
+    from kvsim.cli.progress import counted
     from kvsim.planning.plan import answered
     from kvsim.planning.question import question_of
 
@@ -77,7 +78,8 @@ def plan(
     )
     for note in question.notes():
         print_line(f"warning: {note}", err=True)
-    document = answered(question, began_s, print_first)
+    with counted("simulations") as progress:
+        document = answered(question, began_s, print_first, progress)
     if json:
         print_json(document)
     else:

@@ -15,11 +15,9 @@ _SOURCE_WIDTH = 120
 
 def print_first(estimate: Mapping[str, Any]) -> None:
     """The estimate by closed forms, on standard error: simulations follow."""
-    print_line(
-        f"first estimate after {estimate['wall_s']:.1f} s, by closed forms: {estimate['gpus']} x {estimate['gpu']} "
-        f"(tp {estimate['tp']}), ${estimate['usd_per_hour']:,.2f} an hour; simulating",
-        err=True,
-    )
+    after = f"first estimate after {estimate['wall_s']:.1f} s, by closed forms:"
+    fleet = f"{estimate['gpus']} x {estimate['gpu']} ({_split(estimate)}), ${estimate['usd_per_hour']:,.2f} an hour"
+    print_line(f"{after} {fleet if estimate['holds'] else 'no fleet holds it'}; simulating", err=True)
 
 
 def print_plan(document: Mapping[str, Any]) -> None:

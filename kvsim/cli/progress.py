@@ -24,3 +24,15 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
                 bars.stop()
 
         yield show
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int], None]]:
+    """A function that shows how many have ended where nobody knows how many there will be; they go with the context."""
+    if not sys.stderr.isatty():
+        yield lambda _ended: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{what} begin") as status:
+        yield lambda ended: status.update(f"{ended} {what} have ended")

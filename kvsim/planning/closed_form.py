@@ -109,15 +109,16 @@ def work_of(family: Family, trace: Trace) -> Work:
 def replicas_needed(work: Work, objectives: Sequence[Objective], most: int) -> int:
     """The fewest replicas that keep every objective as estimated; `most` where none does."""
     low, high = 0, 1
-    while high < most and not _keeps(work, objectives, high):
+    while high < most and not keeps(work, objectives, high):
         low, high = high, min(2 * high, most)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if _keeps(work, objectives, middle) else (middle, high)
+        low, high = (low, middle) if keeps(work, objectives, middle) else (middle, high)
     return high
 
 
-def _keeps(work: Work, objectives: Sequence[Objective], replicas: int) -> bool:
+def keeps(work: Work, objectives: Sequence[Objective], replicas: int) -> bool:
+    """Whether so many replicas keep every objective, as estimated."""
     return all(work.value_s(one, replicas) <= one.limit_s for one in objectives)
 
 

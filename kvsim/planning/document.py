@@ -29,7 +29,9 @@ def first_answer(family: Family, estimate: Estimate, wall_s: float) -> dict[str,
         "gpus": estimate.replicas * family.gpus_each,
         "tp": family.setup.tp,
         "pp": family.setup.pp,
+        "prefill_gpus": 0,
         "usd_per_hour": estimate.usd_per_hour,
+        "holds": estimate.holds,
         "source": "estimated by closed forms, no simulation",
         "wall_s": wall_s,
     }
@@ -96,9 +98,10 @@ def _row(
         "kwh_per_million_tokens": None,
         "pareto": False,
     }
+    intervals_s = planner.found.intervals_s.get(Key(index, replicas), {})
     if runs:
         first = runs[0]
-        row["slo"] = {one.name: _bound(one.name, one.limit_s, runs) for one in question.objectives}
+        row["slo"] = {one.name: _bound(one.name, one.limit_s, runs, intervals_s) for one in question.objectives}
         row["binding"] = first.binding(question.objectives)
         tokens_per_s = math.fsum(one.output_tokens_per_s for one in runs) / len(runs)
         if tokens_per_s > 0:
@@ -127,55 +130,53 @@ def _row(
     return row
 
 
-def _runs(planner: Planner, index: int, replicas: int, seeds: int, load: int = 0) -> list[Measured]:
-    """What was simulated of a fleet, the first seed first."""
-    done = planner.simulations.done
-    resampled = done.get(Key(index, replicas, load, resample=True))
-    first = resampled if isinstance(resampled, Measured) else done.get(Key(index, replicas, load))
-    others = [done.get(Key(index, replicas, load, seed)) for seed in range(1, seeds)]
-    runs = [first, *others] if all(isinstance(one, Measured) for one in others) else [first]
-    return [one for one in runs if isinstance(one, Measured)]
+def _runs(planner: Planner, index: int, replicas: int, seeds: int) -> list[Measured]:
+    """What was simulated of a fleet, the first seed first; that alone where not all seeds were."""
+    runs = [planner.simulations.done.get(Key(index, replicas, seed=seed)) for seed in range(seeds)]
+    known = [one for one in runs if isinstance(one, Measured)]
+    return known if len(known) == seeds else [one for one in runs[:1] if isinstance(one, Measured)]
 
 
-def _bound(name: str, limit_s: float, runs: Sequence[Measured]) -> dict[str, float | None]:
+def _bound(
+    name: str, limit_s: float, runs: Sequence[Measured], intervals_s: Mapping[str, tuple[float, float]]
+) -> dict[str, float | None]:
     """Of several seeds the mean and Student's t interval; of one its value, and the interval of resampled requests."""
     if len(runs) > 1:
         value_s, low_s, high_s = over_seeds(runs, name)
         found = {"value_s": value_s, "low_s": low_s, "high_s": high_s}
     else:
-        low_s, high_s = runs[0].intervals_s.get(name, (math.nan, math.nan))
+        low_s, high_s = intervals_s.get(name, (math.nan, math.nan))
         found = {"value_s": runs[0].values_s[name], "low_s": low_s, "high_s": high_s}
     known = {key: value if math.isfinite(value) else None for key, value in found.items()}
     return {"limit_s": limit_s, **known}
 
 
 def _fewer(question: "Question", planner: Planner, index: int, bracket: Bracket, seeds: int) -> dict[str, Any] | None:
-    """The fleet of one replica fewer, and what breaks there; None where there is none, or it was not simulated.
+    """The fleet of one replica fewer that came nearest, however it was split up, and what breaks there.
 
-    Pools of two replicas have none, but the single replica that does both.
+    None where there is none, or where none was simulated.
     """
     if bracket.holds is None or bracket.holds == 1:
         return None
-    index = index if bracket.holds > planner.families[index].fewest else _without_pools(planner, index)
-    fleet = planner.families[index].fleet(bracket.holds - 1)
-    runs = _runs(planner, index, bracket.holds - 1, seeds)
-    if not runs:
+    like = planner.families[index]
+    tried = []
+    for i, family in enumerate(planner.families):
+        alike = family.line == like.line and (family.setup.tp, family.setup.pp) == (like.setup.tp, like.setup.pp)
+        runs = _runs(planner, i, bracket.holds - 1, seeds) if alike else []
+        if runs:
+            tried.append((max(one.ratio(question.objectives) for one in runs), i, runs))
+    if not tried:
         return None
+    _, nearest, runs = min(tried, key=lambda one: one[:2])
+    fleet = planner.families[nearest].fleet(bracket.holds - 1)
     worst = max(runs, key=lambda one: one.ratio(question.objectives))
     return {
         "gpus": fleet.gpus,
         "prefill_gpus": fleet.prefill_gpus,
+        "splits_tried": len({planner.families[i].prefill_replicas(bracket.holds - 1) for _, i, _ in tried}),
         "binding": worst.binding(question.objectives),
-        "slo": {one.name: _bound(one.name, one.limit_s, [worst]) for one in question.objectives},
+        "slo": {one.name: _bound(one.name, one.limit_s, [worst], {}) for one in question.objectives},
     }
-
-
-def _without_pools(planner: Planner, index: int) -> int:
-    """The family of the same line and split whose replicas do both."""
-    family = planner.families[index]
-    split = family.setup.tp, family.setup.pp
-    alike = (i for i, one in enumerate(planner.families) if one.line == family.line and one.prefill_share is None)
-    return next(i for i in alike if (planner.families[i].setup.tp, planner.families[i].setup.pp) == split)
 
 
 def _load(question: "Question", planner: Planner, index: int, traces: Sequence[Trace]) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def _load(question: "Question", planner: Planner, index: int, traces: Sequence[T
     rate_rps = len(trace) / span_s if span_s > 0 else None
     curve = []
     for key, measured in planner.simulations.done.items():
-        same = (key.family, key.replicas, key.seed, key.resample) == (index, replicas, 0, False)
+        same = (key.family, key.replicas, key.seed) == (index, replicas, 0)
         if same and isinstance(measured, Measured):
             curve.append((key.load, measured))
     curve.sort(key=lambda pair: pair[0])
@@ -291,7 +292,8 @@ def _sentence(question: "Question", document: Mapping[str, Any]) -> str:
         return f"No candidate holds {slo}; nearest is {_fleet(nearest)} with {far}."
     cost = answer["cost_per_million_tokens"]
     room = answer["headroom"]
-    more = "" if room is None else f", with room for {room:.0%} more load"
+    least = "" if answer["load"]["breaks_at"] else "at least "
+    more = "" if room is None else f", with room for {least}{room:.0%} more load"
     return f"{_fleet(answer)} holds {slo} for ${cost:,.2f} a million output tokens{more}."
 
 

@@ -73,17 +73,18 @@ def engines(family: Family, replicas: int, model: str, longest_tokens: int) -> d
     prompts = setup.prefill_replicas
     servers = {"prompts": prompts, "decoding": replicas - prompts} if prompts else {"prompts and decoding": replicas}
     found = {}
-    for name, words_of, notes in (("vLLM", _vllm, _VLLM_NOTES), ("SGLang", _sglang, _SGLANG_NOTES)):
+    for name, words_of, sizes in (("vLLM", _vllm, _VLLM_SIZES), ("SGLang", _sglang, _SGLANG_SIZES)):
         commands = [
             {"servers": count, "for": work, "command": shlex.join(words_of(setup, work, model, longest_tokens))}
             for work, count in servers.items()
         ]
-        found[name] = {"commands": commands, "why_not": None, "notes": [*_notes(setup, model), *notes]}
+        notes = [*_notes(setup, model), *([sizes] if setup.prefix_cache_ddr_bytes else [])]
+        found[name] = {"commands": commands, "why_not": None, "notes": notes}
     return found
 
 
-_VLLM_NOTES = ("--kv-offloading-size is in GiB, of all ranks of a server together",)
-_SGLANG_NOTES = ("--hicache-size is in GB, of one rank",)
+_VLLM_SIZES = "--kv-offloading-size is in GiB, cpu_bytes_to_use in bytes, both of all ranks of a server together"
+_SGLANG_SIZES = "--hicache-size is in GB, of one rank"
 
 
 def _notes(setup: Setup, model: str) -> list[str]:

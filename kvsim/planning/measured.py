@@ -27,7 +27,7 @@ class Measured:
     """One simulation, in the figures that a plan needs."""
 
     values_s: dict[str, float]  # by objective; infinite where no request finished
-    intervals_s: dict[str, tuple[float, float]]  # by objective, where they were asked for and there are any
+    samples_s: dict[str, Floats]  # by objective what it bounds, and as `e2e_s` all latencies, in order of arrival
     submitted: int
     finished: int
     good_rps: float
@@ -58,14 +58,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What to keep of a simulation: objectives, whom their classes hold for, and whether to resample requests."""
+    """What to keep of a simulation: objectives, whom their classes hold for, and the bounds of other requests."""
 
     objectives: tuple[Objective, ...]
     of_class: Mapping[str, Sequence[int]]
     bounds: Mapping[str, float]  # of requests of no class
     warmup_s: float
-    resample: bool = False
-    seed: int = 0
 
 
 def measure(job: Job, ask: Ask) -> Measured:
@@ -95,11 +93,14 @@ def kept(result: Result, names: Sequence[str], ask: Ask) -> Measured:
     columns = result.requests
     own = samples(result, ask.objectives, ask.of_class, names, ask.warmup_s)
     done = finished(result)
-    rows = np.flatnonzero(done & (columns["arrival_s"] >= ask.warmup_s))
+    counted = done & (columns["arrival_s"] >= ask.warmup_s)
     span_s = result.makespan_s
+    arrival_s = columns["arrival_s"]
+    order = np.argsort(arrival_s, kind="stable")[: len(arrival_s) - int(np.isnan(arrival_s).sum())]
+    everything = {**own, "e2e_s": np.where(counted, latencies(result)["e2e_s"], np.nan)}
     return Measured(
         values_s={one.name: one.of(own[one.name]) for one in ask.objectives},
-        intervals_s=_resampled(result, own, ask) if ask.resample else {},
+        samples_s={name: values[order] for name, values in everything.items()},
         submitted=len(done),
         finished=int(done.sum()),
         good_rps=_good(result, ask) / span_s if span_s > 0 else 0.0,
@@ -107,7 +108,7 @@ def kept(result: Result, names: Sequence[str], ask: Ask) -> Measured:
         prompt_tokens=int(columns["prompt_tokens"][done].sum()),
         cached_tokens=int(columns["cached_tokens"][done].sum()),
         makespan_s=float(span_s),
-        bottleneck=bottleneck(attribution(columns, rows)["e2e"]["mean_s"]),
+        bottleneck=bottleneck(attribution(columns, np.flatnonzero(counted))["e2e"]["mean_s"]),
     )
 
 
@@ -122,22 +123,24 @@ def _good(result: Result, ask: Ask) -> int:
     return int(good.sum())
 
 
-def _resampled(result: Result, own: Mapping[str, Floats], ask: Ask) -> dict[str, tuple[float, float]]:
-    """95 % intervals by resampling requests in blocks, drawn as `kvsim simulate --seeds` draws them."""
-    arrival_s = result.requests["arrival_s"]
-    order = np.argsort(arrival_s, kind="stable")[: len(arrival_s) - int(np.isnan(arrival_s).sum())]
-    measured = finished(result) & (arrival_s >= ask.warmup_s)
-    e2e_s = np.where(measured, latencies(result)["e2e_s"], np.nan)[order]
+def resampled(
+    samples_s: Mapping[str, Floats], objectives: Sequence[Objective], seed: int
+) -> dict[str, tuple[float, float]]:
+    """95 % intervals by resampling requests in blocks, drawn as `kvsim simulate --seeds` draws them.
+
+    Without an objective whose figures are not all finite; of few requests there is none.
+    """
+    e2e_s = samples_s["e2e_s"]
     known = ~np.isnan(e2e_s)
     if known.sum() < FEWEST_REQUESTS:
         return {}
-    sorted_rows = {name: _ascending(values[order]) for name, values in own.items()}
+    ascending = {one.name: _ascending(samples_s[one.name]) for one in objectives}
 
     def figures(times: NDArray[np.int64]) -> list[float]:
-        return [_weighted(one, times, *sorted_rows[one.name]) for one in ask.objectives]
+        return [_weighted(one, times, *ascending[one.name]) for one in objectives]
 
-    spread = bootstrap(len(order), block_length(e2e_s[known]), SAMPLES, ask.seed, figures)
-    pairs = zip(ask.objectives, spread, strict=True)
+    spread = bootstrap(len(e2e_s), block_length(e2e_s[known]), SAMPLES, seed, figures)
+    pairs = zip(objectives, spread, strict=True)
     return {one.name: ends for one, ends in pairs if all(map(math.isfinite, ends))}
 
 

@@ -97,9 +97,15 @@ def plan(
 
 
 def answered(
-    question: Question, began_s: float, first: Callable[[dict[str, Any]], None] | None = None
+    question: Question,
+    began_s: float,
+    first: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[int], None] = lambda _ended: None,
 ) -> dict[str, Any]:
-    """The document of a plan; after Ctrl-C what was found by then, `partial`, where anything was."""
+    """The document of a plan; after Ctrl-C what was found by then, `partial`, where anything was.
+
+    `progress` is told how many simulations have ended.
+    """
     asked = question.asked
     traces = asked.load_traces()
     trace = traces[0]
@@ -110,11 +116,10 @@ def answered(
         of_class=of_class,
         bounds=question.bounds,
         warmup_s=asked.warmup,
-        seed=asked.seed,
     )
     interrupted = False
     estimate: dict[str, Any] | None = None
-    with Simulations(could.families, traces, ask) as simulations:
+    with Simulations(could.families, traces, ask, progress) as simulations:
         planner = Planner(
             simulations,
             traces,
@@ -122,6 +127,7 @@ def answered(
             question.most_gpus,
             asked.setup["gpus"] if "gpus" in asked.given else None,
             question.pools,
+            asked.seed,
         )
 
         def tell(one: Estimate) -> None:

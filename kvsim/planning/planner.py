@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from kvsim.planning.candidates import Family
-from kvsim.planning.closed_form import Work, replicas_needed, work_of
+from kvsim.planning.closed_form import Work, keeps, replicas_needed, work_of
 from kvsim.planning.measured import Measured
 from kvsim.planning.search import Bracket, Search, largest, smallest
 from kvsim.planning.simulations import LOAD_STEP, Failed, Key, Simulations, Task
@@ -19,6 +19,7 @@ from kvsim.planning.slo import Objective
 from policies import Full
 from traces import Trace
 
+_FAR = 1.25  # times as dear as the best, or as far from the SLO: not worth a simulation
 _MOST_LOAD = 60  # LOAD_STEPs: some nineteen times the load
 Line = tuple[str, str, tuple[str, ...]]
 Splits = tuple[str, int, int]
@@ -31,6 +32,7 @@ class Estimate:
     family: int
     replicas: int
     usd_per_hour: float
+    holds: bool  # False: as many replicas as may be bought do not
 
 
 @dataclass(slots=True, kw_only=True)
@@ -40,6 +42,7 @@ class Found:
     estimates: list[Estimate] = field(default_factory=list)
     brackets: dict[int, Bracket] = field(default_factory=dict)  # by family: of the number of replicas
     tried_up_to: dict[int, int] = field(default_factory=dict)  # by family: beyond, it would be dearer than its line
+    intervals_s: dict[Key, dict[str, tuple[float, float]]] = field(default_factory=dict)
     load: Bracket | None = None  # of the answer's LOAD_STEPs
     answer: int | None = None  # the family of the answer
 
@@ -55,18 +58,19 @@ class Planner:
         most_gpus: int,
         fixed_gpus: int | None,
         pools: bool,
+        seed: int,
     ) -> None:
         self.simulations, self.traces, self.objectives = simulations, traces, objectives
         self.families = simulations.families
         self.found = Found()
-        self._most_gpus, self._fixed_gpus, self._pools = most_gpus, fixed_gpus, pools
+        self._most_gpus, self._fixed_gpus, self._pools, self._seed = most_gpus, fixed_gpus, pools, seed
         self._works: dict[Splits, Work] = {}
 
     def run(self, first: Callable[[Estimate], None]) -> None:
         """Fill `found`; `first` is told the first estimate. An exception leaves what was found by then."""
         self._estimate()
         if self.found.estimates:
-            first(min(self.found.estimates, key=lambda one: one.usd_per_hour))
+            first(min(self.found.estimates, key=lambda one: (not one.holds, one.usd_per_hour)))
         leading = [i for i, one in enumerate(self.families) if one.line[1:] == self.families[0].line[1:]]
         self._search(leading)
         self._search([i for i in range(len(self.families)) if self.families[i].line not in self._lines(leading)])
@@ -76,9 +80,12 @@ class Planner:
 
     def _search(self, indices: Sequence[int]) -> None:
         """The best fleet of some lines, from the split and the pools that their GPU's first line is best in."""
+        hopeless = self._hopeless()
         first = self._starts(indices)
         self._bracket(list(first), lambda index: first[index])
-        self._challenge([i for i in indices if i not in first])
+        self._challenge(
+            [i for i in indices if i not in first and (self.families[i].gpu, self._split(i)) not in hopeless]
+        )
         if self._pools:
             self._challenge(self._pooled(self._lines(indices)))
             self._challenge(self._shifted(self._lines(indices)))
@@ -116,8 +123,23 @@ class Planner:
         for index in range(len(self.families)):
             family = self.families[index]
             replicas = min(self._most(index), replicas_needed(self.work(index), self.objectives, self._most_gpus))
-            usd = family.usd_per_hour(replicas)
-            self.found.estimates.append(Estimate(family=index, replicas=replicas, usd_per_hour=usd))
+            usd, holds = family.usd_per_hour(replicas), keeps(self.work(index), self.objectives, replicas)
+            self.found.estimates.append(Estimate(family=index, replicas=replicas, usd_per_hour=usd, holds=holds))
+
+    def _hopeless(self) -> set[tuple[str, tuple[int, int]]]:
+        """Splits, without pools, that are far from what their GPU's first line is best in: others do not try them."""
+        best = {self.families[i].gpu: i for i in reversed(self.best_of_lines())}
+        found = set()
+        for i, bracket in self.found.brackets.items():
+            family, like = self.families[i], best[self.families[i].gpu]
+            if family.prefill_share is not None or self.holds(like) is None:
+                continue
+            dear = self.usd(i) > _FAR * self.usd(like)
+            measured = self.simulations.done.get(Key(i, bracket.best))
+            far = isinstance(measured, Measured) and measured.ratio(self.objectives) > _FAR
+            if dear and (self.holds(i) is not None or far):
+                found.add((family.gpu, self._split(i)))
+        return found
 
     def _starts(self, indices: Sequence[int]) -> dict[int, int]:
         """For each line the family to begin with, and with how many replicas.
@@ -188,7 +210,8 @@ class Planner:
     def _shifted(self, lines: AbstractSet[Line]) -> list[int]:
         """New families beside those with pools that were best: one replica more for prompts, and one fewer."""
         pooled = [i for i in self.best_of_lines() if self.families[i].prefill_share is not None]
-        own = [i for i in pooled if self.families[i].line in lines]
+        near = _FAR * min((self.usd(i) for i in self.found.brackets), default=math.inf)
+        own = [i for i in pooled if self.families[i].line in lines and self.usd(i) <= near]
         return [
             self._add(replace(self.families[i], prefill_shift=self.families[i].prefill_shift + shift), i)
             for i in own
@@ -245,8 +268,8 @@ class Planner:
         """Intervals of each line's best, where the trace is recorded."""
         if len(self.traces) > 1:
             return
-        keys = [Key(i, self.found.brackets[i].best, resample=True) for i in self.best_of_lines()]
-        self.simulations.all([self._ratio(key) for key in keys])
+        keys = [Key(i, self.found.brackets[i].best) for i in self.best_of_lines()]
+        self.found.intervals_s = self.simulations.intervals(keys, self._seed)
 
     def best_of_lines(self) -> list[int]:
         """For each line the family to report: the cheapest that holds, else the one that comes nearest."""

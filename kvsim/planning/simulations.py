@@ -1,15 +1,14 @@
 """The simulations that a plan asks for: each made once, a few beside each other, the first in the list first."""
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
 from kvsim.planning.candidates import Family
-from kvsim.planning.measured import Ask, Measured, measure
+from kvsim.planning.measured import Ask, Measured, measure, resampled
 from kvsim.run.executor import Processes
 from kvsim.run.jobs import Job, answer
 from traces import Trace
@@ -25,7 +24,6 @@ class Key(NamedTuple):
     replicas: int
     load: int = 0
     seed: int = 0
-    resample: bool = False
 
     @property
     def rate_scale(self) -> float:
@@ -48,13 +46,24 @@ def _begin() -> None:
 
 
 class Simulations(AbstractContextManager["Simulations"]):
-    """Runs tasks; `made` counts simulations, `cpu_s` what they took, `done` keeps what came of each."""
+    """Runs tasks; `progress` is told how many simulations have ended.
 
-    def __init__(self, families: list[Family], traces: Sequence[Trace], ask: Ask) -> None:
+    `made` counts simulations, `cpu_s` what they took, `done` keeps what came of each.
+    """
+
+    def __init__(
+        self,
+        families: list[Family],
+        traces: Sequence[Trace],
+        ask: Ask,
+        progress: Callable[[int], None] = lambda _ended: None,
+    ) -> None:
+        self._progress, self._ended = progress, 0
         self.families, self.done = families, dict[Key, Measured | Failed]()
         self.made, self.cpu_s = 0, 0.0
         self._traces, self._ask = traces, ask
         self._workers = [Processes(1, _begin) for _ in range(os.cpu_count() or 1)]
+        self._twins: dict[tuple[object, ...], Key] = {}  # the first to ask for a simulation
         self._homes: dict[tuple[str, str, int, int], int] = {}  # who has derived which plans
 
     def __enter__(self) -> Self:
@@ -67,7 +76,7 @@ class Simulations(AbstractContextManager["Simulations"]):
             worker.__exit__(kind, error, trace)
 
     def all(self, tasks: Sequence[Task[T]]) -> list[T]:
-        """What each task returns, in their order. Raises OSError where the process of a simulation was killed."""
+        """What each task returns, in their order; one whose simulation cannot run is sent why."""
         found: dict[int, T] = {}
         wanted: dict[int, Key] = {}
         running: dict[Future[Measured], Key] = {}
@@ -95,8 +104,17 @@ class Simulations(AbstractContextManager["Simulations"]):
         """Give free workers what is wanted first: each what it has derived plans for, then whatever is left."""
         for at_home in (True, False):
             for key in dict.fromkeys(wanted):
-                if key not in self.done and key not in running.values():
-                    self._start(key, running, at_home=at_home)
+                twin = self._twins.setdefault(self._fleet(key), key)
+                if twin in self.done:
+                    self.done[key] = self.done[twin]
+                elif twin not in running.values():
+                    self._start(twin, running, at_home=at_home)
+
+    def _fleet(self, key: Key) -> tuple[object, ...]:
+        """What tells one simulation from another: families of pools may come to the same numbers."""
+        family = self.families[key.family]
+        split = family.setup.tp, family.setup.pp, family.prefill_replicas(key.replicas)
+        return (*family.line, *split, key.replicas, key.load, key.seed)
 
     def _start(self, key: Key, running: dict[Future[Measured], Key], *, at_home: bool) -> None:
         free = [number for number, worker in enumerate(self._workers) if worker.free]
@@ -115,20 +133,33 @@ class Simulations(AbstractContextManager["Simulations"]):
             return
         self._homes.setdefault(plans, chosen)
         self.made += 1
-        running[self._workers[chosen].submit(measure, job, replace(self._ask, resample=key.resample))] = key
+        running[self._workers[chosen].submit(measure, job, self._ask)] = key
 
     def _keep(self, key: Key, future: Future[Measured]) -> None:
         family = self.families[key.family]
+        self._ended += 1
+        self._progress(self._ended)
         try:
             measured = self.done[key] = answer(
                 future, f"{family.policy} on {key.replicas * family.gpus_each} x {family.gpu}"
             )
-        except ValueError as error:
+        except (ValueError, OSError, MemoryError) as error:  # a killed process costs its simulation alone
             self.done[key] = Failed(str(error))
             return
         self.cpu_s += measured.cpu_s
-        if key.resample:
-            self.done[key._replace(resample=False)] = measured
+
+    def intervals(self, keys: Sequence[Key], seed: int) -> dict[Key, dict[str, tuple[float, float]]]:
+        """For each simulation that was made the intervals of its objectives, by resampling its requests."""
+        found: dict[Key, dict[str, tuple[float, float]]] = {}
+        waiting = {key: one.samples_s for key in keys if isinstance(one := self.done.get(key), Measured)}
+        running: dict[Future[dict[str, tuple[float, float]]], Key] = {}
+        while waiting or running:
+            for worker in (worker for worker in self._workers if worker.free and waiting):
+                key = next(iter(waiting))
+                running[worker.submit(resampled, waiting.pop(key), self._ask.objectives, seed)] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                found[running.pop(future)] = future.result()
+        return found
 
 
 def one(key: Key) -> Task[Measured | Failed]:

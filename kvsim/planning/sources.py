@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 KINDS = ("measured", "fitted", "datasheet", "assumed")
 _TIMES = ("hbm_Bps", "matmul_flops", "attention_flops", "pcie_h2d_Bps", "nvlink_Bps")
-_BORROWED = ("no published", "taken for this chip", "the same chip")
+_BORROWED = ("no published", "taken for this chip", "the same chip", "no table of", "constants as shares")
 _WORDS = {
     "measured": ("measured", "devicequery", "nvidia-smi", "arxiv", "repository"),
     "fitted": ("fitted",),

@@ -1,6 +1,8 @@
 """What a plan reads beside the trace: prices, measured quality, candidates, and closed forms for a start."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,11 @@ import traces
 from kvsim import load_scenario, simulate, summarize
 from kvsim.planning.candidates import candidates
 from kvsim.planning.closed_form import replicas_needed, work_of
+from kvsim.planning.measured import Ask, Measured
 from kvsim.planning.prices import Prices
 from kvsim.planning.quality import NOT_MEASURED, Qualities, loss_nats
+from kvsim.planning.simulations import Failed, Key, Simulations
+from kvsim.planning.simulations import one as single
 from kvsim.planning.slo import parse_slo
 from kvsim.planning.sources import kind_of
 from kvsim.results.intervals import t_interval
@@ -29,11 +34,11 @@ def asked(**options: Any) -> Any:
 def test_every_price_has_a_source_and_a_date_and_every_figure_is_above_0() -> None:
     prices = Prices()
     for gpu in ("a100-80g-sxm", "h100-sxm", "h200-sxm", "l40s", "rtx-4090", "b200"):
-        one = prices.of(gpu)
-        assert one.usd_per_hour > 0
-        assert one.price_source
-        assert one.price_date.startswith("20")
-        assert one.watts is None or one.watts_source
+        price = prices.of(gpu)
+        assert price.usd_per_hour > 0
+        assert price.price_source
+        assert price.price_date.startswith("20")
+        assert price.watts is None or price.watts_source
 
 
 @pytest.mark.parametrize(
@@ -177,3 +182,25 @@ def test_estimates_fall_as_replicas_are_added() -> None:
 )
 def test_a_source_says_what_it_is(source: str, kind: str) -> None:
     assert kind_of(source) == kind
+
+
+def killed(*_: object) -> None:
+    """Stands in for a simulation whose process the system kills."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_costs_its_simulation_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario = asked(tp=1)
+    trace = scenario.load_trace()
+    objectives = parse_slo("ttft_p50=1h")
+    found = candidates(scenario, ["h100-sxm"], Prices(), trace, {})
+    ask = Ask(objectives=objectives, of_class={}, bounds={}, warmup_s=0.0)
+    with Simulations(found.families, [trace], ask) as simulations:
+        monkeypatch.setattr("kvsim.planning.simulations.measure", killed)
+        (lost,) = simulations.all([single(Key(0, 1))])
+        monkeypatch.undo()
+        (kept,) = simulations.all([single(Key(0, 2))])
+    assert isinstance(lost, Failed)
+    assert "killed" in lost.reason
+    assert isinstance(kept, Measured)
+    assert simulations.made == 2
