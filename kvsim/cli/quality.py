@@ -1,5 +1,6 @@
 """`kvsim quality`: what policies change in a model's predictions on a text, beside what they keep and move."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
@@ -122,25 +123,26 @@ def _further(show: Callable[[int], None], before: int, done: int) -> None:
 
 
 def _row(policy: str, context_tokens: int, found: "Quality") -> dict[str, Any]:
-    from kvsim.report.quality import FIGURES
+    from kvsim.report.quality import FIGURES, LIMITS
 
     return {
         "policy": policy,
         "context_tokens": context_tokens,
-        **{name: _interval(getattr(found, name)) for name in FIGURES},
+        **{name: _interval(getattr(found, name), *LIMITS.get(name, ())) for name in FIGURES},
         "held_bytes": {str(tier): nbytes for tier, nbytes in found.held_bytes.items()},
         "moved_bytes_per_token": found.moved_bytes_per_token,
         "counts": found.recording.shares(),
     }
 
 
-def _interval(values: list[float]) -> dict[str, Any]:
-    """Mean and 95 % interval over the places; of a single one there is none."""
+def _interval(values: list[float], least: float = -math.inf, most: float = math.inf) -> dict[str, Any]:
+    """Mean and 95 % interval over the places, within what the figure can be; of a single place there is none."""
     from kvsim.results.intervals import t_interval
 
     if len(values) == 1:
         return {"mean": values[0], "low": None, "high": None, "places": values}
-    return {**t_interval(values)._asdict(), "places": values}
+    mean, low, high = t_interval(values)
+    return {"mean": mean, "low": max(low, min(least, mean)), "high": min(high, most), "places": values}
 
 
 def _put(path: Path, content: str) -> None:

@@ -125,13 +125,18 @@ def _stacked(
     return {"data": data, "layout": layout}
 
 
-def divergence(measured: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]]) -> Figure:
-    """Loss by context: one line per label, through its contexts in tokens and means in nats, with half intervals."""
+def divergence(
+    measured: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[tuple[float, float]]]],
+) -> Figure:
+    """Loss by context: one line per label, through its contexts in tokens and means in nats, with their intervals."""
     lines = []
-    for index, (label, (contexts, means, halves)) in enumerate(measured.items()):
+    for index, (label, (contexts, means, intervals)) in enumerate(measured.items()):
         hover = "%{y:.4f} nats a token after %{x:,} tokens"
         line = _line(label, style(index), np.array(contexts, np.float64), np.array(means, np.float64), hover)
-        lines.append(line | {"mode": "lines+markers", "error_y": {"type": "data", "array": list(halves)}})
+        above = [high - mean for mean, (_, high) in zip(means, intervals, strict=True)]
+        below = [mean - low for mean, (low, _) in zip(means, intervals, strict=True)]
+        error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+        lines.append(line | {"mode": "lines+markers", "error_y": error})
     layout = _layout("tokens of context (log scale)", "KL (nats a token)")
     ticks = sorted({context for contexts, _, _ in measured.values() for context in contexts})
     layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}

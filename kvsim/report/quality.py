@@ -1,5 +1,6 @@
 """The figures of `kvsim quality` for people: a table in the terminal, and a page with a chart of loss by memory."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from kvsim.report.plots import divergence, style
 from kvsim.text.units import format_bytes
 
 FIGURES = {"kl_nats": "KL (nats)", "nll_nats": "NLL (nats)", "top1_share": "same top-1"}
+LIMITS = {"kl_nats": (0.0, math.inf), "top1_share": (0.0, 1.0)}  # what a figure cannot leave, nor its interval
 SIZES = ("HBM kept", "DDR kept", "moved a token")
 TABLE: dict[str, Literal["left", "right"]] = {"policy": "left", "context": "right"}
 TABLE |= dict.fromkeys((*FIGURES.values(), *SIZES), "right")
@@ -22,7 +24,7 @@ def caption(document: Mapping[str, Any]) -> str:
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
-    """A row for the terminal: means, with half the width of their intervals; bytes of one sequence."""
+    """A row for the terminal: means with their intervals; bytes of one sequence."""
     figures = [_shown(name, row[name]) for name in FIGURES]
     return [row["policy"], f"{row['context_tokens']:,}", *figures, *(format_bytes(n) for n in _sizes(row))]
 
@@ -68,12 +70,12 @@ def _page_cells(row: Mapping[str, Any], css_border: str) -> list[Cell]:
     ]
 
 
-def _by_context(rows: list[Mapping[str, Any]], policy: str) -> tuple[list[int], list[float], list[float]]:
-    """Contexts, mean divergences and half their intervals (0 where there is none) of one policy's rows."""
+def _by_context(rows: list[Mapping[str, Any]], policy: str) -> tuple[list[int], list[float], list[tuple[float, float]]]:
+    """Contexts, mean divergences and their intervals (the mean where there is none) of one policy's rows."""
     own = [row for row in rows if row["policy"] == policy]
     kl = [row["kl_nats"] for row in own]
-    halves = [0.0 if of["high"] is None else of["high"] - of["mean"] for of in kl]
-    return [row["context_tokens"] for row in own], [of["mean"] for of in kl], halves
+    intervals = [(of["mean"],) * 2 if of["high"] is None else (of["low"], of["high"]) for of in kl]
+    return [row["context_tokens"] for row in own], [of["mean"] for of in kl], intervals
 
 
 def _shown(name: str, interval: Mapping[str, Any]) -> str:
@@ -81,7 +83,10 @@ def _shown(name: str, interval: Mapping[str, Any]) -> str:
     mean = format(interval["mean"], digits)
     if interval["high"] is None:
         return mean
-    return f"{mean} ±{format(interval['high'] - interval['mean'], digits.removeprefix('+'))}"
+    above, below = interval["high"] - interval["mean"], interval["mean"] - interval["low"]
+    if math.isclose(above, below, rel_tol=1e-6, abs_tol=1e-12):
+        return f"{mean} ±{format(above, digits.removeprefix('+'))}"
+    return f"{mean} ({format(interval['low'], digits)} to {format(interval['high'], digits)})"
 
 
 def _sizes(row: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -115,6 +115,15 @@ def test_a_quality_page_shows_every_row() -> None:
     assert figure["layout"]["xaxis"]["tickvals"] == [2048, 4096]  # those that were measured
 
 
+def test_an_interval_that_ends_at_a_limit_is_shown_from_end_to_end() -> None:
+    document = quality("quest")
+    document["rows"][0]["kl_nats"] |= {"mean": 0.02, "low": 0.0, "high": 0.19}
+    page = Document(quality_page(document))
+    assert page.table("Means with 95 % intervals")[0]["KL (nats)"] == "0.0200 (0.0000 to 0.1900)"
+    error = page.figures[0]["data"][0]["error_y"]
+    assert (error["array"][0], error["arrayminus"][0]) == pytest.approx((0.17, 0.02))
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_on_a_quality_page_are_text(name: str) -> None:
     page, plain = Document(quality_page(quality(name))), Document(quality_page(quality("plain")))

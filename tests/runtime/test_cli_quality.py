@@ -85,7 +85,10 @@ def test_exact_policies_lose_nothing_and_a_window_loses_what_the_formulas_say(
     assert lost["kl_nats"]["mean"] == pytest.approx(sum(lost["kl_nats"]["places"]) / 3)
     # Student's t with two degrees of freedom: 4.303 standard errors.
     values = torch.tensor(lost["kl_nats"]["places"], dtype=torch.float64)
-    assert lost["kl_nats"]["high"] - lost["kl_nats"]["mean"] == pytest.approx(4.30265 * float(values.std()) / 3**0.5)
+    margin = 4.30265 * float(values.std()) / 3**0.5
+    assert lost["kl_nats"]["high"] - lost["kl_nats"]["mean"] == pytest.approx(margin)
+    assert lost["kl_nats"]["low"] == pytest.approx(max(0, lost["kl_nats"]["mean"] - margin))  # none is below 0
+    assert 0 <= lost["top1_share"]["low"] <= lost["top1_share"]["high"] <= 1
 
 
 def test_bytes_are_those_of_one_sequence(folder: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
