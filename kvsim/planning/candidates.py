@@ -104,7 +104,7 @@ def candidates(
     priced = {text: prices.of(gpu.name) for text, gpu in cards}
     for text, gpu in cards:
         host = load_host(asked.host if asked.host is not None else default_host(gpu.name))
-        own = {**asked.setup, "slo_classes": {**asked.setup["slo_classes"], **classes}}
+        own = {**asked.setup, "slo_classes": classes}
         for policy in asked.policy:
             base = dict(own, model=model, policy=parse_policy(policy), gpu=gpu, host=host, speculation=guessed)
             for options, changes in _variants(asked, base, trace):

@@ -42,9 +42,10 @@ class Question:
         return [*self.asked.load_model().notes]
 
     def class_bounds(self) -> dict[str, dict[str, float]]:
-        """What a request of each class that tenants have must keep."""
+        """What a request of each class that tenants have must keep: the plan's bounds in place of a scenario's."""
         have = {one.slo_class for one in self.asked.setup["tenants"].values()}
-        return {name: request_bounds(self.objectives, name) for name in classes(self.objectives) if name in have}
+        own = {name: request_bounds(self.objectives, name) for name in classes(self.objectives) if name in have}
+        return {**self.asked.setup["slo_classes"], **own}
 
 
 def question_of(
@@ -75,12 +76,6 @@ def question_of(
         given["policy"] = _several(policy)
     bounds = {one.removesuffix("_s"): limit_s for one, limit_s in request_bounds(objectives, None).items()}
     given["slo"] = bounds
-    tenants = given.get("tenants", {})
-    named = {terms.get("slo_class") for terms in tenants.values()} if isinstance(tenants, Mapping) else set()
-    own = {name: request_bounds(objectives, name) for name in classes(objectives) if name in named}
-    if own:
-        written = {name: {one.removesuffix("_s"): s for one, s in each.items()} for name, each in own.items()}
-        given["slo_classes"] = {**written, **given.get("slo_classes", {})}
     asked = load_scenario(given, None if scenario is None else Path(scenario), allow_code=allow_code)
     if "prefill_gpus" in asked.given:
         raise ValueError(f"prefill_gpus: {_UNPLANNED['prefill_gpus']}")
@@ -91,7 +86,7 @@ def question_of(
         asked = replace(asked, seeds=SEEDS)
     return Question(
         asked=asked,
-        given={key: value for key, value in given.items() if key not in ("slo", "slo_classes") or key in options},
+        given=given,
         scenario=None if scenario is None else str(scenario),
         gpus=tuple(dict.fromkeys(gpus or [asked.gpu])),
         objectives=objectives,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import traces
-from kvsim import Setup, load_gpu, load_host, load_model, plan, simulate, summarize
+from kvsim import Plan, Setup, load_gpu, load_host, load_model, plan, simulate, summarize
 from kvsim.__main__ import main
 from kvsim.planning.planner import Planner
 from policies import Full, parse_policy
@@ -190,6 +190,14 @@ def test_engines_are_named_where_they_have_the_policy(planned: dict[str, Any]) -
         assert answer["beside"]["policy"] == "full"
 
 
+def test_a_notebook_shows_the_plans_and_takes_no_text_for_a_tag(planned: dict[str, Any]) -> None:
+    page = Plan(planned)._repr_html_()
+    assert page.count("<tr>") == 1 + len(planned["plans"])
+    hostile = {**planned, "plans": [{**planned["plans"][0], "policy": "<script>alert(1)</script>"}]}
+    assert "<script>" not in Plan(hostile)._repr_html_()
+    assert "&lt;script&gt;" in Plan(hostile)._repr_html_()
+
+
 def gpus(**options: Any) -> float:
     """GPUs of the answer for a short piece of chat; infinite where there is none."""
     found = plan(**{**CHAT, "limit": 100, **PLAIN, "tp": 1, **options})
@@ -321,3 +329,27 @@ def test_a_fleet_of_a_given_size_is_split_as_serves_best(chat: Trace) -> None:
     assert summary["tpot_s"]["p99"] <= 0.03
     beyond = played(answer, chat.scaled_rate(answer["load"]["breaks_at"]))
     assert beyond["ttft_s"]["p99"] > 1 or beyond["tpot_s"]["p99"] > 0.03
+
+
+def test_tenants_of_a_class_are_counted_by_its_bounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = Trace.from_columns(
+        name="tenants",
+        arrival_s=np.repeat(0.05 * np.arange(60), 2),
+        prompt_tokens=np.full(120, 1024),
+        output_tokens=np.full(120, 20),
+        tenant=np.tile([0, 1], 60),
+        tenants=("alice", "bob"),
+    )
+    file = tmp_path / "scenario.yaml"
+    file.write_text("tenants: {alice: {slo_class: gold}}\nslo_classes: {gold: {ttft: 9s}}\n")
+    found = plan(trace=written(trace, tmp_path), scenario=file, slo="gold:ttft_p99=200ms,bob:e2e_p99=1m", tp=1, **PLAIN)
+    answer = found.answer
+    assert answer is not None
+    assert set(answer["slo"]) == {"gold:ttft_p99", "bob:e2e_p99"}
+    assert "--slo-class gold:ttft=0.2s" in answer["simulate"]
+    capsys.readouterr()
+    assert main([*shlex.split(answer["simulate"])[1:], "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["tenants"]["alice"]["slo"] == {"ttft_s": 0.2}
+    assert summary["tenants"]["alice"]["ttft_s"]["p99"] == answer["slo"]["gold:ttft_p99"]["value_s"]
+    assert summary["goodput_rps"] == answer["goodput_rps"]
