@@ -24,8 +24,13 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for machines
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """Print `document` with its `schema_version`; numpy values become plain ones, NaN and infinities null."""
-    typer.echo(json.dumps({"schema_version": SCHEMA_VERSION, **_plain(document)}, indent=2, allow_nan=False))
+    """Print `document` as `json_text` has it."""
+    typer.echo(json_text(document))
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """`document` with its `schema_version`; numpy values become plain ones, NaN and infinities null."""
+    return json.dumps({"schema_version": SCHEMA_VERSION, **_plain(document)}, indent=2, allow_nan=False)
 
 
 def print_table(columns: Columns, rows: Iterable[Sequence[str]]) -> None:

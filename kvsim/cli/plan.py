@@ -50,6 +50,9 @@ def plan(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let that file name policies as module:Class, whose code is run.")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write plan.json and report.html into this folder.")
+    ] = None,
     json: JsonFlag = False,
     **_options: object,  # those of the scenario, which are read from the context
 ) -> None:
@@ -59,6 +62,8 @@ def plan(
     GPUs. The exit code is 3 where nothing holds the SLO; the nearest fleet is printed then.
     """
     began_s = time.perf_counter()
+    from kvsim.cli.command_line import command_line
+    from kvsim.cli.plan_files import holding_plan, write_plan
     from kvsim.cli.plan_output import print_first, print_plan
     from kvsim.cli.progress import counted
     from kvsim.planning.plan import answered
@@ -78,12 +83,17 @@ def plan(
     )
     for note in question.notes():
         print_line(f"warning: {note}", err=True)
-    with counted("simulations") as progress:
-        document = answered(question, began_s, print_first, progress)
-    if json:
-        print_json(document)
-    else:
-        print_plan(document)
+    with holding_plan(out) as folder:
+        with counted("simulations") as progress:
+            document = answered(question, began_s, print_first, progress)
+        try:
+            if folder is not None:
+                write_plan(document, command_line(ctx, {"json", "out"}), folder, allow_code=allow_code)
+        finally:  # what took so long to find is shown, whether or not it could be written
+            if json:
+                print_json(document)
+            else:
+                print_plan(document)
     _end(document)
 
 

@@ -58,8 +58,8 @@ def cdf(samples: Mapping[str, Floats], quantity: str) -> Figure:
         kept = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), _CDF_POINTS)).round().astype(np.int64))
         x, y = np.r_[ordered[0], ordered[kept]], np.r_[0, (kept + 1) / len(ordered)]
         hover = "%{y:.1%} of requests within %{x:.3~s}s"
-        lines.append(_line(label, style(index), x, y, hover) | {"line": _stroke(style(index), "hv")})
-    layout = _layout(f"{quantity} (log scale)", "share of requests")
+        lines.append(line_of(label, style(index), x, y, hover) | {"line": _stroke(style(index), "hv")})
+    layout = base_layout(f"{quantity} (log scale)", "share of requests")
     ticks_s = _log_ticks(np.concatenate([np.empty(0), *samples.values()]))
     layout["xaxis"] |= {"type": "log", "tickvals": ticks_s, "ticktext": [format_s(tick_s) for tick_s in ticks_s]}
     layout["yaxis"] |= {"range": [0, 1.02], "tickformat": ".0%"}
@@ -76,15 +76,11 @@ def occupancy(curves: Mapping[str, tuple[Floats, Floats]], capacity_bytes: float
     lines = []
     for index, (label, curve) in enumerate(curves.items()):
         times_s, values = thin(*curve, most)
-        lines.append(_line(label, style(index), times_s, values / scale, f"%{{y:.4~g}} {unit} at %{{x:.4~g}} s"))
-    layout = _layout("time (s)", unit)
+        lines.append(line_of(label, style(index), times_s, values / scale, f"%{{y:.4~g}} {unit} at %{{x:.4~g}} s"))
+    layout = base_layout("time (s)", unit)
     layout["yaxis"] |= {"range": [0, 1.1 * top / scale if top else 1]}
     if near and capacity_bytes:
-        height = capacity_bytes / scale
-        mark = {"xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "type": "line"}
-        layout["shapes"] = [mark | {"line": {"color": "#7f8790", "dash": "dash", "width": 1.5}}]
-        note = {"text": f"capacity {format_bytes(capacity_bytes)}", "xref": "paper", "x": 1, "y": height}
-        layout["annotations"] = [note | {"xanchor": "right", "yanchor": "bottom", "showarrow": False}]
+        layout |= limit_at(capacity_bytes / scale, f"capacity {format_bytes(capacity_bytes)}")
     return {"data": lines, "layout": layout}
 
 
@@ -111,15 +107,15 @@ def _stacked(
             "orientation": "h",
             "name": escape(part, quote=False),
             "y": rows,
-            "x": _numbers(np.array([bar.get(part, 0) / scale for bar in bars.values()], np.float64)),
+            "x": numbers(np.array([bar.get(part, 0) / scale for bar in bars.values()], np.float64)),
             "customdata": [show(bar.get(part, 0)) for bar in bars.values()],
             "hovertemplate": "%{customdata}<extra>%{fullData.name}</extra>",
             "marker": {"color": COLOURS[index % len(COLOURS)]},
         }
         for index, part in enumerate(parts)
     ]
-    layout = _layout(unit, "")
-    ticks = [escape(_shortened(label), quote=False) for label in bars]
+    layout = base_layout(unit, "")
+    ticks = [escape(shortened(label), quote=False) for label in bars]
     layout["yaxis"] |= {"tickvals": rows, "ticktext": ticks, "range": [len(bars) - 0.5, -0.5], "showgrid": False}
     layout |= {"barmode": "stack", "bargap": 0.35, "height": 90 + 34 * len(bars)}
     return {"data": data, "layout": layout}
@@ -132,12 +128,12 @@ def divergence(
     lines = []
     for index, (label, (contexts, means, intervals)) in enumerate(measured.items()):
         hover = "%{y:.4f} nats a token after %{x:,} tokens"
-        line = _line(label, style(index), np.array(contexts, np.float64), np.array(means, np.float64), hover)
+        line = line_of(label, style(index), np.array(contexts, np.float64), np.array(means, np.float64), hover)
         above = [high - mean for mean, (_, high) in zip(means, intervals, strict=True)]
         below = [mean - low for mean, (low, _) in zip(means, intervals, strict=True)]
         error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
         lines.append(line | {"mode": "lines+markers", "error_y": error})
-    layout = _layout("tokens of context (log scale)", "KL (nats a token)")
+    layout = base_layout("tokens of context (log scale)", "KL (nats a token)")
     ticks = sorted({context for contexts, _, _ in measured.values() for context in contexts})
     layout["xaxis"] |= {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}
     layout["yaxis"] |= {"rangemode": "tozero"}
@@ -165,13 +161,24 @@ def thin(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
     return x[rows], y[rows]
 
 
-def _line(label: str, look: Style, x: Floats, y: Floats, hover: str) -> dict[str, Any]:
+def limit_at(height: float, text: str) -> dict[str, Any]:
+    """What a layout gets for a dashed line across it, with our own words at its right end."""
+    mark = {"xref": "paper", "x0": 0, "x1": 1, "y0": height, "y1": height, "type": "line"}
+    note = {"text": text, "xref": "paper", "x": 1, "y": height}
+    return {
+        "shapes": [mark | {"line": {"color": "#7f8790", "dash": "dash", "width": 1.5}}],
+        "annotations": [note | {"xanchor": "right", "yanchor": "bottom", "showarrow": False}],
+    }
+
+
+def line_of(label: str, look: Style, x: Floats, y: Floats, hover: str) -> dict[str, Any]:
+    """A line; `hover` is Plotly's template for what it says at a point."""
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": escape(_shortened(label), quote=False),
-        "x": _numbers(x),
-        "y": _numbers(y),
+        "name": escape(shortened(label), quote=False),
+        "x": numbers(x),
+        "y": numbers(y),
         "line": _stroke(look, "linear"),
         "hovertemplate": hover + "<extra>%{fullData.name}</extra>",
     }
@@ -190,7 +197,8 @@ def _log_ticks(values: Floats) -> list[float]:
     return [fold * 10.0**decade for decade in decades for fold in ((1, 2, 5) if len(decades) <= 4 else (1,))]
 
 
-def _layout(x_title: str, y_title: str) -> dict[str, Any]:
+def base_layout(x_title: str, y_title: str) -> dict[str, Any]:
+    """What all charts have in common; titles are our own words."""
     axis = {"automargin": True, "zeroline": False, "gridcolor": "#88888855"}
     return {
         "xaxis": axis | {"title": {"text": x_title}, "rangemode": "tozero"},
@@ -211,10 +219,11 @@ def _byte_unit(largest_bytes: float) -> tuple[int, str]:
     return 1024**power, names[power]
 
 
-def _shortened(label: str) -> str:
+def shortened(label: str) -> str:
+    """A label as long as there is room for."""
     return label if len(label) <= _LABEL_CHARACTERS else label[: _LABEL_CHARACTERS - 1] + "…"
 
 
-def _numbers(values: Floats) -> list[float]:
+def numbers(values: Floats) -> list[float]:
     """Six digits each: finer than a screen, and half the size of the page."""
     return [float(f"{value:.6g}") for value in values.tolist()]

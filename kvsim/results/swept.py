@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvsim.results.documents import earlier_set
 from kvsim.results.row import Value
 
 NAMES = ("sweep.parquet", "sweep.json")
@@ -12,12 +13,7 @@ NAMES = ("sweep.parquet", "sweep.json")
 
 def earlier(out: Path) -> list[str]:
     """The files of a sweep that a folder holds; none where its `sweep.json` is none of ours."""
-    try:
-        held = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
-        ours = bool(held["schema_version"]) and isinstance(held["points"], list)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return [name for name in NAMES if ours and (out / name).is_file()]
+    return earlier_set(out, NAMES, "points")
 
 
 def write_swept(document: Mapping[str, Any], rows: Sequence[Mapping[str, Value]], folder: Path) -> None:

@@ -1,0 +1,61 @@
+"""What `kvsim plan --out` writes: the document, and a page about it for who decides."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvsim.results.folder import Held
+    from kvsim.results.summary import Result
+    from kvsim.scenario.scenario_file import Scenario
+
+
+@contextmanager
+def holding_plan(out: Path | None) -> Iterator["Held | None"]:
+    """The folder of --out, from before the search until the plan is in it; None where it was not given."""
+    from kvsim.results.documents import PLAN_NAMES, earlier_plan
+    from kvsim.results.folder import hold
+
+    if out is None:
+        yield None
+        return
+    with hold(out, earlier_plan, PLAN_NAMES) as folder:
+        yield folder
+
+
+def write_plan(document: Mapping[str, Any], command: str, folder: "Held", *, allow_code: bool) -> None:
+    """Put `plan.json` and `report.html` in the place of an earlier plan's; the plan's fleet is played once for them."""
+    from kvsim.cli.output import json_text
+    from kvsim.report.plan import plan_page
+    from kvsim.results.documents import write_page
+
+    text = json_text(document)
+    chosen = document["answer"] or document.get("nearest")
+    if chosen is None or document["partial"]:
+        html = plan_page(document, command)
+    else:
+        asked, played = _played(chosen["simulate"], allow_code=allow_code)
+        html = plan_page(document, command, played, slo=asked.slo_s, warmup_s=asked.warmup)
+
+    def fill(new: Path) -> None:
+        (new / "plan.json").write_text(text + "\n", encoding="utf-8")
+        write_page(html, new)
+
+    folder.replace(fill)
+
+
+def _played(command: str, *, allow_code: bool) -> "tuple[Scenario, Result]":
+    """What the `kvsim simulate` of a plan asks for, and what comes of it on the first seed's trace."""
+    from kvsim.cli.app import COMMANDS
+    from kvsim.cli.deferred import Deferred
+    from kvsim.cli.options import given_options
+    from kvsim.run.simulate import simulate
+    from kvsim.scenario.scenario_file import load_scenario
+
+    _, name, *words = shlex.split(command)
+    context = Deferred(name, *COMMANDS[name]).make_context(name, words)
+    asked = load_scenario(given_options(context), context.params["scenario"], allow_code=allow_code)
+    (setup,) = asked.setups()
+    return asked, simulate(asked.load_traces()[0], setup)

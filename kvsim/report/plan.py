@@ -1,0 +1,207 @@
+"""The page of a plan, for who decides: the answer first, then why, then what it rests on and how to run it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kvsim.report import plan_tables, tables
+from kvsim.report.page import Chart, Page
+from kvsim.report.plan_tables import Fleet, Row, label_of, usd
+from kvsim.report.plots import style
+from kvsim.report.points import Axis, Points, scatter, seconds
+from kvsim.report.run_charts import cdf_chart, coloured, places_chart, spent_charts
+from kvsim.report.runs import runs_of
+from kvsim.results.causes import CAUSES
+from kvsim.results.summary import Result
+from kvsim.text.units import format_s
+from kvsim.version import __version__
+
+
+def plan_page(
+    document: Row,
+    command: str,
+    played: Result | None = None,
+    *,
+    slo: Mapping[str, float] | None = None,
+    warmup_s: float = 0.0,
+) -> str:
+    """A self-contained page about the document of `kvsim plan`, which `command` asked for.
+
+    `played` is a run of its plan, or of the nearest one, with the statistics of `summarize`; without it the page does
+    not say what memories hold and what latency is spent on.
+    """
+    rows = [row for row in document["plans"] if row["gpus"] is not None]
+    fleets = [Fleet(label_of(row), style(index), row) for index, row in enumerate(rows)]
+    chosen = document["answer"] or document.get("nearest")
+    page = Page()
+    content: dict[str, Any] = {
+        "sentence": document["sentence"],
+        "holds": document["answer"] is not None,
+        "partial": document["partial"],
+        "fleets": [(fleet.label, fleet.style.css_border) for fleet in fleets],
+        "decision": None,
+        "objectives": None,
+        "by_load": [],
+        "goodput": [],
+        "curve": None,
+        "kinds": None,
+    }
+    if chosen is not None:
+        load = chosen["load"]
+        content |= {
+            "decision": plan_tables.decision(chosen, load),
+            "objectives": plan_tables.objectives(chosen),
+            "by_load": list(_by_load(page, fleets, load)),
+            "goodput": _goodput(page, chosen, load, fleets),
+            "curve": plan_tables.curve(load),
+            "kinds": plan_tables.kinds(chosen),
+        }
+    content |= {
+        "costs": _costs(page, fleets),
+        "plans": plan_tables.plans(fleets, document["slo_asked"]) if fleets else None,
+        "refused": plan_tables.refused(row for row in document["plans"] if row["gpus"] is None),
+        "qualities": plan_tables.qualities(fleets) if fleets else None,
+        "sources": plan_tables.sources(document),
+        **_of_run(page, played, slo, warmup_s),
+        "commands": list(_commands(document, chosen, command)),
+        "notes": _notes(document, chosen, played),
+    }
+    trace = next(row["of"] for row in document["sources"] if row["figure"] == "requests")
+    return page.html("plan", f"What to buy for {trace}", {"version": __version__}, **content)
+
+
+def _by_load(page: Page, fleets: Sequence[Fleet], load: Row) -> Iterator[Chart]:
+    """For each objective its value over the load of a GPU: each fleet, and that of one replica fewer."""
+    rates = [row["offered_rps"] / row["rate_scale"] for row in load["curve"] if row["offered_rps"] is not None]
+    if not rates:
+        return
+    names = list(dict.fromkeys(name for fleet in fleets for name in fleet.row["slo"]))
+    for name in names:
+        limit_s = next(fleet.row["slo"][name]["limit_s"] for fleet in fleets if name in fleet.row["slo"])
+        sets = []
+        for fleet in fleets:
+            sizes = [one for one in (fleet.row, fleet.row["fewer"]) if one is not None and name in one["slo"]]
+            known = [(one["gpus"], one["slo"][name]["value_s"]) for one in sizes]
+            known = [(gpus, value_s) for gpus, value_s in known if value_s is not None]
+            notes = [f"{gpus} GPUs: {name} {format_s(value_s)}" for gpus, value_s in known]
+            x, y = [rates[0] / gpus for gpus, _ in known], [value_s for _, value_s in known]
+            sets.append(Points(fleet.label, fleet.style, x, y, notes, [value_s <= limit_s for value_s in y]))
+        times = seconds(name, [limit_s, *(value_s for one in sets for value_s in one.y)])
+        caption = "Each plan, joined to the fleet of one replica fewer where that was simulated: fewer GPUs, more load "
+        caption += "on each. Filled marks keep this limit, rings do not."
+        words = f"SLO {format_s(limit_s)}"
+        figure = scatter(sets, Axis("requests/s offered to a GPU"), times, joined=True, limit=(limit_s, words))
+        yield page.chart(f"{name} by load", caption, figure)
+
+
+def _goodput(page: Page, chosen: Row, load: Row, fleets: Sequence[Fleet]) -> list[Chart]:
+    rows = [row for row in load["curve"] if row["offered_rps"] is not None]
+    if len(rows) < 2:
+        return []
+    notes = [f"{row['rate_scale']:.2f} x the load: {row['binding']} nearest its limit" for row in rows]
+    x, y = [row["offered_rps"] for row in rows], [row["goodput_rps"] for row in rows]
+    label = label_of(chosen)
+    look = next(fleet.style for fleet in fleets if fleet.label == label)
+    fleet = Points(label, look, x, y, notes, [row["holds"] for row in rows])
+    caption = (
+        f"{chosen['gpus']} GPUs. Filled marks hold the SLO, rings break it. Goodput is of the whole run, with the "
+    )
+    caption += "time that the last requests take."
+    figure = scatter([fleet], Axis("offered requests/s"), Axis("goodput, requests/s"), joined=True)
+    return [page.chart("Goodput by offered load", caption, figure)]
+
+
+def _costs(page: Page, fleets: Sequence[Fleet]) -> list[Chart]:
+    """Cost against the tightest objective, and against quality where it was measured."""
+    charts = []
+    cost = Axis("$ a million output tokens")
+    priced = [fleet for fleet in fleets if fleet.row["cost_per_million_tokens"] is not None]
+    far = [(fleet, share) for fleet in priced if (share := _share_of_limit(fleet.row)) is not None]
+    if far:
+        sets = [_priced(fleet, share, f"{share:.0%} of the nearest limit") for fleet, share in far]
+        caption = "The objective nearest its limit, or furthest above it. Lower and further left is better; filled "
+        caption += "marks are on the front of cost, distance and quality."
+        axis = Axis("% of the limit", 0.01)
+        figure = scatter(sets, cost, axis, joined=False, limit=(1.0, "SLO"))
+        charts.append(page.chart("Cost and latency", caption, figure))
+    known = [fleet for fleet in priced if not isinstance(fleet.row["quality"], str)]
+    if any(fleet.row["quality"]["kl_nats"] for fleet in known):
+        sets = [_priced(fleet, fleet.row["quality"]["kl_nats"], _lost(fleet)) for fleet in known]
+        caption = "Divergence from full attention; plans whose quality nobody measured are left out. Lower and further "
+        caption += "left is better; filled marks are on the front."
+        figure = scatter(sets, cost, Axis("KL (nats a token)"), joined=False)
+        charts.append(page.chart("Cost and quality", caption, figure))
+    return charts
+
+
+def _priced(fleet: Fleet, y: float, note: str) -> Points:
+    cost = fleet.row["cost_per_million_tokens"]
+    words = f"{fleet.row['gpus']} GPUs, {usd(cost)}: {note}"
+    return Points(fleet.label, fleet.style, [cost], [y], [words], [fleet.row["pareto"]])
+
+
+def _lost(fleet: Fleet) -> str:
+    return plan_tables.quality_of(fleet.row["quality"])
+
+
+def _share_of_limit(row: Row) -> float | None:
+    values = [(bound["value_s"], bound["limit_s"]) for bound in row["slo"].values()]
+    if not values or any(value_s is None for value_s, _ in values):
+        return None
+    return max(float(value_s / limit_s) for value_s, limit_s in values)
+
+
+def _of_run(page: Page, played: Result | None, slo: Mapping[str, float] | None, warmup_s: float) -> dict[str, Any]:
+    """What the plan's own run says of latency, memory and tenants."""
+    if played is None:
+        return {"played": False}
+    runs = runs_of([played], slo, warmup_s)
+    return {
+        "played": True,
+        "latency": [cdf_chart(page, runs, name, warmup_s) for name in ("ttft_s", "tpot_s")],
+        "causes": coloured(CAUSES),
+        "spent_shares": spent_charts(page, runs),
+        "spent": tables.spent(runs),
+        **places_chart(page, runs),
+        "places": tables.places(runs),
+        "cache": tables.cache(runs),
+        "tenants": tables.tenants(runs) if len(runs[0].summary["tenants"]) > 1 else None,
+        "fairness": tables.fairness(runs),
+    }
+
+
+def _commands(document: Row, chosen: Row | None, command: str) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """What to run: its title, the command, and what to know of it; no command where an engine has none."""
+    yield "This plan again", command, ["plan.json, beside this page, has all of its figures"]
+    if chosen is not None:
+        whose = "The plan's fleet" if document["answer"] else "The nearest fleet"
+        yield f"{whose} in the simulator, with the same figures", chosen["simulate"], []
+        for name, engine in chosen.get("engines", {}).items():
+            for server in engine["commands"]:
+                title = f"{name}, each of {server['servers']} servers for {server['for']}"
+                yield title, server["command"], [*engine["notes"], "this project has not run it"]
+            if engine["why_not"]:
+                yield name, "", [engine["why_not"]]
+        beside = chosen.get("beside")
+        if beside is not None:
+            words = f"{beside['gpus']} GPUs, {plan_tables.split_of(beside)}, "
+            words += f"{usd(beside['cost_per_million_tokens'])} a million output tokens: {label_of(beside)}"
+            yield "The cheapest plan that an engine runs today", beside["simulate"], [words]
+
+
+def _notes(document: Row, chosen: Row | None, played: Result | None) -> list[str]:
+    notes = [
+        "Percentiles are nearest ranks over finished requests; a fleet that lets a request go unserved holds nothing.",
+        "Costs are the fleet's price for the time of the trace, shared by the output tokens of its finished requests.",
+        "Energy takes every board for drawing its maximum all the time, without hosts and cooling.",
+    ]
+    if chosen is not None and chosen.get("seeds", 1) > 1:
+        notes.append(f"Values are means over traces of {chosen['seeds']} seeds.")
+    if played is not None:
+        notes.append("Latency, memory and tenants are of one run of the plan's fleet, on the trace of the first seed.")
+    first = document["first_answer"]
+    if first is not None:
+        fleet = f"{first['gpus']} x {first['gpu']}" if first["holds"] else "that no fleet holds it"
+        notes.append(f"The first estimate, by closed forms, was {fleet}, after {format_s(first['wall_s'])}.")
+    words = f"{document['simulations']} simulations of {format_s(document['simulations_cpu_s'])} of CPU together, in "
+    notes.append(words + f"{format_s(document['wall_s'])}, by kvsim {__version__}.")
+    return notes
