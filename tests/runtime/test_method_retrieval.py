@@ -250,7 +250,7 @@ def model():
 IDS = torch.randint(3, 101, (2, 79), generator=torch.Generator().manual_seed(8))
 TEXTS = [
     f"retrieval-attention:sink_tokens=4,window_tokens=16,top_k=8,{index}"
-    for index in ("index=flat", "index=ivf,lists=8", "degree=4,scanned=0.3,scan_factor=1")
+    for index in ("index=flat", "index=ivf,lists=8", "degree=4,scanned=0.7,scan_factor=1")
 ]
 
 
@@ -285,9 +285,12 @@ def test_bytes_and_visits_of_two_runs_are_the_same_and_those_of_the_plans(model,
             for (*_, prompt, past, new), drawn_ in zip(recording.steps.tolist(), recording.totals(), strict=True):
                 plan = plan_layer(kv.policy, kv.shape, Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new), 0)
                 expected.update(moved_bytes(plan.ops, plan.buffers, drawn_))
-                if plan.counts:  # 0.3 of 50 keys, for each of four heads
-                    assert drawn_["visited"] == 2 * 4 * 15
-                    assert set(drawn_) == {"visited", "followed"}
+                if plan.counts:  # 0.7 of 50 keys, for each of four heads
+                    assert drawn_["visited"] == 2 * 4 * 35
+                    (search,) = (op for op in plan.ops if op.name == "search")
+                    read = {access.buffer: access.rows.at(drawn_) for access in search.reads}
+                    assert read["index_keys"] == drawn_["visited"]
+                    assert 0 < read["graph"] == drawn_["followed"] <= drawn_["visited"]
             assert kv.moved_bytes == expected
             last = [plan_layer(kv.policy, kv.shape, Step.decoding(70, 12), i).buffers for i in range(3)]
             assert kv.footprint_bytes == {tier: 2 * n for tier, n in stored_bytes(last).items()}
