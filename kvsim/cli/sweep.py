@@ -17,15 +17,6 @@ if TYPE_CHECKING:
     from kvsim.scenario.scenario_file import Scenario
 
 JOURNAL = "sweep.journal"
-_SHOWN = {  # figures of the printed table
-    "output_tokens_per_s": "tokens/s",
-    "ttft_s.p50": "TTFT p50",
-    "ttft_s.p99": "TTFT p99",
-    "tpot_s.p50": "TPOT p50",
-    "tpot_s.p99": "TPOT p99",
-    "goodput_rps": "goodput/s",
-    "bottleneck": "bottleneck",
-}
 _MOST_SHOWN = 100
 
 
@@ -64,6 +55,8 @@ def sweep(
     Killed at any moment, the same command goes on with what is missing: points that --out has are not simulated again,
     also when dimensions grow. The tables are the same bytes as without an interruption.
     """
+    from kvsim.cli.command_line import command_line
+    from kvsim.report.sweep import sweep_page
     from kvsim.results.folder import hold
     from kvsim.results.swept import NAMES, earlier, write_swept
     from kvsim.run.journal import Journal
@@ -100,7 +93,9 @@ def sweep(
             "options": {**options},
             "points": [{"options": point, **row} for point, row in zip(drawn, found, strict=True)],
         }
-        folder.replace(lambda new: write_swept(document, rows, new))
+        # The same words wherever the files lie and whoever simulated, as in all files of a sweep.
+        html = sweep_page(document, rows, f"{command_line(ctx, {'json', 'out', 'ray'})} --out DIR")
+        folder.replace(lambda new: write_swept(document, rows, html, new))
     if json:
         print_json(document)
     else:
@@ -147,9 +142,11 @@ def _stated(values: Any) -> Any:
 
 
 def _print(rows: "Sequence[Mapping[str, Value]]", dims: Sequence[str]) -> None:
+    from kvsim.report.sweep import FIGURES
     from kvsim.text.units import format_s
 
-    figures = {key: name for key, name in _SHOWN.items() if key != "goodput_rps" or any(key in row for row in rows)}
+    names = {key: figure.name for key, figure in FIGURES.items()} | {"bottleneck": "bottleneck"}
+    figures = {key: name for key, name in names.items() if key != "goodput_rps" or any(key in row for row in rows)}
     columns: Columns = {**dict.fromkeys(dims, "left"), **dict.fromkeys(figures.values(), "right"), "status": "left"}
 
     def cell(key: str, value: "Value") -> str:

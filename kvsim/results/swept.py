@@ -1,14 +1,14 @@
-"""The files of a sweep: a table in Parquet with a row for each point, and the same as JSON with what was asked for."""
+"""The files of a sweep: a row for each point in Parquet, the same as JSON with what was asked for, and a page."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvsim.results.documents import earlier_set
+from kvsim.results.documents import REPORT, earlier_set, write_page
 from kvsim.results.row import Value
 
-NAMES = ("sweep.parquet", "sweep.json")
+NAMES = ("sweep.parquet", "sweep.json", REPORT)
 
 
 def earlier(out: Path) -> list[str]:
@@ -16,8 +16,8 @@ def earlier(out: Path) -> list[str]:
     return earlier_set(out, NAMES, "points")
 
 
-def write_swept(document: Mapping[str, Any], rows: Sequence[Mapping[str, Value]], folder: Path) -> None:
-    """Write both into an empty folder. `document` is JSON's; its `points` are what the rows are made of."""
+def write_swept(document: Mapping[str, Any], rows: Sequence[Mapping[str, Value]], html: str, folder: Path) -> None:
+    """Write all into an empty folder. `document` is JSON's; its `points` are what the rows are made of."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -26,6 +26,7 @@ def write_swept(document: Mapping[str, Any], rows: Sequence[Mapping[str, Value]]
     parquet.write_table(table, folder / "sweep.parquet")
     text = json.dumps(document, indent=2, allow_nan=False)
     (folder / "sweep.json").write_text(text + "\n", encoding="utf-8")
+    write_page(html, folder)
 
 
 def _column(values: Sequence[Value]) -> Any:
