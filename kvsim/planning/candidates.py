@@ -35,7 +35,6 @@ class Family:
     price: Price
     options: tuple[str, ...] = ()
     prefill_share: float | None = None
-    prefill_shift: int = 0  # replicas more for prompts than that share, rounded
 
     @property
     def gpus_each(self) -> int:
@@ -51,11 +50,14 @@ class Family:
         """How many of so many replicas process prompts alone."""
         if self.prefill_share is None:
             return 0
-        return min(replicas - 1, max(1, round(self.prefill_share * replicas) + self.prefill_shift))
+        return min(replicas - 1, max(1, round(self.prefill_share * replicas)))
 
-    def fleet(self, replicas: int) -> Setup:
-        """So many replicas. Raises ValueError where no host or network holds them."""
-        prefill_gpus = self.prefill_replicas(replicas) * self.gpus_each
+    def fleet(self, replicas: int, prompts: int | None = None) -> Setup:
+        """So many replicas, `prompts` of which process prompts alone (None: their share).
+
+        Raises ValueError where no host or network holds them.
+        """
+        prefill_gpus = (self.prefill_replicas(replicas) if prompts is None else prompts) * self.gpus_each
         return replace(self.setup, gpus=replicas * self.gpus_each, prefill_gpus=prefill_gpus)
 
     def usd_per_hour(self, replicas: int) -> float:

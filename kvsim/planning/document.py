@@ -10,7 +10,7 @@ from kvsim.planning.measured import Measured, over_seeds
 from kvsim.planning.planner import Estimate, Planner, rate_scale
 from kvsim.planning.quality import NOT_MEASURED, loss_nats
 from kvsim.planning.search import Bracket
-from kvsim.planning.simulations import Failed, Key
+from kvsim.planning.simulations import Failed
 from kvsim.planning.sources import kinds_of, sources_of
 from kvsim.text.units import format_s
 from traces import Trace
@@ -79,15 +79,16 @@ def _row(
     replicas = bracket.best
     runs = _runs(planner, index, replicas, len(traces))
     feasible = bracket.holds is not None
-    family_setup = family.fleet(replicas)
+    best = planner.best(index)
+    setup = family.fleet(replicas, best.prompts)
     row: dict[str, Any] = {
         "policy": family.policy,
         "gpu": family.gpu,
-        "gpus": family_setup.gpus,
+        "gpus": setup.gpus,
         "replicas": replicas,
-        "tp": family_setup.tp,
-        "pp": family_setup.pp,
-        "prefill_gpus": family_setup.prefill_gpus,
+        "tp": setup.tp,
+        "pp": setup.pp,
+        "prefill_gpus": setup.prefill_gpus,
         "options": [*family.options],
         "feasible": feasible,
         "binding": None,
@@ -98,7 +99,7 @@ def _row(
         "kwh_per_million_tokens": None,
         "pareto": False,
     }
-    intervals_s = planner.found.intervals_s.get(Key(index, replicas), {})
+    intervals_s = planner.found.intervals_s.get(best, {})
     if runs:
         first = runs[0]
         row["slo"] = {one.name: _bound(one.name, one.limit_s, runs, intervals_s) for one in question.objectives}
@@ -108,7 +109,7 @@ def _row(
             row["cost_per_million_tokens"] = row["usd_per_hour"] / 3600 / tokens_per_s * 1e6
             watts = family.price.watts
             if watts is not None:
-                kwh_per_s = family_setup.gpus * watts / 1000 / 3600
+                kwh_per_s = setup.gpus * watts / 1000 / 3600
                 row["kwh_per_million_tokens"] = kwh_per_s / tokens_per_s * 1e6
         row["output_tokens_per_s"] = tokens_per_s
         row["goodput_rps"] = math.fsum(one.good_rps for one in runs) / len(runs)
@@ -116,7 +117,7 @@ def _row(
         row["cached_share"] = first.cached_tokens / first.prompt_tokens if first.prompt_tokens else 0.0
         row["bottleneck"] = first.bottleneck
         row["seeds"] = len(runs)
-    failed = planner.simulations.done.get(Key(index, replicas))
+    failed = planner.simulations.done.get(best)
     if isinstance(failed, Failed):
         row["reason"] = failed.reason
     row["fewer"] = _fewer(question, planner, index, bracket, len(traces))
@@ -125,14 +126,14 @@ def _row(
     classes = question.class_bounds()
     row["sources"] = kinds_of(family, row["quality"])
     row["simulate"] = launch.simulate_command(
-        question.given, family, replicas, question.bounds, classes, question.scenario
+        question.given, family, setup, question.bounds, classes, question.scenario
     )
     return row
 
 
 def _runs(planner: Planner, index: int, replicas: int, seeds: int) -> list[Measured]:
     """What was simulated of a fleet, the first seed first; that alone where not all seeds were."""
-    runs = [planner.simulations.done.get(Key(index, replicas, seed=seed)) for seed in range(seeds)]
+    runs = [planner.simulations.done.get(planner.key(index, replicas, seed=seed)) for seed in range(seeds)]
     known = [one for one in runs if isinstance(one, Measured)]
     return known if len(known) == seeds else [one for one in runs[:1] if isinstance(one, Measured)]
 
@@ -167,13 +168,15 @@ def _fewer(question: "Question", planner: Planner, index: int, bracket: Bracket,
             tried.append((max(one.ratio(question.objectives) for one in runs), i, runs))
     if not tried:
         return None
+    same = {(i, bracket.holds - 1) for _, i, _ in tried}
     _, nearest, runs = min(tried, key=lambda one: one[:2])
-    fleet = planner.families[nearest].fleet(bracket.holds - 1)
+    best = planner.key(nearest, bracket.holds - 1)
+    fleet = planner.families[nearest].fleet(best.replicas, best.prompts)
     worst = max(runs, key=lambda one: one.ratio(question.objectives))
     return {
         "gpus": fleet.gpus,
         "prefill_gpus": fleet.prefill_gpus,
-        "splits_tried": len({planner.families[i].prefill_replicas(bracket.holds - 1) for _, i, _ in tried}),
+        "splits_tried": len({key.prompts for key in planner.simulations.done if key[:2] in same and not key.load}),
         "binding": worst.binding(question.objectives),
         "slo": {one.name: _bound(one.name, one.limit_s, [worst], {}) for one in question.objectives},
     }
@@ -181,14 +184,13 @@ def _fewer(question: "Question", planner: Planner, index: int, bracket: Bracket,
 
 def _load(question: "Question", planner: Planner, index: int, traces: Sequence[Trace]) -> dict[str, Any]:
     """Goodput against offered load, what is the most that holds, and what breaks beyond it."""
-    bracket, replicas = planner.found.load, planner.found.brackets[index].best
+    bracket, best = planner.found.load, planner.best(index)
     trace = traces[0]
     span_s = float(trace.arrival_s[-1] - trace.arrival_s[0])
     rate_rps = len(trace) / span_s if span_s > 0 else None
     curve = []
     for key, measured in planner.simulations.done.items():
-        same = (key.family, key.replicas, key.seed) == (index, replicas, 0)
-        if same and isinstance(measured, Measured):
+        if key._replace(load=0) == best and isinstance(measured, Measured):
             curve.append((key.load, measured))
     curve.sort(key=lambda pair: pair[0])
     rows = [
@@ -217,8 +219,8 @@ def _load(question: "Question", planner: Planner, index: int, traces: Sequence[T
 
 def _engines(question: "Question", planner: Planner, index: int, traces: Sequence[Trace]) -> dict[str, Any]:
     longest = max(int((trace.prompt_tokens + trace.output_tokens).max()) for trace in traces)
-    replicas = planner.found.brackets[index].best
-    return launch.engines(planner.families[index], replicas, question.asked.model, longest)
+    family, best = planner.families[index], planner.best(index)
+    return launch.engines(family, family.fleet(best.replicas, best.prompts), question.asked.model, longest)
 
 
 def _engine_plan(rows: Mapping[int, dict[str, Any]], planner: Planner) -> dict[str, Any] | None:

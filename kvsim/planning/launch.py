@@ -21,7 +21,7 @@ _CHOSEN = ("gpu", "policy", "gpus", "tp", "pp", "prefill_gpus", "slo", "slo_clas
 def simulate_command(
     given: Mapping[str, Any],
     family: Family,
-    replicas: int,
+    setup: Setup,
     bounds: Mapping[str, float],
     classes: Mapping[str, Any],
     scenario: str | None = None,
@@ -31,7 +31,6 @@ def simulate_command(
     for one in OPTIONS:
         if one.key in given and one.key not in _CHOSEN:
             words += _flag(one.flag, given[one.key])
-    setup = family.fleet(replicas)
     words += ["--gpu", family.gpu, "--policy", family.policy, "--gpus", str(setup.gpus), "--tp", str(setup.tp)]
     words += ["--pp", str(setup.pp)] if setup.pp > 1 else []
     words += ["--prefill-gpus", str(setup.prefill_gpus)] if setup.prefill_gpus else []
@@ -61,7 +60,7 @@ def _flag(flag: str, value: Any) -> list[str]:
     return [flag, str(value)]
 
 
-def engines(family: Family, replicas: int, model: str, longest_tokens: int) -> dict[str, Any]:
+def engines(family: Family, setup: Setup, model: str, longest_tokens: int) -> dict[str, Any]:
     """For each engine its `commands`, a server each, with how many of them there are; or `why_not`."""
     if not run_by_engines(family):
         reason = (
@@ -69,9 +68,10 @@ def engines(family: Family, replicas: int, model: str, longest_tokens: int) -> d
             "at a time"
         )
         return {name: {"commands": [], "why_not": f"{name} {reason}"} for name in ("vLLM", "SGLang")}
-    setup = family.fleet(replicas)
     prompts = setup.prefill_replicas
-    servers = {"prompts": prompts, "decoding": replicas - prompts} if prompts else {"prompts and decoding": replicas}
+    servers = {"prompts": prompts, "decoding": setup.replicas - prompts}
+    if not prompts:
+        servers = {"prompts and decoding": setup.replicas}
     found = {}
     for name, words_of, sizes in (("vLLM", _vllm, _VLLM_SIZES), ("SGLang", _sglang, _SGLANG_SIZES)):
         commands = [

@@ -20,6 +20,8 @@ from policies import Full
 from traces import Trace
 
 _FAR = 1.25  # times as dear as the best, or as far from the SLO: not worth a simulation
+_MOST_SPLITS = 5  # of a number of replicas into pools
+_LEAST_LOAD = 28  # LOAD_STEPs below the trace's load: a quarter of it
 _MOST_LOAD = 60  # LOAD_STEPs: some nineteen times the load
 Line = tuple[str, str, tuple[str, ...]]
 Splits = tuple[str, int, int]
@@ -41,6 +43,7 @@ class Found:
 
     estimates: list[Estimate] = field(default_factory=list)
     brackets: dict[int, Bracket] = field(default_factory=dict)  # by family: of the number of replicas
+    prompts: dict[tuple[int, int], int] = field(default_factory=dict)  # by family and replicas: those for prompts alone
     tried_up_to: dict[int, int] = field(default_factory=dict)  # by family: beyond, it would be dearer than its line
     intervals_s: dict[Key, dict[str, tuple[float, float]]] = field(default_factory=dict)
     load: Bracket | None = None  # of the answer's LOAD_STEPs
@@ -88,7 +91,6 @@ class Planner:
         )
         if self._pools:
             self._challenge(self._pooled(self._lines(indices)))
-            self._challenge(self._shifted(self._lines(indices)))
 
     # -- sizes ---------------------------------------------------------------------------------------------------
 
@@ -102,6 +104,14 @@ class Planner:
         """The fewest replicas of a family that hold the SLO, as far as is known."""
         bracket = self.found.brackets.get(index)
         return None if bracket is None else bracket.holds
+
+    def key(self, index: int, replicas: int, load: int = 0, seed: int = 0) -> Key:
+        """The simulation of a family with so many replicas, its pools as served best of those that were tried."""
+        return Key(index, replicas, self.found.prompts.get((index, replicas), 0), load, seed)
+
+    def best(self, index: int) -> Key:
+        """The simulation of a family's fewest replicas that hold, or of those that came nearest."""
+        return self.key(index, self.found.brackets[index].best)
 
     def usd(self, index: int) -> float:
         """What the family's fewest replicas cost an hour; infinite where none holds."""
@@ -135,7 +145,7 @@ class Planner:
             if family.prefill_share is not None or self.holds(like) is None:
                 continue
             dear = self.usd(i) > _FAR * self.usd(like)
-            measured = self.simulations.done.get(Key(i, bracket.best))
+            measured = self.simulations.done.get(self.key(i, bracket.best))
             far = isinstance(measured, Measured) and measured.ratio(self.objectives) > _FAR
             if dear and (self.holds(i) is not None or far):
                 found.add((family.gpu, self._split(i)))
@@ -165,8 +175,9 @@ class Planner:
                 continue
             family = alike[0]
             if self.families[like].prefill_share is not None and _may_be_pooled(self.families[family]):
-                share, shift = self.families[like].prefill_share, self.families[like].prefill_shift
-                family = self._add(replace(self.families[family], prefill_share=share, prefill_shift=shift), family)
+                served = self.best(like)
+                pools = replace(self.families[family], prefill_share=served.prompts / served.replicas)
+                family = self._add(pools, family)
             starts[family] = self.holds(like) or 1
         return {index: start for index, start in starts.items() if self._most(index) >= self._least(index) >= 1}
 
@@ -207,17 +218,6 @@ class Planner:
                 new.append(self._add(replace(family, prefill_share=self._prefill_share(index)), index))
         return new
 
-    def _shifted(self, lines: AbstractSet[Line]) -> list[int]:
-        """New families beside those with pools that were best: one replica more for prompts, and one fewer."""
-        pooled = [i for i in self.best_of_lines() if self.families[i].prefill_share is not None]
-        near = _FAR * min((self.usd(i) for i in self.found.brackets), default=math.inf)
-        own = [i for i in pooled if self.families[i].line in lines and self.usd(i) <= near]
-        return [
-            self._add(replace(self.families[i], prefill_shift=self.families[i].prefill_shift + shift), i)
-            for i in own
-            for shift in (-1, 1)
-        ]
-
     def _add(self, family: Family, beside: int) -> int:
         """The index of a new family, which is taken to need as much as another one."""
         self.families.append(family)
@@ -227,7 +227,7 @@ class Planner:
     def _prefill_share(self, index: int) -> float:
         """Of all work that of prompts, less what was cached where the family was simulated."""
         share = self.work(index).prefill_share
-        measured = self.simulations.done.get(Key(index, self.found.brackets[index].best))
+        measured = self.simulations.done.get(self.best(index))
         if isinstance(measured, Measured) and measured.prompt_tokens:
             share *= 1 - measured.cached_tokens / measured.prompt_tokens
         return share / (share + 1 - self.work(index).prefill_share)
@@ -254,21 +254,21 @@ class Planner:
         replicas = bracket.holds
         if replicas is None:
             return True
-        keys = [Key(index, replicas, seed=seed) for seed in range(len(self.traces))]
+        keys = [self.key(index, replicas, seed=seed) for seed in range(len(self.traces))]
         ratios = self.simulations.all([self._ratio(key) for key in keys])
         if max(ratios) <= 1:
             return True
         more = replicas + 1 if replicas < self._most(index) else None
         self.found.brackets[index] = Bracket(more, replicas, more or replicas)
         if more is not None:
-            self.simulations.all([self._ratio(Key(index, more))])
+            self.simulations.all([self._served_best(index, more)])
         return False
 
     def _resample(self) -> None:
         """Intervals of each line's best, where the trace is recorded."""
         if len(self.traces) > 1:
             return
-        keys = [Key(i, self.found.brackets[i].best) for i in self.best_of_lines()]
+        keys = [self.best(i) for i in self.best_of_lines()]
         self.found.intervals_s = self.simulations.intervals(keys, self._seed)
 
     def best_of_lines(self) -> list[int]:
@@ -281,7 +281,7 @@ class Planner:
         return list(best.values())
 
     def _nearness(self, index: int) -> float:
-        measured = self.simulations.done.get(Key(index, self.found.brackets[index].best))
+        measured = self.simulations.done.get(self.best(index))
         return measured.ratio(self.objectives) if isinstance(measured, Measured) else math.inf
 
     def nearest(self) -> int | None:
@@ -295,7 +295,7 @@ class Planner:
         if index is None:
             return
         replicas = self.found.brackets[index].best
-        least, most = (0, _MOST_LOAD) if self.found.answer is not None else (-_MOST_LOAD, 0)
+        least, most = (0, _MOST_LOAD) if self.found.answer is not None else (-_LEAST_LOAD, 0)
         search = largest(1 if most else -4, least, most)
         (self.found.load,) = self.simulations.all([self._loaded(index, replicas, search)])
 
@@ -305,17 +305,44 @@ class Planner:
         """A bracket of replicas, kept when it is found."""
         size = next(search)
         while True:
-            measured = yield Key(index, size)
+            ratio = yield from self._served_best(index, size)
             try:
-                size = search.send(self._how_far(measured))
+                size = search.send(ratio)
             except StopIteration as end:
                 self.found.brackets[index] = end.value
                 return
 
+    def _served_best(self, index: int, size: int) -> Task[float]:
+        """How far so many replicas are from the SLO: with pools, in the split that comes nearest.
+
+        From the share of work on, a replica at a time goes to the pool that lags: to decoding where tokens are late,
+        else to prompts, until the SLO holds or the other one lags.
+        """
+        if self.families[index].prefill_share is None:
+            return self._how_far((yield Key(index, size)))
+        ratios: dict[int, float] = {}
+        prompts = self.families[index].prefill_replicas(size)
+        while prompts not in ratios and 1 <= prompts < size and len(ratios) < _MOST_SPLITS:
+            measured = yield Key(index, size, prompts)
+            ratios[prompts] = self._how_far(measured)
+            if ratios[prompts] <= 1:
+                break
+            prompts += -1 if self._tokens_lag(measured) else 1
+        best = min(ratios, key=lambda one: (ratios[one], one))
+        self.found.prompts[index, size] = best
+        return ratios[best]
+
+    def _tokens_lag(self, measured: Measured | Failed) -> bool:
+        """Whether output tokens come later than an objective allows."""
+        if isinstance(measured, Failed):
+            return False
+        late = (one for one in self.objectives if one.latency == "tpot_s")
+        return any(measured.values_s[one.name] > one.limit_s for one in late)
+
     def _loaded(self, index: int, replicas: int, search: Search) -> Task[Bracket]:
         load = next(search)
         while True:
-            measured = yield Key(index, replicas, load)
+            measured = yield self.key(index, replicas, load)
             try:
                 load = search.send(self._how_far(measured))
             except StopIteration as end:

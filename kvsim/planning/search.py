@@ -87,7 +87,8 @@ def _away(size: int, ratios: dict[int, float]) -> int:
     """A step from the last size towards where the ratio is 1, as if it went on as between the last two."""
     ratio = ratios[size]
     if size <= 0:  # sizes of a load: they count steps of a few per cent each
-        return size + (4 if ratio > 1 else -4)
+        step = 4 << min(2, len(ratios) - 1)
+        return size + (step if ratio > 1 else -step)
     power = 2.0
     others = [one for one in ratios if one > 0 and one != size and 0 < ratios[one] < math.inf]
     if others and 0 < ratio < math.inf:

@@ -18,10 +18,11 @@ LOAD_STEP = 1.05  # between two loads that are tried
 
 
 class Key(NamedTuple):
-    """A simulation: a family by its index, how many replicas, how many LOAD_STEPs more load, which seed's trace."""
+    """A simulation: a family by its index, how many replicas, LOAD_STEPs of load above the trace's, which seed."""
 
     family: int
     replicas: int
+    prompts: int = 0  # replicas that process prompts alone
     load: int = 0
     seed: int = 0
 
@@ -113,7 +114,7 @@ class Simulations(AbstractContextManager["Simulations"]):
     def _fleet(self, key: Key) -> tuple[object, ...]:
         """What tells one simulation from another: families of pools may come to the same numbers."""
         family = self.families[key.family]
-        split = family.setup.tp, family.setup.pp, family.prefill_replicas(key.replicas)
+        split = family.setup.tp, family.setup.pp, key.prompts
         return (*family.line, *split, key.replicas, key.load, key.seed)
 
     def _start(self, key: Key, running: dict[Future[Measured], Key], *, at_home: bool) -> None:
@@ -126,7 +127,7 @@ class Simulations(AbstractContextManager["Simulations"]):
         chosen = home if home in free and home is not None else free[0]
         trace = self._traces[key.seed]
         try:
-            setup = family.fleet(key.replicas)
+            setup = family.fleet(key.replicas, key.prompts)
             job = Job(trace if key.load == 0 else trace.scaled_rate(key.rate_scale), setup)
         except ValueError as error:
             self.done[key] = Failed(str(error))

@@ -139,7 +139,7 @@ def test_replicas_of_pools_are_shared_out_by_work() -> None:
     pooled = replace(family, prefill_share=0.7)
     assert [pooled.prefill_replicas(n) for n in (2, 3, 10)] == [1, 2, 7]
     assert pooled.fleet(10).prefill_gpus == 14
-    assert replace(pooled, prefill_shift=1).fleet(10).prefill_gpus == 16
+    assert pooled.fleet(10, prompts=8).prefill_gpus == 16
     assert family.fleet(3).prefill_gpus == 0
 
 

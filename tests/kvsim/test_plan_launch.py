@@ -25,12 +25,17 @@ def family(policy: str = "full", share: float | None = None, **options: Any) -> 
     return Family(gpu="h100-sxm", policy=policy, setup=setup, price=price, prefill_share=share)
 
 
+def started(replicas: int, policy: str = "full", **options: Any) -> dict[str, Any]:
+    one = family(policy, **options)
+    return engines(one, one.fleet(replicas), "m", 9000)
+
+
 def value(words: list[str], flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
 def test_host_memory_for_prefixes_is_shared_by_the_replicas_of_a_host() -> None:
-    found = engines(family(prefix_cache_ddr_bytes=1 << 40), 8, "m", 9000)  # four replicas of two GPUs on a host
+    found = started(8, prefix_cache_ddr_bytes=1 << 40)  # four replicas of two GPUs on a host
     vllm, sglang = (shlex.split(found[name]["commands"][0]["command"]) for name in ("vLLM", "SGLang"))
     assert value(vllm, "--kv-offloading-size") == "256"  # GiB of a server
     assert value(sglang, "--hicache-size") == str((1 << 40) // 4 // 2 // 10**9)  # GB of a rank
@@ -39,7 +44,7 @@ def test_host_memory_for_prefixes_is_shared_by_the_replicas_of_a_host() -> None:
 
 
 def test_pools_are_servers_of_two_kinds() -> None:
-    found = engines(family(share=0.75, prefix_cache_ddr_bytes=1 << 40), 4, "m", 9000)
+    found = started(4, share=0.75, prefix_cache_ddr_bytes=1 << 40)
     assert [(one["servers"], one["for"]) for one in found["vLLM"]["commands"]] == [(3, "prompts"), (1, "decoding")]
     prompts, decoding = (shlex.split(one["command"]) for one in found["vLLM"]["commands"])
     connectors = json.loads(value(prompts, "--kv-transfer-config"))["kv_connector_extra_config"]["connectors"]
@@ -52,14 +57,14 @@ def test_pools_are_servers_of_two_kinds() -> None:
 
 @pytest.mark.parametrize("policy", ["shadowkv", "retroinfer", "quest"])
 def test_what_no_engine_has_is_said(policy: str) -> None:
-    for name, engine in engines(family(policy), 1, "m", 9000).items():
+    for name, engine in started(1, policy).items():
         assert engine["commands"] == []
         assert name in engine["why_not"]
         assert policy in engine["why_not"]
 
 
 def test_without_a_cache_none_is_left_on() -> None:
-    found = engines(family(), 1, "m", 9000)
+    found = started(1)
     assert "--no-enable-prefix-caching" in found["vLLM"]["commands"][0]["command"]
     assert "--disable-radix-cache" in found["SGLang"]["commands"][0]["command"]
     assert isinstance(family().setup.policy, Full)
@@ -75,7 +80,8 @@ def test_the_command_says_each_option_as_its_flag_takes_it() -> None:
         "counts": {"hits": 0.5},
         "acceptance": (0.8, 0.6),
     }
-    text = simulate_command(given, family(share=0.5), 4, {"ttft_s": 1.5}, {"chat": {"tpot_s": 0.05}})
+    pools = family(share=0.5)
+    text = simulate_command(given, pools, pools.fleet(4), {"ttft_s": 1.5}, {"chat": {"tpot_s": 0.05}})
     words = shlex.split(text)
     assert value(words, "--trace") == "a b.jsonl"
     assert "--skip-bad-rows" in words
