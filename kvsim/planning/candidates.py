@@ -19,6 +19,8 @@ from traces import Trace
 
 _CACHES = ("prefix_cache_hbm", "prefix_cache_ddr", "prefix_cache_nvme", "prefix_cache_remote")
 _CACHE_ROUTER = "kv-aware"
+Line = tuple[str, str, tuple[str, ...]]
+"""What is compared with each other: a GPU, a policy and what it caches, whatever the split."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +67,8 @@ class Family:
         return self.price.usd_per_hour * self.gpus_each * replicas
 
     @property
-    def line(self) -> tuple[str, str, tuple[str, ...]]:
-        """What is compared with each other: a GPU, a policy and its caches, whatever the split."""
+    def line(self) -> Line:
+        """Its line."""
         return self.gpu, self.policy, self.options
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvsim.planning import launch
 from kvsim.planning.candidates import Candidates, Family, Misfit
+from kvsim.planning.findings import Estimate
 from kvsim.planning.measured import Measured, over_seeds
-from kvsim.planning.planner import Estimate, Planner, rate_scale
+from kvsim.planning.planner import Planner, rate_scale
 from kvsim.planning.quality import NOT_MEASURED, loss_nats
 from kvsim.planning.search import Bracket
 from kvsim.planning.simulations import Failed

@@ -11,8 +11,9 @@ import numpy as np
 
 from kvsim.planning.candidates import candidates
 from kvsim.planning.document import document_of, first_answer
+from kvsim.planning.findings import Estimate
 from kvsim.planning.measured import Ask
-from kvsim.planning.planner import Estimate, Planner
+from kvsim.planning.planner import Planner
 from kvsim.planning.question import MOST_GPUS, Question, question_of
 from kvsim.planning.simulations import Simulations
 from kvsim.planning.slo import members

@@ -8,10 +8,11 @@ searched further only where that holds. So each line ends with its cheapest flee
 import math
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from kvsim.planning.candidates import Family
+from kvsim.planning.candidates import Family, Line
 from kvsim.planning.closed_form import Work, keeps, replicas_needed, work_of
+from kvsim.planning.findings import Estimate, Findings
 from kvsim.planning.measured import Measured
 from kvsim.planning.search import Bracket, Search, largest, smallest
 from kvsim.planning.simulations import LOAD_STEP, Failed, Key, Simulations, Task
@@ -23,34 +24,10 @@ _FAR = 1.25  # times as dear as the best, or as far from the SLO: not worth a si
 _MOST_SPLITS = 5  # of a number of replicas into pools
 _LEAST_LOAD = 28  # LOAD_STEPs below the trace's load: a quarter of it
 _MOST_LOAD = 60  # LOAD_STEPs: some nineteen times the load
-Line = tuple[str, str, tuple[str, ...]]
 Splits = tuple[str, int, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """The fewest replicas of a family by closed forms."""
-
-    family: int
-    replicas: int
-    usd_per_hour: float
-    holds: bool  # False: as many replicas as may be bought do not
-
-
-@dataclass(slots=True, kw_only=True)
-class Found:
-    """What the search has found so far: it may be read at any time."""
-
-    estimates: list[Estimate] = field(default_factory=list)
-    brackets: dict[int, Bracket] = field(default_factory=dict)  # by family: of the number of replicas
-    prompts: dict[tuple[int, int], int] = field(default_factory=dict)  # by family and replicas: those for prompts alone
-    tried_up_to: dict[int, int] = field(default_factory=dict)  # by family: beyond, it would be dearer than its line
-    intervals_s: dict[Key, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    load: Bracket | None = None  # of the answer's LOAD_STEPs
-    answer: int | None = None  # the family of the answer
-
-
-class Planner:
+class Planner(Findings):
     """Searches families on the traces of one or more seeds; `replicas_of` fixes the size of each where it is given."""
 
     def __init__(
@@ -63,9 +40,8 @@ class Planner:
         pools: bool,
         seed: int,
     ) -> None:
-        self.simulations, self.traces, self.objectives = simulations, traces, objectives
-        self.families = simulations.families
-        self.found = Found()
+        super().__init__(simulations, objectives)
+        self.traces = traces
         self._most_gpus, self._fixed_gpus, self._pools, self._seed = most_gpus, fixed_gpus, pools, seed
         self._works: dict[Splits, Work] = {}
 
@@ -99,24 +75,6 @@ class Planner:
 
     def _least(self, index: int) -> int:
         return self._most(index) if self._fixed_gpus else self.families[index].fewest
-
-    def holds(self, index: int) -> int | None:
-        """The fewest replicas of a family that hold the SLO, as far as is known."""
-        bracket = self.found.brackets.get(index)
-        return None if bracket is None else bracket.holds
-
-    def key(self, index: int, replicas: int, load: int = 0, seed: int = 0) -> Key:
-        """The simulation of a family with so many replicas, its pools as served best of those that were tried."""
-        return Key(index, replicas, self.found.prompts.get((index, replicas), 0), load, seed)
-
-    def best(self, index: int) -> Key:
-        """The simulation of a family's fewest replicas that hold, or of those that came nearest."""
-        return self.key(index, self.found.brackets[index].best)
-
-    def usd(self, index: int) -> float:
-        """What the family's fewest replicas cost an hour; infinite where none holds."""
-        replicas = self.holds(index)
-        return math.inf if replicas is None else self.families[index].usd_per_hour(replicas)
 
     # -- phases --------------------------------------------------------------------------------------------------
 
@@ -246,7 +204,7 @@ class Planner:
     def _rank(self, index: int) -> tuple[float, float, int]:
         """The cheapest first, of those the one of fewer GPUs; of a size that is fixed, that furthest from the SLO."""
         gpus = (self.holds(index) or 0) * self.families[index].gpus_each
-        return self.usd(index), self._nearness(index) if self._fixed_gpus else gpus, index
+        return self.usd(index), self.nearness(index) if self._fixed_gpus else gpus, index
 
     def _check_seeds(self, index: int) -> bool:
         """Whether the family's bracket holds on all seeds; if not, its lower end moves up by one replica."""
@@ -270,24 +228,6 @@ class Planner:
             return
         keys = [self.best(i) for i in self.best_of_lines()]
         self.found.intervals_s = self.simulations.intervals(keys, self._seed)
-
-    def best_of_lines(self) -> list[int]:
-        """For each line the family to report: the cheapest that holds, else the one that comes nearest."""
-        best: dict[Line, int] = {}
-        for i in self.found.brackets:
-            current = best.setdefault(self.families[i].line, i)
-            if (self.usd(i), self._nearness(i)) < (self.usd(current), self._nearness(current)):
-                best[self.families[i].line] = i
-        return list(best.values())
-
-    def _nearness(self, index: int) -> float:
-        measured = self.simulations.done.get(self.best(index))
-        return measured.ratio(self.objectives) if isinstance(measured, Measured) else math.inf
-
-    def nearest(self) -> int | None:
-        """The family that comes nearest to the SLO where none holds it."""
-        tried = [i for i in self.found.brackets if math.isfinite(self._nearness(i))]
-        return min(tried, key=lambda i: (self._nearness(i), i), default=None)
 
     def _load(self) -> None:
         """The largest load that the answer's fleet holds, or the nearest fleet where there is no answer."""
@@ -319,12 +259,12 @@ class Planner:
         else to prompts, until the SLO holds or the other one lags.
         """
         if self.families[index].prefill_share is None:
-            return self._how_far((yield Key(index, size)))
+            return self.how_far((yield Key(index, size)))
         ratios: dict[int, float] = {}
         prompts = self.families[index].prefill_replicas(size)
         while prompts not in ratios and 1 <= prompts < size and len(ratios) < _MOST_SPLITS:
             measured = yield Key(index, size, prompts)
-            ratios[prompts] = self._how_far(measured)
+            ratios[prompts] = self.how_far(measured)
             if ratios[prompts] <= 1:
                 break
             prompts += -1 if self._tokens_lag(measured) else 1
@@ -344,17 +284,14 @@ class Planner:
         while True:
             measured = yield self.key(index, replicas, load)
             try:
-                load = search.send(self._how_far(measured))
+                load = search.send(self.how_far(measured))
             except StopIteration as end:
                 found: Bracket = end.value
                 return found
 
     def _ratio(self, key: Key) -> Task[float]:
         measured = yield key
-        return self._how_far(measured)
-
-    def _how_far(self, measured: Measured | Failed) -> float:
-        return measured.ratio(self.objectives) if isinstance(measured, Measured) else math.inf
+        return self.how_far(measured)
 
 
 def _may_be_pooled(family: Family) -> bool:
