@@ -41,7 +41,7 @@ three methods that search on the CPU. It uses no figure of retrieval, and none o
 InfLLM run no such loop; nothing is added to their rows, and what is missing there is the eager framework: kvsim's
 launches cost 5 us, as in a CUDA graph.
 
-Where the scan is a stream (flat, IVF) retrieval agrees within 4 %. The graph falls short by more than half: 2 % of
+Where the scan is a stream (flat, IVF) retrieval agrees within 4 %. The graph falls short by nearly half: 2 % of
 the keys are 43 MB per layer, so the published 2 ms are 21 GB/s, a quarter of the streaming rate, while the host's curve
 for scattered rows, an estimate of what ten cores reach when no row has to be read to know the next, gives 64. A graph
 search has to wait. Scanning 3 %, the other end of the published range, would give 0.049 s."""
