@@ -11,7 +11,8 @@ from kvsim.version import __version__
 if TYPE_CHECKING:
     from kvsim.hardware.catalogue import Gpu, Host, gpu_names, host_names, load_gpu, load_host
     from kvsim.models import load_model, model_names
-    from kvsim.planning.plan import Plan, plan
+    from kvsim.notebook.compared import Comparison, compare
+    from kvsim.notebook.planned import Plan, plan
     from kvsim.plans.replay import replay_moved_bytes
     from kvsim.report.written import write_results
     from kvsim.results.summary import Result, latencies, summarize
@@ -30,6 +31,7 @@ __all__ = [
     "ROUTERS",
     "SCHEDULERS",
     "SESSION_KVS",
+    "Comparison",
     "Failure",
     "Gpu",
     "Host",
@@ -41,6 +43,7 @@ __all__ = [
     "Speculation",
     "Tenant",
     "__version__",
+    "compare",
     "default_host",
     "format_bytes",
     "format_s",
@@ -64,7 +67,8 @@ if not TYPE_CHECKING:
     _STANDS_IN = {  # the same for the interpreter, which imports a module when one of its names is asked for
         "hardware.catalogue": ("Gpu", "Host", "gpu_names", "host_names", "load_gpu", "load_host"),
         "models": ("load_model", "model_names"),
-        "planning.plan": ("Plan", "plan"),
+        "notebook.compared": ("Comparison", "compare"),
+        "notebook.planned": ("Plan", "plan"),
         "plans.replay": ("replay_moved_bytes",),
         "report.written": ("write_results",),
         "results.summary": ("Result", "latencies", "summarize"),

@@ -134,7 +134,7 @@ def test_the_names_are_those_for_type_checkers_and_all_have_a_use() -> None:
     assert dict(pairs) == kvsim._MODULES
     assert {*dict(pairs), "__version__"} == set(kvsim.__all__)
     tested = {"Failure", "Job", "simulate", "sweep", "latencies", "summarize", "write_results", "replay_moved_bytes"}
-    tested |= {"Plan", "plan"}  # in tests/kvsim/test_plan.py
+    tested |= {"Plan", "plan", "Comparison", "compare"}  # in tests/kvsim/test_plan.py, tests/kvsim/test_notebook.py
     assert set(USES) | tested == set(kvsim.__all__)
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8").partition("Which GPU")[0]
     assert {name for name in kvsim.__all__ if f"`{name}" not in page} == {"__version__"}

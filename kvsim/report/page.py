@@ -83,6 +83,10 @@ class Page:
         self._figures.append(figure)
         return Chart(len(self._figures) - 1, title, caption)
 
+    def figure(self, chart: Chart) -> Figure:
+        """What a chart of this page draws."""
+        return self._figures[chart.number]
+
     def html(self, template: str, title: str, identity: Mapping[str, str], **content: Any) -> str:
         """The whole page: `content` as the template of this name lays it out."""
         from plotly.offline import get_plotlyjs
@@ -96,6 +100,11 @@ class Page:
             "scripts": {_sha256(script): script for script in scripts},
         }
         return templates.get_template(f"{template}.html.j2").render(**shell, **content)
+
+
+def fragment(words: str, tables: Iterable[Table]) -> str:
+    """Words and tables as HTML for a page that is not ours."""
+    return _templates().get_template("fragment.html.j2").render(words=words, tables=list(tables))
 
 
 @cache

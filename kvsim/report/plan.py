@@ -15,6 +15,8 @@ from kvsim.results.summary import Result
 from kvsim.text.units import format_s
 from kvsim.version import __version__
 
+_COST = Axis("$ a million output tokens")
+
 
 def plan_page(
     document: Row,
@@ -29,8 +31,7 @@ def plan_page(
     `played` is a run of its plan, or of the nearest one, with the statistics of `summarize`; without it the page does
     not say what memories hold and what latency is spent on.
     """
-    rows = [row for row in document["plans"] if row["gpus"] is not None]
-    fleets = [Fleet(label_of(row), style(index), row) for index, row in enumerate(rows)]
+    fleets = fleets_of(document)
     chosen = document["answer"] or document.get("nearest")
     page = Page()
     content: dict[str, Any] = {
@@ -50,13 +51,13 @@ def plan_page(
         content |= {
             "decision": plan_tables.decision(chosen, load),
             "objectives": plan_tables.objectives(chosen),
-            "by_load": list(_by_load(page, fleets, load)),
-            "goodput": _goodput(page, chosen, load, fleets),
+            "by_load": list(latency_charts(page, fleets, load)),
+            "goodput": [goodput] if (goodput := goodput_chart(page, chosen, fleets)) else [],
             "curve": plan_tables.curve(load),
             "kinds": plan_tables.kinds(chosen),
         }
     content |= {
-        "costs": _costs(page, fleets),
+        "costs": [chart for draw in (cost_chart, quality_chart) if (chart := draw(page, fleets)) is not None],
         "plans": plan_tables.plans(fleets, document["slo_asked"]) if fleets else None,
         "refused": plan_tables.refused(row for row in document["plans"] if row["gpus"] is None),
         "qualities": plan_tables.qualities(fleets) if fleets else None,
@@ -69,7 +70,13 @@ def plan_page(
     return page.html("plan", f"What to buy for {trace}", {"version": __version__}, **content)
 
 
-def _by_load(page: Page, fleets: Sequence[Fleet], load: Row) -> Iterator[Chart]:
+def fleets_of(document: Row) -> list[Fleet]:
+    """The document's plans, but for what cannot serve."""
+    rows = [row for row in document["plans"] if row["gpus"] is not None]
+    return [Fleet(label_of(row), style(index), row) for index, row in enumerate(rows)]
+
+
+def latency_charts(page: Page, fleets: Sequence[Fleet], load: Row) -> Iterator[Chart]:
     """For each objective its value over the load of a GPU: each fleet, and that of one replica fewer."""
     rates = [row["offered_rps"] / row["rate_scale"] for row in load["curve"] if row["offered_rps"] is not None]
     if not rates:
@@ -93,10 +100,11 @@ def _by_load(page: Page, fleets: Sequence[Fleet], load: Row) -> Iterator[Chart]:
         yield page.chart(f"{name} by load", caption, figure)
 
 
-def _goodput(page: Page, chosen: Row, load: Row, fleets: Sequence[Fleet]) -> list[Chart]:
-    rows = [row for row in load["curve"] if row["offered_rps"] is not None]
+def goodput_chart(page: Page, chosen: Row, fleets: Sequence[Fleet]) -> Chart | None:
+    """Goodput of the plan's fleet by offered load; None where only one load was tried."""
+    rows = [row for row in chosen["load"]["curve"] if row["offered_rps"] is not None]
     if len(rows) < 2:
-        return []
+        return None
     notes = [f"{row['rate_scale']:.2f} x the load: {row['binding']} nearest its limit" for row in rows]
     x, y = [row["offered_rps"] for row in rows], [row["goodput_rps"] for row in rows]
     label = label_of(chosen)
@@ -107,40 +115,44 @@ def _goodput(page: Page, chosen: Row, load: Row, fleets: Sequence[Fleet]) -> lis
     )
     caption += "time that the last requests take."
     figure = scatter([fleet], Axis("offered requests/s"), Axis("goodput, requests/s"), joined=True)
-    return [page.chart("Goodput by offered load", caption, figure)]
+    return page.chart("Goodput by offered load", caption, figure)
 
 
-def _costs(page: Page, fleets: Sequence[Fleet]) -> list[Chart]:
-    """Cost against the tightest objective, and against quality where it was measured."""
-    charts = []
-    cost = Axis("$ a million output tokens")
-    priced = [fleet for fleet in fleets if fleet.row["cost_per_million_tokens"] is not None]
-    far = [(fleet, share) for fleet in priced if (share := _share_of_limit(fleet.row)) is not None]
-    if far:
-        sets = [_priced(fleet, share, f"{share:.0%} of the nearest limit") for fleet, share in far]
-        caption = "The objective nearest its limit, or furthest above it. Lower and further left is better; filled "
-        caption += "marks are on the front of cost, distance and quality."
-        axis = Axis("% of the limit", 0.01)
-        figure = scatter(sets, cost, axis, joined=False, limit=(1.0, "SLO"))
-        charts.append(page.chart("Cost and latency", caption, figure))
-    known = [fleet for fleet in priced if not isinstance(fleet.row["quality"], str)]
-    if any(fleet.row["quality"]["kl_nats"] for fleet in known):
-        sets = [_priced(fleet, fleet.row["quality"]["kl_nats"], _lost(fleet)) for fleet in known]
-        caption = "Divergence from full attention; plans whose quality nobody measured are left out. Lower and further "
-        caption += "left is better; filled marks are on the front."
-        figure = scatter(sets, cost, Axis("KL (nats a token)"), joined=False)
-        charts.append(page.chart("Cost and quality", caption, figure))
-    return charts
+def cost_chart(page: Page, fleets: Sequence[Fleet]) -> Chart | None:
+    """Cost against the objective that is tightest; None where no fleet has both."""
+    shares = [(fleet, _share_of_limit(fleet.row)) for fleet in _with_cost(fleets)]
+    sets = [_priced(fleet, share, f"{share:.0%} of the nearest limit") for fleet, share in shares if share is not None]
+    if not sets:
+        return None
+    caption = "The objective nearest its limit, or furthest above it. Lower and further left is better; filled marks "
+    caption += "are on the front of cost, distance and quality."
+    figure = scatter(sets, _COST, Axis("% of the limit", 0.01), joined=False, limit=(1.0, "SLO"))
+    return page.chart("Cost and latency", caption, figure)
+
+
+def quality_chart(page: Page, fleets: Sequence[Fleet]) -> Chart | None:
+    """Cost against quality where it was measured; None where no fleet is known to lose any."""
+    known = [fleet for fleet in _with_cost(fleets) if not isinstance(fleet.row["quality"], str)]
+    if not any(fleet.row["quality"]["kl_nats"] for fleet in known):
+        return None
+    sets = [
+        _priced(fleet, fleet.row["quality"]["kl_nats"], plan_tables.quality_of(fleet.row["quality"])) for fleet in known
+    ]
+    caption = (
+        "Divergence from full attention; plans whose quality nobody measured are left out. Lower and further left "
+    )
+    caption += "is better; filled marks are on the front."
+    return page.chart("Cost and quality", caption, scatter(sets, _COST, Axis("KL (nats a token)"), joined=False))
+
+
+def _with_cost(fleets: Sequence[Fleet]) -> list[Fleet]:
+    return [fleet for fleet in fleets if fleet.row["cost_per_million_tokens"] is not None]
 
 
 def _priced(fleet: Fleet, y: float, note: str) -> Points:
     cost = fleet.row["cost_per_million_tokens"]
     words = f"{fleet.row['gpus']} GPUs, {usd(cost)}: {note}"
     return Points(fleet.label, fleet.style, [cost], [y], [words], [fleet.row["pareto"]])
-
-
-def _lost(fleet: Fleet) -> str:
-    return plan_tables.quality_of(fleet.row["quality"])
 
 
 def _share_of_limit(row: Row) -> float | None:
