@@ -32,6 +32,7 @@ class Found:
     intervals_s: dict[Key, dict[str, tuple[float, float]]] = field(default_factory=dict)
     load: Bracket | None = None  # of the answer's LOAD_STEPs
     answer: int | None = None  # the family of the answer
+    nearest: int | None = None  # where there is none, that of the fleet that holds the largest load
 
 
 class Findings:
@@ -67,6 +68,9 @@ class Findings:
             current = best.setdefault(self.families[i].line, i)
             if (self.usd(i), self.nearness(i)) < (self.usd(current), self.nearness(current)):
                 best[self.families[i].line] = i
+        for chosen in (self.found.answer, self.found.nearest):
+            if chosen is not None:
+                best[self.families[chosen].line] = chosen
         return list(best.values())
 
     def nearness(self, index: int) -> float:
@@ -76,6 +80,8 @@ class Findings:
 
     def nearest(self) -> int | None:
         """The family that comes nearest to the SLO where none holds it."""
+        if self.found.nearest is not None:
+            return self.found.nearest
         tried = [i for i in self.found.brackets if math.isfinite(self.nearness(i))]
         return min(tried, key=lambda i: (self.nearness(i), i), default=None)
 

@@ -54,8 +54,8 @@ class Planner(Findings):
         self._search(leading)
         self._search([i for i in range(len(self.families)) if self.families[i].line not in self._lines(leading)])
         self._verify()
-        self._resample()
         self._load()
+        self._resample()
 
     def _search(self, indices: Sequence[int]) -> None:
         """The best fleet of some lines, from the split and the pools that their GPU's first line is best in."""
@@ -230,14 +230,32 @@ class Planner(Findings):
         self.found.intervals_s = self.simulations.intervals(keys, self._seed)
 
     def _load(self) -> None:
-        """The largest load that the answer's fleet holds, or the nearest fleet where there is no answer."""
-        index = self.found.answer if self.found.answer is not None else self.nearest()
-        if index is None:
+        """The largest load that the answer's fleet holds, or the nearest fleet where there is no answer.
+
+        Of a size that is fixed every split's: the answer is the one of the cheapest GPUs that holds most.
+        """
+        tried = [i for i in self.found.brackets if math.isfinite(self.nearness(i))]
+        if not self._fixed_gpus:
+            chosen = self.found.answer if self.found.answer is not None else self.nearest()
+            tried = [] if chosen is None else [chosen]
+        loads = self.simulations.all([self._loaded(i, self.best(i).replicas, self._load_of(i)) for i in tried])
+        most: dict[int, int] = {
+            i: -_MOST_LOAD if one.holds is None else one.holds for i, one in zip(tried, loads, strict=True)
+        }
+        if not most:
             return
-        replicas = self.found.brackets[index].best
-        least, most = (0, _MOST_LOAD) if self.found.answer is not None else (-_LEAST_LOAD, 0)
-        search = largest(1 if most else -4, least, most)
-        (self.found.load,) = self.simulations.all([self._loaded(index, replicas, search)])
+        best = max(most, key=lambda i: (-self.usd(i), most[i], -self.nearness(i), -i))
+        self.found.load = loads[tried.index(best)]
+        if self.found.answer is not None:
+            self.found.answer = best
+        else:
+            self.found.nearest = best
+
+    def _load_of(self, index: int) -> Search:
+        """The search for the largest load of a fleet: from the trace's own up where that holds, else down."""
+        if self.holds(index) is not None:
+            return largest(1, 0, _MOST_LOAD)
+        return largest(-4, -_LEAST_LOAD, 0)
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
