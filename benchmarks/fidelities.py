@@ -1,7 +1,7 @@
 """The step fidelity against the op fidelity over a random design of clusters: how far times are apart, and where.
 
 Every case draws a policy, a host, GPUs, ranks, a trace, open or closed sessions, prefix tiers and memory from `--seed`;
-models have eight layers, requests are at most 60. `docs/measured/fidelities.md` is written from the result.
+models have eight layers, requests are 50 to 150. `docs/measured/fidelities.md` is written from the result.
 
     python benchmarks/fidelities.py [--cases 100] [--seed 0] [--first 0] [--out benchmarks/results/fidelities.json]
     python benchmarks/fidelities.py --page docs/measured/fidelities.md
@@ -21,22 +21,13 @@ from typing import Any
 
 import numpy as np
 
+import policies
 import traces
 from kvsim import Setup, load_gpu, load_host, load_model, simulate, summarize
 from policies import parse_policy
 
 ROOT = Path(__file__).parents[1]
-POLICIES = (
-    "full",
-    "offload-all",
-    "sink-window",
-    "squeezed-attention:tier=ddr",
-    "quest",
-    "shadowkv",
-    "retrieval-attention",
-    "infllm",
-    "snapkv",
-)
+POLICIES = tuple(f"{name}:tier=ddr" if name == "squeezed-attention" else name for name in sorted(policies.POLICIES))
 HOSTS = ("ddr4-dual-xeon", "ddr5-dual-xeon", "desktop-i9-10900x")
 TRACES = ("azure-2023-code", "azure-2023-conv", "mooncake-conversation", "agentic-coding")
 LAYERS, MOST_OUTPUTS, MOST_PROMPT = 8, 32, 16_000
@@ -52,7 +43,7 @@ def case(seed: int, number: int) -> tuple[traces.Trace, Setup, dict[str, Any]]:
     gpus = int(rng.choice([n for n in (1, 2, 4, 8) if n <= host.gpus_max]))
     tp = int(rng.choice([n for n in (1, 1, 2, 4) if n <= gpus]))
     name = str(rng.choice(TRACES))
-    n = int(rng.integers(20, 61))
+    n = int(rng.integers(50, 151))
     model = load_model("llama-3.1-8b")
     model = replace(model, name="eight-layers", layers=model.layers[:LAYERS])
     options: dict[str, Any] = {"max_num_batched_tokens": int(rng.choice([512, 2048, 8192]))}
@@ -163,9 +154,9 @@ Written by `benchmarks/fidelities.py` from `benchmarks/results/fidelities.json` 
 
 The step fidelity prices an iteration at once, with the mean of what its neighbours on the host leave it; in the op
 fidelity every operation is an event and every link is shared max-min fairly at every moment. Here both replay {cases}
-random cases: {policies} policies, 1 to 8 H100s on three hosts, 1 to 4 ranks, four traces of 20 to 60 requests, open and
-closed sessions, prefix tiers and tight memory, a load of 0.3 to 0.9; eight layers of Llama-3.1-8B. In {shared} of them
-replicas share a host.
+random cases: {policies} policies, 1 to 8 H100s on three hosts, 1 to 4 ranks, four traces of 50 to 150 requests, open
+and closed sessions, prefix tiers and tight memory, a load of 0.3 to 0.9; eight layers of Llama-3.1-8B. In {shared} of
+them replicas share a host.
 
 | step against op | mean error | median size | 95th percentile | worst |
 |---|---:|---:|---:|---:|
