@@ -86,14 +86,18 @@ def plan(
     with holding_plan(out) as folder:
         with counted("simulations") as progress:
             document = answered(question, began_s, print_first, progress)
+        whole = True
         try:
             if folder is not None:
-                write_plan(document, command_line(ctx, {"json", "out"}), folder, allow_code=allow_code)
+                whole = write_plan(document, command_line(ctx, {"json", "out"}), folder, allow_code=allow_code)
         finally:  # what took so long to find is shown, whether or not it could be written
             if json:
                 print_json(document)
             else:
                 print_plan(document)
+    if not whole:
+        print_line("interrupted: the page is without a run of the plan", err=True)
+        raise typer.Exit(INTERRUPTED)
     _end(document)
 
 

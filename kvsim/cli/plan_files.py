@@ -25,25 +25,29 @@ def holding_plan(out: Path | None) -> Iterator["Held | None"]:
         yield folder
 
 
-def write_plan(document: Mapping[str, Any], command: str, folder: "Held", *, allow_code: bool) -> None:
-    """Put `plan.json` and `report.html` in the place of an earlier plan's; the plan's fleet is played once for them."""
+def write_plan(document: Mapping[str, Any], command: str, folder: "Held", *, allow_code: bool) -> bool:
+    """Put `plan.json` and `report.html` in the place of an earlier plan's; the plan's fleet is played once for them.
+
+    False where Ctrl-C ended that run: the page is without it then.
+    """
     from kvsim.cli.output import json_text
     from kvsim.report.plan import plan_page
     from kvsim.results.documents import write_page
 
     text = json_text(document)
     chosen = document["answer"] or document.get("nearest")
-    if chosen is None or document["partial"]:
-        html = plan_page(document, command)
-    else:
+    html, whole = "", True
+    if chosen is not None and not document["partial"]:
         asked, played = _played(chosen["simulate"], allow_code=allow_code)
-        html = plan_page(document, command, played, slo=asked.slo_s, warmup_s=asked.warmup)
+        whole = not played.partial
+        html = plan_page(document, command, played, slo=asked.slo_s, warmup_s=asked.warmup) if whole else ""
 
     def fill(new: Path) -> None:
         (new / "plan.json").write_text(text + "\n", encoding="utf-8")
-        write_page(html, new)
+        write_page(html or plan_page(document, command), new)
 
     folder.replace(fill)
+    return whole
 
 
 def _played(command: str, *, allow_code: bool) -> "tuple[Scenario, Result]":

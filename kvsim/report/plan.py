@@ -87,10 +87,9 @@ def latency_charts(page: Page, fleets: Sequence[Fleet], load: Row) -> Iterator[C
         sets = []
         for fleet in fleets:
             sizes = [one for one in (fleet.row, fleet.row["fewer"]) if one is not None and name in one["slo"]]
-            known = [(one["gpus"], one["slo"][name]["value_s"]) for one in sizes]
-            known = [(gpus, value_s) for gpus, value_s in known if value_s is not None]
-            notes = [f"{gpus} GPUs: {name} {format_s(value_s)}" for gpus, value_s in known]
-            x, y = [rates[0] / gpus for gpus, _ in known], [value_s for _, value_s in known]
+            known = [(one, one["slo"][name]["value_s"]) for one in sizes if one["slo"][name]["value_s"] is not None]
+            notes = [f"{plan_tables.gpus_of(one)}: {name} {format_s(value_s)}" for one, value_s in known]
+            x, y = [rates[0] / one["gpus"] for one, _ in known], [value_s for _, value_s in known]
             sets.append(Points(fleet.label, fleet.style, x, y, notes, [value_s <= limit_s for value_s in y]))
         times = seconds(name, [limit_s, *(value_s for one in sets for value_s in one.y)])
         caption = "Each plan, joined to the fleet of one replica fewer where that was simulated: fewer GPUs, more load "
@@ -110,10 +109,8 @@ def goodput_chart(page: Page, chosen: Row, fleets: Sequence[Fleet]) -> Chart | N
     label = label_of(chosen)
     look = next(fleet.style for fleet in fleets if fleet.label == label)
     fleet = Points(label, look, x, y, notes, [row["holds"] for row in rows])
-    caption = (
-        f"{chosen['gpus']} GPUs. Filled marks hold the SLO, rings break it. Goodput is of the whole run, with the "
-    )
-    caption += "time that the last requests take."
+    caption = f"{plan_tables.gpus_of(chosen)}. Filled marks hold the SLO, rings break it. Goodput is of the whole run, "
+    caption += "with the time that the last requests take."
     figure = scatter([fleet], Axis("offered requests/s"), Axis("goodput, requests/s"), joined=True)
     return page.chart("Goodput by offered load", caption, figure)
 
@@ -151,7 +148,7 @@ def _with_cost(fleets: Sequence[Fleet]) -> list[Fleet]:
 
 def _priced(fleet: Fleet, y: float, note: str) -> Points:
     cost = fleet.row["cost_per_million_tokens"]
-    words = f"{fleet.row['gpus']} GPUs, {usd(cost)}: {note}"
+    words = f"{plan_tables.gpus_of(fleet.row)}, {usd(cost)}: {note}"
     return Points(fleet.label, fleet.style, [cost], [y], [words], [fleet.row["pareto"]])
 
 
@@ -195,7 +192,7 @@ def _commands(document: Row, chosen: Row | None, command: str) -> Iterator[tuple
                 yield name, "", [engine["why_not"]]
         beside = chosen.get("beside")
         if beside is not None:
-            words = f"{beside['gpus']} GPUs, {plan_tables.split_of(beside)}, "
+            words = f"{plan_tables.gpus_of(beside)}, {plan_tables.split_of(beside)}, "
             words += f"{usd(beside['cost_per_million_tokens'])} a million output tokens: {label_of(beside)}"
             yield "The cheapest plan that an engine runs today", beside["simulate"], [words]
 

@@ -35,6 +35,11 @@ def split_of(row: Row) -> str:
     return split + (f", {row['prefill_gpus']} GPUs for prompts" if row["prefill_gpus"] else "")
 
 
+def gpus_of(row: Row) -> str:
+    """How many GPUs, in words."""
+    return "1 GPU" if row["gpus"] == 1 else f"{row['gpus']:,} GPUs"
+
+
 def usd(value: float) -> str:
     """US dollars."""
     return f"${value:,.2f}"
@@ -51,7 +56,7 @@ def quality_of(quality: Row | str) -> str:
 
 def decision(row: Row, load: Row) -> Table:
     """The plan in a few lines, for who reads nothing else."""
-    replicas = f"{row['replicas']} replicas of {row['tp'] * row['pp']}"
+    replicas = f"{row['replicas']} replica{'s' if row['replicas'] > 1 else ''} of {row['tp'] * row['pp']}"
     cost, room, drawn = row["cost_per_million_tokens"], load["headroom"], row["kwh_per_million_tokens"]
     bottleneck, breaks = load["bottleneck"], load["breaks"]
     facts = {
@@ -87,10 +92,10 @@ def objectives(row: Row) -> Table:
         if fewer is not None:
             rows[-1].append(number_cell(fewer["slo"][name]["value_s"], format_s))
     if fewer is not None:
-        headings.append(f"with {fewer['gpus']} GPUs")
+        headings.append(f"with {gpus_of(fewer)}")
     caption = "What must hold; from and to are 95 % intervals, where there are any."
     if fewer is not None:
-        caption += f" One replica fewer, {fewer['gpus']} GPUs, breaks {fewer['binding'] or 'nothing'}."
+        caption += f" One replica fewer, {gpus_of(fewer)}, breaks {fewer['binding'] or 'nothing'}."
     return table(caption, headings, rows, ["held"])
 
 

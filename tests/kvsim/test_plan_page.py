@@ -79,7 +79,10 @@ def test_the_answer_comes_first(held: Planned) -> None:
         assert row["held"] == "yes"
         fewer = answer["fewer"]
         if fewer:
-            assert row[f"with {fewer['gpus']} GPUs"] == fewer["slo"][row["objective"]]["value_s"]
+            assert (
+                row["with 1 GPU" if fewer["gpus"] == 1 else f"with {fewer['gpus']} GPUs"]
+                == fewer["slo"][row["objective"]]["value_s"]
+            )
 
 
 def test_the_tables_say_what_the_document_says(held: Planned) -> None:
@@ -226,3 +229,33 @@ def test_a_folder_that_takes_nothing_is_refused_before_the_search(
     assert main([*words, "--out", str(tmp_path / "file")]) == 2
     assert "is a file; results need a folder" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_interrupted_run_of_the_plan_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Planned, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    from kvsim.run.simulate import simulate
+
+    monkeypatch.setattr("kvsim.planning.plan.answered", lambda *_: held.printed)
+    monkeypatch.setattr("kvsim.run.simulate.simulate", lambda *given: replace(simulate(*given), partial=True))
+    words = [
+        "plan",
+        "--trace",
+        "azure-2023-conv",
+        "--limit",
+        "9",
+        *ASKED,
+        *BOUGHT,
+        *SLO,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(words) == 130
+    told = capsys.readouterr()
+    assert "interrupted: the page is without a run of the plan" in told.err
+    assert held.printed["sentence"] in told.out
+    page = Document((tmp_path / "out" / "report.html").read_text())
+    assert held.printed["sentence"] in page.text
+    assert "Latency of the plan" not in page.text
