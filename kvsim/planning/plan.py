@@ -1,8 +1,7 @@
 """`plan`: from a trace and an SLO to the cheapest fleet, as an object for notebooks and a document for machines."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from kvsim.planning.planner import Planner
 from kvsim.planning.question import MOST_GPUS, Question, question_of
 from kvsim.planning.simulations import Simulations
 from kvsim.planning.slo import members
-from kvsim.text.units import format_s
 
 
 class Plan:
@@ -59,29 +57,6 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan: {self.sentence}"
-
-    def _repr_html_(self) -> str:
-        """The sentence and the plans as a notebook shows them."""
-        shown = ("policy", "options", "gpu", "gpus", "tp", "prefill_gpus", "usd_per_hour", "cost_per_million_tokens")
-        names = [*shown, *self._document["slo_asked"], "feasible"]
-        rows = [
-            [*(_cell(row.get(name)) for name in shown), *_values(row, names[len(shown) : -1])] for row in self.plans
-        ]
-        ended = [[*cells, _cell(row["feasible"])] for cells, row in zip(rows, self.plans, strict=True)]
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
-        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>" for cells in ended)
-        return f"<p>{escape(self.sentence)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _values(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    values = [row["slo"].get(name, {}).get("value_s") for name in names]
-    return ["-" if value_s is None else format_s(value_s) for value_s in values]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return "-" if value is None else f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 
 def plan(
