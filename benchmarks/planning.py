@@ -58,7 +58,8 @@ Figures of `kvsim simulate` with the answer's options. The trace records arrival
 
 ## What DDR is worth
 
-The load that {gpus} x {gpu} sustain within the SLO, as a multiple of the recorded rate, in the best split of each.
+The load that {gpus} x {gpu} sustain within the SLO, as a multiple of the recorded rate, in the best of
+the splits that the plan tries.
 
 | prefix cache | for prompts | cached of all prompt tokens | sustained | breaks at | breaks |
 |---|---:|---:|---:|---:|---|

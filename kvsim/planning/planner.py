@@ -232,30 +232,31 @@ class Planner(Findings):
     def _load(self) -> None:
         """The largest load that the answer's fleet holds, or the nearest fleet where there is no answer.
 
-        Of a size that is fixed every split's: the answer is the one of the cheapest GPUs that holds most.
+        Of a size that is fixed that of every split that was tried: the answer is the one of the cheapest GPUs that
+        holds most.
         """
-        tried = [i for i in self.found.brackets if math.isfinite(self.nearness(i))]
-        if not self._fixed_gpus:
-            chosen = self.found.answer if self.found.answer is not None else self.nearest()
-            tried = [] if chosen is None else [chosen]
-        loads = self.simulations.all([self._loaded(i, self.best(i).replicas, self._load_of(i)) for i in tried])
-        most: dict[int, int] = {
-            i: -_MOST_LOAD if one.holds is None else one.holds for i, one in zip(tried, loads, strict=True)
-        }
-        if not most:
+        chosen = self.found.answer if self.found.answer is not None else self.nearest()
+        tried = [] if chosen is None else [self.best(chosen)]
+        if self._fixed_gpus:
+            tried = [key for key in self.simulations.done if not (key.load or key.seed)]
+        ratios = {key: self.how_far(self.simulations.done[key]) for key in tried}
+        tried = [key for key in tried if math.isfinite(ratios[key])]
+        if not tried:
             return
-        best = max(most, key=lambda i: (-self.usd(i), most[i], -self.nearness(i), -i))
-        self.found.load = loads[tried.index(best)]
-        if self.found.answer is not None:
-            self.found.answer = best
-        else:
-            self.found.nearest = best
+        loads = self.simulations.all([self._loaded(key, _load_from(ratios[key])) for key in tried])
 
-    def _load_of(self, index: int) -> Search:
-        """The search for the largest load of a fleet: from the trace's own up where that holds, else down."""
-        if self.holds(index) is not None:
-            return largest(1, 0, _MOST_LOAD)
-        return largest(-4, -_LEAST_LOAD, 0)
+        def rank(number: int) -> tuple[float, float, float, int]:
+            key, most = tried[number], loads[number].holds
+            usd = self.families[key.family].usd_per_hour(key.replicas) if ratios[key] <= 1 else math.inf
+            return -usd, -math.inf if most is None else most, -ratios[key], -number
+
+        best = max(range(len(tried)), key=rank)
+        family, replicas, prompts, *_ = tried[best]
+        self.found.load, self.found.prompts[family, replicas] = loads[best], prompts
+        if self.found.answer is not None:
+            self.found.answer = family
+        else:
+            self.found.nearest = family
 
     # -- tasks ---------------------------------------------------------------------------------------------------
 
@@ -297,10 +298,11 @@ class Planner(Findings):
         late = (one for one in self.objectives if one.latency == "tpot_s")
         return any(measured.values_s[one.name] > one.limit_s for one in late)
 
-    def _loaded(self, index: int, replicas: int, search: Search) -> Task[Bracket]:
+    def _loaded(self, key: Key, search: Search) -> Task[Bracket]:
+        """A bracket of a fleet's load."""
         load = next(search)
         while True:
-            measured = yield self.key(index, replicas, load)
+            measured = yield key._replace(load=load)
             try:
                 load = search.send(self.how_far(measured))
             except StopIteration as end:
@@ -310,6 +312,11 @@ class Planner(Findings):
     def _ratio(self, key: Key) -> Task[float]:
         measured = yield key
         return self.how_far(measured)
+
+
+def _load_from(ratio: float) -> Search:
+    """The search for the largest load of a fleet: from the trace's own up where that holds, else down."""
+    return largest(1, 0, _MOST_LOAD) if ratio <= 1 else largest(-4, -_LEAST_LOAD, 0)
 
 
 def _may_be_pooled(family: Family) -> bool:
