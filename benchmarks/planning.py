@@ -33,9 +33,11 @@ KEPT = (
 )
 PAGE = """# A plan, checked
 
-Written by `benchmarks/planning.py` from `benchmarks/results/planning.json`: {machine}, commit {commit}, load average
-{load:g} before. `kvsim plan` on the Mooncake conversation trace (12,031 requests of an hour) with Llama-3.1-70B, TTFT
-p99 within 30 s and TPOT p99 within 100 ms.
+Written by `benchmarks/planning.py` from `benchmarks/results/planning.json`:
+{machine}, commit {commit}, load average {load:g} before.
+
+`kvsim plan` on the Mooncake conversation trace (12,031 requests of an hour) with Llama-3.1-70B, TTFT p99 within 30 s
+and TPOT p99 within 100 ms:
 
 > {sentence}
 
