@@ -53,7 +53,7 @@ def simulate(
 
 
 class _Cluster:
-    def __init__(self, trace: Trace, setup: Setup, pieces: Pieces | None) -> None:
+    def __init__(self, trace: Trace, setup: Setup, pieces: Pieces | None = None) -> None:
         self.trace, self.setup = trace, setup
         if (trace.session < 0).all():
             for option, without in (("sessions", "open"), ("session_kv", "recompute")):
