@@ -2,12 +2,20 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from kvsim.scenario.options import Option
 from kvsim.scenario.scenario_file import OPTIONS
+
+ScenarioFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="YAML with any of these options; what is given here wins.")
+]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Let that file name policies as module:Class, whose code is run.")
+]
 
 
 def with_options(command: Callable[..., None], options: Sequence[Option] = OPTIONS) -> Callable[..., None]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvsim.cli.options import given_options, with_options
+from kvsim.cli.options import AllowCode, ScenarioFile, given_options, with_options
 from kvsim.cli.output import JsonFlag, print_json, print_line
 from kvsim.scenario.scenario_file import OPTIONS
 
@@ -44,12 +44,8 @@ def plan(
     pools: Annotated[
         bool, typer.Option("--pools/--no-pools", help="Try prompts and decoding on replicas of their own.")
     ] = True,
-    scenario: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML with any of these options; what is given here wins.")
-    ] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let that file name policies as module:Class, whose code is run.")
-    ] = False,
+    scenario: ScenarioFile = None,
+    allow_code: AllowCode = False,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write plan.json and report.html into this folder.")
     ] = None,

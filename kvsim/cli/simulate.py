@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvsim.cli.options import given_options, with_options
+from kvsim.cli.options import AllowCode, ScenarioFile, given_options, with_options
 from kvsim.cli.output import JsonFlag, print_line
 
 if TYPE_CHECKING:
@@ -33,12 +33,8 @@ def _print_schema(wanted: bool) -> None:
 @with_options
 def replay(
     ctx: typer.Context,
-    scenario: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML with any of these options; what is given here wins.")
-    ] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let that file name policies as module:Class, whose code is run.")
-    ] = False,
+    scenario: ScenarioFile = None,
+    allow_code: AllowCode = False,
     _schema: Annotated[
         bool,
         typer.Option(

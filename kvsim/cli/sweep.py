@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvsim.cli.options import given_options, with_options
+from kvsim.cli.options import AllowCode, ScenarioFile, given_options, with_options
 from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.progress import progress_bar
 from kvsim.cli.simulate import INTERRUPTED
@@ -41,12 +41,8 @@ def sweep(
             metavar="auto|ADDRESS", help="Use the workers of this Ray cluster, not processes of this machine."
         ),
     ] = None,
-    scenario: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML with any of these options; what is given here wins.")
-    ] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let that file name policies as module:Class, whose code is run.")
-    ] = False,
+    scenario: ScenarioFile = None,
+    allow_code: AllowCode = False,
     json: JsonFlag = False,
     **_options: object,  # those of the scenario, which are read from the context
 ) -> None:
