@@ -19,7 +19,7 @@ ALLOWED_THIRD_PARTY = {
     "policies": set(),
     "traces": {"numpy", "pyarrow"},
     "kvsim": {
-        *("jinja2", "llvmlite", "networkx", "numba", "numpy", "plotly", "pyarrow"),
+        *("httpx", "jinja2", "llvmlite", "networkx", "numba", "numpy", "plotly", "pyarrow"),
         *("pydantic", "ray", "rich", "simpy", "typer", "yaml"),
     },
     "runtime": {"faiss", "numba", "numpy", "safetensors", "torch", "transformers", "triton"},

@@ -20,6 +20,7 @@ ROOMS = (  # from the ground up: each imports from those before it alone
     "engine",
     "results",
     "run",
+    "observed",
     "planning",
     "report",
     "notebook",
@@ -28,8 +29,9 @@ ROOMS = (  # from the ground up: each imports from those before it alone
 )
 FACE = "kvsim"  # the package itself: names for those outside, which nobody inside imports
 ONLY_BY = {  # who may import a room, where that is fewer than all above it
-    "results": {"run", "planning", "report", "notebook", "cli"},
-    "run": {"planning", "notebook", "cli"},
+    "results": {"run", "observed", "planning", "report", "notebook", "cli"},
+    "run": {"observed", "planning", "notebook", "cli"},
+    "observed": {"planning", "notebook", "cli"},
     "planning": {"notebook", "cli"},
     "report": {"notebook", "cli"},
     "notebook": set(),
@@ -143,4 +145,4 @@ def test_the_rules_are_seen_to_bite() -> None:
     ]
     assert set(circle(graph)) == {"kvsim.engine.loop", "kvsim.engine.desk"}
     closed = graph_of({"kvsim.report.page": "", "kvsim.run.a": "", "kvsim.report.b": "from kvsim.run.a import x\n"})
-    assert arrows_up(closed) == ["kvsim.report.b imports kvsim.run.a, open to cli, notebook, planning alone"]
+    assert arrows_up(closed) == ["kvsim.report.b imports kvsim.run.a, open to cli, notebook, observed, planning alone"]

@@ -36,6 +36,10 @@ COMMANDS = {  # where each stands, and what it does
         "kvsim.cli.plan:plan",
         "Find the fewest GPUs, of which kind and under which policy, that serve a trace within an SLO.",
     ),
+    "observe": (
+        "kvsim.cli.observe:observe",
+        "Send a trace's requests to a running server whose URL you name, and record the latencies that clients see.",
+    ),
     "generate": (
         "kvsim.cli.generate:generate",
         "Continue a text greedily under a policy; then print its latency, its memory, and the bytes that it moved.",
