@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 
 from policies.beside import beside_attention
 from policies.full import Full
-from policies.model import ModelShape
+from policies.model import LayerShape, ModelShape
 from policies.plan import Buffer, Compute, Copy, Count, Op, Plan, Rows, Step, Work
 from policies.policy import Policy, Reuse
 
@@ -207,6 +207,21 @@ def plan_layer(policy: Policy, model: ModelShape, step: Step, layer: int) -> Lay
         names = tuple(op.name for op in beside)
         ops = (*beside, *(replace(op, after=(*op.after, *names)) if op.name == "attend" else op for op in ops))
     return LayerPlan(leaf, (*leaf.buffers(model, step, layer), *buffers), ops, leaf.counts(model, step, layer))
+
+
+def plan_layers(policy: Policy, model: ModelShape, step: Step) -> list[LayerPlan]:
+    """The plan of each layer; layers of one shape share one where their policy says that shapes alone decide."""
+    alike: dict[tuple[int, LayerShape], LayerPlan] = {}  # each plan keeps its policy, which its id stands for
+    plans = []
+    for layer, shape in enumerate(model.layers):
+        leaf = resolve(policy, model, step, layer)
+        if not vars(type(leaf)).get("by_shape", False):  # a subclass may plan otherwise than its parent
+            plans.append(plan_layer(policy, model, step, layer))
+            continue
+        if (id(leaf), shape) not in alike:
+            alike[id(leaf), shape] = plan_layer(policy, model, step, layer)
+        plans.append(alike[id(leaf), shape])
+    return plans
 
 
 def plan_ends(policy: Policy, model: ModelShape, step: Step) -> tuple[EndPlan, ...]:

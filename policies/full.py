@@ -36,6 +36,7 @@ class Full(Policy):
     reuse: ClassVar[Reuse] = Reuse.BLOCKS
     kinds: ClassVar[tuple[str, ...]] = LAYER_KINDS
     verifies: ClassVar[bool] = True
+    by_shape: ClassVar[bool] = True
 
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
         """`kv`: one row per token or block that the layer keeps; `state`: one row for a linear layer."""

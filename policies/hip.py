@@ -24,6 +24,7 @@ class HiP(Policy):
     name: ClassVar[str] = "hip"
     paper: ClassVar[str] = "InfiniteHiP, Lee et al. 2025, arXiv:2502.08910"
     reuse: ClassVar[Reuse] = Reuse.BLOCKS
+    by_shape: ClassVar[bool] = True
 
     sink_tokens: int = 256
     window_tokens: int = 1024

@@ -20,6 +20,7 @@ class InfLLM(Policy):
     name: ClassVar[str] = "infllm"
     paper: ClassVar[str] = "InfLLM, Xiao et al. 2024, arXiv:2402.04617"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
+    by_shape: ClassVar[bool] = True
 
     sink_tokens: int = 128
     window_tokens: int = 4096

@@ -23,6 +23,7 @@ class Landmark(Policy):
     paper: ClassVar[str] = "Landmark Attention, Mohtashami and Jaggi 2023, arXiv:2305.16300"
     trained: ClassVar[str] = "a model fine-tuned with landmark tokens"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
+    by_shape: ClassVar[bool] = True
 
     block_tokens: int = 50
     top_k: int = 5

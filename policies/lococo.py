@@ -22,6 +22,7 @@ class LoCoCo(Policy):
     paper: ClassVar[str] = "LoCoCo, Cai et al. 2024, arXiv:2406.05317"
     trained: ClassVar[str] = "convolution kernels in each layer, trained with the model"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
+    by_shape: ClassVar[bool] = True
 
     memory_tokens: int = 512
     buffer_tokens: int = 16

@@ -24,6 +24,7 @@ class Locret(Policy):
     trained: ClassVar[str] = "retaining heads: two linear layers in each layer, trained for the model"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
     verifies: ClassVar[bool] = True
+    by_shape: ClassVar[bool] = True
 
     budget_tokens: int = 6000
     local_tokens: int = 100

@@ -22,6 +22,7 @@ class OffloadAll(Policy):
     reuse: ClassVar[Reuse] = Reuse.BLOCKS
     verifies: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("full", "mla")
+    by_shape: ClassVar[bool] = True
 
     staging_layers: int = 2
     write_back: str = "new"

@@ -265,14 +265,15 @@ def stored_bytes(layers: Sequence[Sequence[Buffer]]) -> Counter[Tier]:
     """Bytes held per tier over all layers: a ring is held once, at its largest."""
     held: Counter[Tier] = Counter()
     rings: dict[tuple[Tier, str], int] = {}
-    for buffers in layers:
+    same = Counter(map(id, layers))  # layers that share their buffers are counted, not walked
+    for buffers in {id(own): own for own in layers}.values():
         for b in buffers:
             if b.view:
                 continue
             if b.ring:
                 rings[b.tier, b.name] = max(rings.get((b.tier, b.name), 0), b.ring * b.nbytes)
             else:
-                held[b.tier] += b.nbytes
+                held[b.tier] += same[id(buffers)] * b.nbytes
     for (tier, _), nbytes in rings.items():
         held[tier] += nbytes
     return held

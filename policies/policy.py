@@ -32,6 +32,7 @@ class Policy:
     reuse: ClassVar[Reuse] = Reuse.NOTHING
     kinds: ClassVar[tuple[str, ...]] = ("full",)
     verifies: ClassVar[bool] = False  # whether `decode` plans steps of several new tokens, as verifying guesses takes
+    by_shape: ClassVar[bool] = False  # whether layers of one shape have one plan, wherever they stand; not inherited
 
     def minimum_prompt_tokens(self, model: ModelShape, layer: int) -> int:
         """The shortest prompt for which the policy differs from the dense cache."""

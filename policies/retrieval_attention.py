@@ -25,6 +25,7 @@ class RetrievalAttention(Policy):
     name: ClassVar[str] = "retrieval-attention"
     paper: ClassVar[str] = "RetrievalAttention, Liu et al. 2024, arXiv:2409.10516"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
+    by_shape: ClassVar[bool] = True
 
     sink_tokens: int = 128
     window_tokens: int = 512

@@ -42,6 +42,7 @@ class RetroInfer(Policy):
     name: ClassVar[str] = "retroinfer"
     paper: ClassVar[str] = "RetroInfer, Chen et al. 2025, arXiv:2505.02922"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
+    by_shape: ClassVar[bool] = True
 
     sink_tokens: int = 4
     window_tokens: int = 64

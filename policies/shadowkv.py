@@ -27,6 +27,7 @@ class ShadowKV(Policy):
     name: ClassVar[str] = "shadowkv"
     paper: ClassVar[str] = "ShadowKV, Sun et al. 2024, arXiv:2410.21465"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
+    by_shape: ClassVar[bool] = True
 
     budget_tokens: int = 2048
     chunk_tokens: int = 8

@@ -23,6 +23,7 @@ class SinkWindow(Policy):
     )
     reuse: ClassVar[Reuse] = Reuse.NOTHING
     verifies: ClassVar[bool] = True
+    by_shape: ClassVar[bool] = True
 
     sink_tokens: int = 4
     window_tokens: int = 2000

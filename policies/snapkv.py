@@ -23,6 +23,7 @@ class SnapKV(Policy):
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV, Li et al. 2024, arXiv:2404.14469"
     verifies: ClassVar[bool] = True
+    by_shape: ClassVar[bool] = True
 
     budget_tokens: int = 2048
     observation_tokens: int = 32

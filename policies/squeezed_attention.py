@@ -26,6 +26,7 @@ class SqueezedAttention(Policy):
     name: ClassVar[str] = "squeezed-attention"
     paper: ClassVar[str] = "Squeezed Attention, Hooper et al. 2024, arXiv:2411.09688"
     reuse: ClassVar[Reuse] = Reuse.PREFIX
+    by_shape: ClassVar[bool] = True
 
     keep: float = 0.1
     centroid_share: float = 0.05

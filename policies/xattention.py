@@ -22,6 +22,7 @@ class XAttention(Policy):
     paper: ClassVar[str] = "XAttention, Xu et al. 2025, arXiv:2503.16428"
     reuse: ClassVar[Reuse] = Reuse.BLOCKS
     verifies: ClassVar[bool] = True
+    by_shape: ClassVar[bool] = True
 
     block_tokens: int = 128
     stride_tokens: int = 16

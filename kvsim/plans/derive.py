@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvsim.hardware.machine import Cost, Machine, access_bytes
 from kvsim.plans.guessing import Guesser
-from policies import LayerPlan, ModelShape, Policy, Step, plan_end, plan_layer
+from policies import LayerPlan, ModelShape, Policy, Step, plan_end, plan_layers
 from policies.layer import LayerShape
 from policies.plan import Buffer, Compute, Copy, Op, Processor, Tier, Work, stored_bytes
 from policies.symbolic import Condition, Floor, Monomial, Polynomial, Tape, evaluate, polynomial_of, total
@@ -287,15 +287,18 @@ class PlanTable:
         else:
             prompt, past, new = tape.symbols()
             step = Step(prompt_tokens=prompt, past_tokens=past, new_tokens=new)
-        plans = [plan_layer(self.policy, self.model, step, layer) for layer in range(self.model.n_layers)]
+        plans = plan_layers(self.policy, self.model, step)
         groups: list[tuple[tuple[OpShape, ...], list[Polynomial]]] = []
         group_of: list[int] = []
         prefill = len(inputs) == 3
+        known: dict[int, int] = {}  # the group of a plan that several layers share
         for plan, layer in zip(plans, self.model.layers, strict=True):
-            group = self._amounts(plan, layer, prefill=prefill)
-            if group not in groups:
-                groups.append(group)
-            group_of.append(groups.index(group))
+            if id(plan) not in known:
+                group = self._amounts(plan, layer, prefill=prefill)
+                if group not in groups:
+                    groups.append(group)
+                known[id(plan)] = groups.index(group)
+            group_of.append(known[id(plan)])
         end = plan_end(self.policy, self.model, step) if step.last_chunk else ()
         held = stored_bytes([plan.buffers for plan in plans])
         end_shapes, end_columns = self._amounts(

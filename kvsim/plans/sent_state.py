@@ -1,9 +1,10 @@
 """What of a sequence's state leaves with it when a prompt is processed on one replica and decoded on another."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from kvsim.plans.derive import TIERS, Piece, Structure
-from policies import ModelShape, Policy, Step, plan_layer
+from policies import ModelShape, Policy, Step, plan_layers
 from policies.plan import Buffer
 from policies.symbolic import Tape, polynomial_of
 
@@ -29,9 +30,10 @@ class SentState:
         return self._known[prompt_tokens]
 
     def _evaluate(self, prompt_tokens: int) -> tuple[int, ...]:
-        for piece in self._pieces:
+        for position, piece in enumerate(self._pieces):
             rows = piece.rows(piece.variables((prompt_tokens,)))
             if piece.holds(rows):
+                self._pieces.insert(0, self._pieces.pop(position))  # a prompt of nearly this length may come next
                 return tuple(piece.vector(rows).tolist())
         self._pieces.insert(0, self._derive(prompt_tokens))
         return self._evaluate(prompt_tokens)
@@ -40,13 +42,15 @@ class SentState:
         tape = Tape((prompt_tokens,))
         (prompt,) = tape.symbols()
         totals = dict.fromkeys(TIERS, 0)
-        for layer in range(self._model.n_layers):
-            last = Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt)
-            before = _kept(plan_layer(self._policy, self._model, last, layer).buffers)
-            after = _kept(plan_layer(self._policy, self._model, Step.decoding(prompt, 1), layer).buffers)
-            for name, buffer in after.items():
-                if name in before:
-                    totals[buffer.tier] += min(buffer.nbytes, before[name].nbytes)
+        last = Step(prompt_tokens=prompt, past_tokens=0, new_tokens=prompt)
+        ends = (plan_layers(self._policy, self._model, step) for step in (last, Step.decoding(prompt, 1)))
+        pairs = [(before.buffers, after.buffers) for before, after in zip(*ends, strict=True)]
+        same = Counter((id(before), id(after)) for before, after in pairs)  # layers that share their plans
+        for before, after in {(id(before), id(after)): (before, after) for before, after in pairs}.values():
+            layers, kept = same[id(before), id(after)], _kept(before)
+            for name, buffer in _kept(after).items():
+                if name in kept:
+                    totals[buffer.tier] += layers * min(buffer.nbytes, kept[name].nbytes)
         columns = [polynomial_of(totals[tier]) for tier in TIERS]
         return Piece(_NOTHING, 1, tape.floors, tape.conditions, columns)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsim.models import load_model
-from policies import POLICIES, LayerPlan, ModelShape, Policy, Step, parse_policy, plan_layer
+from policies import POLICIES, LayerPlan, ModelShape, Policy, RetroInfer, Step, parse_policy, plan_layer, plan_layers
 from policies.plan import Buffer, Compute, Copy, Op, Sync, Tier, Work, flops, moved_bytes, stored_bytes
 from policies.plan_rules import check_plan
 
@@ -67,6 +67,31 @@ def steps(draw: st.DrawFn) -> Step:
 
 def expected(plan: LayerPlan) -> dict[str, int]:
     return {count.name: count.expected() for count in plan.counts}
+
+
+@pytest.mark.parametrize("text", [*VARIANTS, "full@layers=0-3+retroinfer"])
+@given(step=steps(), model=st.sampled_from([LLAMA, load_model("gemma-3-27b")]))
+@settings(max_examples=15)
+def test_layers_that_share_a_plan_have_each_the_same_one(text: str, step: Step, model: ModelShape) -> None:
+    policy = parse_policy(text)
+    plans = plan_layers(policy, model, step)
+    assert plans == [plan_layer(policy, model, step, layer) for layer in range(model.n_layers)]
+    if type(policy).by_shape:
+        assert len({id(plan) for plan in plans}) == len(set(model.layers))
+    apart = [[*plan.buffers] for plan in plans]  # a list for each layer: none is shared
+    assert stored_bytes([plan.buffers for plan in plans]) == stored_bytes(apart)
+
+
+class _Odd(RetroInfer):
+    """Plans odd layers otherwise than its parent, which has one plan for all."""
+
+    def decode(self, model: ModelShape, step: Step, layer: int) -> tuple[Op, ...]:
+        return super().decode(model, step, layer)[: None if layer % 2 else -1]
+
+
+def test_a_subclass_says_anew_whether_shapes_alone_decide() -> None:
+    plans = plan_layers(_Odd(), LLAMA, Step.decoding(20_000, 7))
+    assert plans[1] != plans[0] == plans[2]
 
 
 @pytest.mark.parametrize("text", VARIANTS)

@@ -88,7 +88,8 @@ def _requests(trace: Trace, setup: Setup) -> Records:
         _lead(requests, followers(trace))
     if setup.prefill_gpus:
         state = SentState(setup.policy, setup.rank)
-        requests["sent"] = [state.bytes_of(tokens) for tokens in trace.prompt_tokens.tolist()]
+        lengths, of_request = np.unique(trace.prompt_tokens, return_inverse=True)
+        requests["sent"] = np.array([state.bytes_of(tokens) for tokens in lengths.tolist()], np.int64)[of_request]
     return requests
 
 
