@@ -72,12 +72,15 @@ class Machine:
     """A GPU, its host, and the number of tensor-parallel ranks that it works with.
 
     Where the GPU's parameter set has constants for each kernel, `served` prices the model's layers and `operations`
-    the policies'; else the set's rates do.
+    the policies'; else the set's rates do. Kernels take `kernel_slowdown` times as long as either says, and the host
+    adds `layer_overhead_s` to each layer: its part of what an iteration takes beside its kernels.
     """
 
     gpu: Gpu
     host: Host
     tp: int = 1
+    layer_overhead_s: float = 0.0
+    kernel_slowdown: float = 1.0
 
     @cached_property
     def served(self) -> ServedModel | None:
@@ -127,6 +130,12 @@ class Machine:
 
         Raises ValueError for a copy that does not run between HBM and DDR.
         """
+        cost = self._priced(op, buffers, layer, kv_dtype, prefill=prefill)
+        return slowed(cost, self.kernel_slowdown) if cost.lane == SM else cost
+
+    def _priced(
+        self, op: Op, buffers: Mapping[str, Buffer], layer: LayerShape, kv_dtype: str, *, prefill: bool
+    ) -> Cost:
         rates = self.gpu.rates
         if isinstance(op, Sync):
             return Cost(HOST, rates.sync_s, 0.0, 0.0, 0.0, 0.0)
@@ -255,6 +264,12 @@ class Machine:
         rates = self.gpu.rates
         link_s = 1 / (rates.pcie_h2d_Bps if to_hbm else rates.pcie_d2h_Bps)
         return rates.pcie_latency_s + nbytes * max(link_s, self.copy_floor_s) if nbytes else 0.0
+
+
+def slowed(cost: Cost, slowdown: float) -> Cost:
+    """A kernel that takes so many times as long."""
+    fixed_s, work_s, streamed_s, scattered_s = (slowdown * seconds for seconds in cost[1:5])
+    return Cost(cost.lane, fixed_s, work_s, streamed_s, scattered_s, cost.sm_share, slowdown * cost.walked_s)
 
 
 def by_type(products: Iterable[tuple[str, int]]) -> dict[str, int]:

@@ -46,8 +46,11 @@ class OwnTimes(Protocol):
 
 
 def own_times(model: ModelShape, machine: Machine) -> OwnTimes:
-    """By kernels where the GPU's parameter set has constants for them, else by its rates."""
-    return RatedTimes(model, machine) if machine.served is None else ServedTimes(model, machine, machine.served)
+    """By kernels where the GPU's parameter set has constants for them, else by its rates; as slow as the machine is."""
+    priced = RatedTimes(model, machine) if machine.served is None else ServedTimes(model, machine, machine.served)
+    if machine.kernel_slowdown == 1 and machine.layer_overhead_s == 0:
+        return priced
+    return SlowedTimes(priced, model, machine)
 
 
 class RatedTimes:
@@ -151,6 +154,32 @@ class ServedTimes:
         ):
             found[name] = some * seconds
         found["known"] = 1
+        return found
+
+
+class SlowedTimes:
+    """Those of another one on a machine whose kernels take longer, and whose host adds something to each layer."""
+
+    def __init__(self, priced: OwnTimes, model: ModelShape, machine: Machine) -> None:
+        self.together = priced.together
+        self._priced, self._machine = priced, machine
+        self._shapes = Counter(model.layers)
+
+    def layers(self, tokens: range) -> Layers:
+        """For each of these numbers of tokens; the host's part comes before a layer's own first kernels."""
+        records, times_s = self._priced.layers(tokens)
+        slowdown, overhead_s = self._machine.kernel_slowdown, self._machine.layer_overhead_s
+        records["busy_s"] *= slowdown
+        times_s *= slowdown
+        times_s[:, 1::PARTS] += overhead_s
+        records["busy_s"][:, SM] += self._shapes.total() * overhead_s
+        return Layers(records, times_s)
+
+    def head(self, logits: range) -> Records:
+        """HEAD for each of these numbers of positions."""
+        found = self._priced.head(logits)
+        for name in ("seconds", "hbm_s", "by_hbm_s", "by_compute_s"):
+            found[name] *= self._machine.kernel_slowdown
         return found
 
 

@@ -13,6 +13,7 @@ from kvsim.hardware.machine import (
     Machine,
     access_bytes,
     by_type,
+    slowed,
 )
 from kvsim.hardware.served import Matrix, Part, ServedModel
 from kvsim.scenario.setup import Setup
@@ -60,6 +61,7 @@ class Guesser:
             self._set_draft(self._draft)
         elif speculation.method != "lookup":
             self._set_heads()
+        self.parts *= machine.kernel_slowdown
 
     @property
     def drafts(self) -> bool:
@@ -74,6 +76,10 @@ class Guesser:
     @property
     def cost(self) -> Cost:
         """Of the draft's attention."""
+        return slowed(self._attention, self._machine.kernel_slowdown)
+
+    @property
+    def _attention(self) -> Cost:
         rates, operations = self._machine.gpu.rates, self._machine.operations
         if operations is not None and self._draft is not None:
             line = operations.attention(self._draft.layers[0], self._draft.kv_dtype).decode

@@ -1,12 +1,12 @@
 """What each request's latency was spent on: shares that add up to it.
 
-A request waits in a queue until it is admitted (`queue`), for its cached prefix to come up from DDR and the iteration
-under way to end (`prefix`), while it is preempted (`swap`, with the iterations that wait for anybody's swaps), and for
-its state to get to the replica where it decodes and has room (`handoff`). All other time it spends in a batch, and an
-iteration's time is that of whatever bounds it:
+A request waits in a queue until it is admitted (`queue`, with what comes before the scheduler hears of it), for its
+cached prefix to come up from DDR and the iteration under way to end (`prefix`), while it is preempted (`swap`, with the
+iterations that wait for anybody's swaps), and for its state to get to the replica where it decodes and has room
+(`handoff`). All other time it spends in a batch, and an iteration's time is that of whatever bounds it:
 
 - while the SMs work, the part of each kernel that is longer, arithmetic (`compute`) or transfers (`hbm`); weights are
-  streamed and then multiplied, so both count; launches are `overhead`;
+  streamed and then multiplied, so both count; launches and the host's part of iterations are `overhead`;
 - while the SMs wait, the lanes that they wait for, in proportion to the time that each works: copies over PCIe with
   their latencies (`pcie`, both directions), collectives (`nvlink`, also where a GPU without it sends them over PCIe),
   searches and gathers of the host (`cpu`), and waits of the host for the GPU (`overhead`).

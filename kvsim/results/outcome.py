@@ -156,7 +156,7 @@ class Outcome:
             "session": trace.session,
             "replica": requests["replica"].copy(),
             **prompts_at,
-            "arrival_s": requests["arrival_s"].copy(),
+            "arrival_s": self._arrival_s(requests),
             "admitted_s": requests["admitted_s"].copy(),
             "first_token_s": requests["first_token_s"].copy(),
             "finish_s": finish_s,
@@ -168,6 +168,11 @@ class Outcome:
             **(timed_out_s if len(self.engine.cluster.patience) else {}),
             **columns(requests),
         }
+
+    def _arrival_s(self, requests: Array) -> Array:
+        """When clients sent their requests: before the scheduler heard of them."""
+        sent_s = requests["arrival_s"] - self.setup.request_overhead_s
+        return np.where(requests["leader"] == NOBODY, self.trace.arrival_s, sent_s)
 
     def _traffic(self) -> dict[str, dict[str, int]]:
         """Bytes of all ranks by link and cause."""

@@ -30,6 +30,8 @@ from policies import ModelShape, Policy
 from policies.plan import Tier
 from policies.shown import shown
 
+MOST_OVERHEAD_S, MOST_SLOWDOWN = 60.0, 100.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
@@ -126,6 +128,14 @@ class Setup:
     timeout_s: float | None = option(
         None, kinds.TIMEOUT, ENGINE, "Leave when the first token has not come by then. Default: never."
     )  # a tenant may have its own
+    # What a running server has beside its kernels, as records of its clients tell (`kvsim.observed`).
+    iteration_overhead_s: float = option(
+        0.0, kinds.SECONDS, ENGINE, "Of the host in each iteration: scheduling, sampling, no kernels."
+    )
+    request_overhead_s: float = option(
+        0.0, kinds.SECONDS, ENGINE, "Before a request reaches the scheduler: network, HTTP, tokenizer."
+    )
+    kernel_slowdown: float = option(1.0, kinds.FACTOR, ENGINE, "Kernels take X times as long as they are priced.")
     speculation: Speculation | None = None  # tokens guessed and verified in each decode step
     perfetto: tuple[float, float] | None = option(
         None, kinds.WINDOW, RESULTS, "Record every operation in this window, as 10s-10.5s."
@@ -163,6 +173,7 @@ class Setup:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
         check_timeout(self.timeout_s)
+        self._check_overheads()
         check_classes(self.tenants, self.slo_classes)
         check_pins(self.tenants, self.replicas)
         if self.perfetto is not None and not 0 <= self.perfetto[0] < self.perfetto[1] < math.inf:
@@ -253,6 +264,22 @@ class Setup:
                 f"host; use at most its {self.host.gpus_max} GPUs, or a host whose nic_Bps is above 0"
             )
 
+    def _check_overheads(self) -> None:
+        for name in ("iteration_overhead_s", "request_overhead_s"):
+            if not 0 <= getattr(self, name) <= MOST_OVERHEAD_S:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 0 to {MOST_OVERHEAD_S:g} s")
+        if not 1 / MOST_SLOWDOWN <= self.kernel_slowdown <= MOST_SLOWDOWN:
+            raise ValueError(
+                f"kernel_slowdown={self.kernel_slowdown} must be from {1 / MOST_SLOWDOWN:g} to {MOST_SLOWDOWN:g}; a "
+                "GPU that is further from its prices than that is another one"
+            )
+        waits_s = [self.timeout_s, *(tenant.timeout_s for tenant in self.tenants.values())]
+        if any(timeout_s is not None and timeout_s <= self.request_overhead_s for timeout_s in waits_s):
+            raise ValueError(
+                f"request_overhead={self.request_overhead_s:g}s is all of a timeout, so no request would be served; "
+                "lower it or wait longer"
+            )
+
     def _check_pipeline(self) -> None:
         others = {
             "fidelity=op": self.fidelity != "step",
@@ -336,7 +363,13 @@ class Setup:
 
     def machine(self) -> Machine:
         """One rank's place in its node."""
-        return Machine(gpu=self.gpu, host=self.host, tp=self.tp)
+        return Machine(
+            gpu=self.gpu,
+            host=self.host,
+            tp=self.tp,
+            layer_overhead_s=self.iteration_overhead_s / self.model.n_layers,
+            kernel_slowdown=self.kernel_slowdown,
+        )
 
     @property
     def reserve(self) -> list[dict[str, int]]:

@@ -78,6 +78,7 @@ def _requests(trace: Trace, setup: Setup) -> Records:
     requests = np.zeros(len(trace), dtype=REQUEST)
     for name in ("arrival_s", "prompt_tokens", "output_tokens"):
         requests[name] = getattr(trace, name)
+    requests["arrival_s"] += setup.request_overhead_s  # here a request arrives when the scheduler hears of it
     for name in ("admitted_s", "first_token_s", "finish_s", "last_token_s", "stream_s"):
         requests[name] = np.nan
     requests["queue"], requests["whose"] = NOWHERE, trace.tenant
@@ -86,6 +87,7 @@ def _requests(trace: Trace, setup: Setup) -> Records:
     requests["parent"] = NOBODY
     if setup.sessions == "closed":
         _lead(requests, followers(trace))
+        requests["delay_s"][requests["after_end"] == 1] += setup.request_overhead_s
     if setup.prefill_gpus:
         state = SentState(setup.policy, setup.rank)
         lengths, of_request = np.unique(trace.prompt_tokens, return_inverse=True)
@@ -150,7 +152,7 @@ def _patience(trace: Trace, setup: Setup, requests: Records) -> Records:
     numbers = [NOBODY if timeout_s is None else known_s.index(timeout_s) for timeout_s in own_s]
     requests["patience"], requests["later"] = np.array(numbers)[trace.tenant], NOBODY
     patience = np.zeros(len(known_s), dtype=PATIENCE)
-    patience["timeout_s"], patience["first"] = known_s, NOBODY
+    patience["timeout_s"], patience["first"] = np.array(known_s) - setup.request_overhead_s, NOBODY
     return patience
 
 
