@@ -116,19 +116,16 @@ def _print_load(load: Mapping[str, Any]) -> None:
     if not load["curve"]:
         return
     typer.echo()
-    print_line("Goodput against offered load, on that fleet:")
-    columns: Columns = {
-        "load": "right",
-        "offered/s": "right",
-        "goodput/s": "right",
-        "SLO": "left",
-        "nearest bound": "left",
-    }
+    print_line("Goodput and latencies against offered load, on that fleet:")
+    names = list(load["curve"][0]["slo"])
+    figures = ["load", "offered/s", "goodput/s", *names]
+    columns: Columns = {**dict.fromkeys(figures, "right"), "SLO": "left", "nearest bound": "left"}
     rows = (
         [
             f"{row['rate_scale']:.2f}x",
             MISSING if row["offered_rps"] is None else f"{row['offered_rps']:.3g}",
             f"{row['goodput_rps']:.3g}",
+            *(MISSING if row["slo"][name] is None else format_s(row["slo"][name]) for name in names),
             "holds" if row["holds"] else "breaks",
             row["binding"],
         ]

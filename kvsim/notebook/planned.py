@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ParamSpec
 from kvsim.notebook.figures import shown
 from kvsim.planning import plan as planning
 from kvsim.report import plan as report
-from kvsim.report import plan_tables
+from kvsim.report import plan_curves, plan_tables
 from kvsim.report.page import Page, fragment
 
 if TYPE_CHECKING:
@@ -24,20 +24,24 @@ class Plan(planning.Plan):
 
         Raises ValueError for an objective that the plan has not, and where no load was tried.
         """
-        document = self.to_dict()
-        names = list(document["slo_asked"])
-        name = names[0] if objective is None else objective
-        if name not in names:
-            raise ValueError(f"objective {name!r} is none of this plan; it has {', '.join(names)}")
-        page, chosen = Page(), self.answer or self.nearest
-        drawn = [] if chosen is None else report.latency_charts(page, report.fleets_of(document), chosen["load"])
+        name, page, chosen = self._objective(objective), Page(), self.answer or self.nearest
+        fleets = report.fleets_of(self.to_dict())
+        drawn = [] if chosen is None else plan_curves.latency_charts(page, fleets, chosen["load"])
         return shown(page, next((chart for chart in drawn if chart.title.startswith(f"{name} by")), None))
 
     def plot_goodput(self) -> "Figure":
-        """Goodput of the answer's fleet, or of the nearest one's, by offered load."""
-        page, chosen = Page(), self.answer or self.nearest
-        fleets = report.fleets_of(self.to_dict())
-        return shown(page, None if chosen is None else report.goodput_chart(page, chosen, fleets))
+        """Goodput by offered load: a line for the best fleet of each policy and cache on the answer's GPU."""
+        page = Page()
+        return shown(page, plan_curves.goodput_chart(page, report.fleets_of(self.to_dict())))
+
+    def plot_load(self, objective: str | None = None) -> "Figure":
+        """An objective, by default the first, by offered load: a line for each fleet that `plot_goodput` draws.
+
+        Raises ValueError for an objective that the plan has not, and where no load was tried.
+        """
+        page, name = Page(), self._objective(objective)
+        drawn = plan_curves.load_charts(page, report.fleets_of(self.to_dict()), [name])
+        return shown(page, next(drawn, None))
 
     def plot_cost(self) -> "Figure":
         """Cost against the tightest objective: a mark for each plan, filled on the front."""
@@ -48,6 +52,13 @@ class Plan(planning.Plan):
         """Cost against quality, of plans whose quality was measured."""
         page = Page()
         return shown(page, report.quality_chart(page, report.fleets_of(self.to_dict())))
+
+    def _objective(self, asked: str | None) -> str:
+        """The name of an objective of this plan, by default the first; ValueError for any other."""
+        names = list(self.to_dict()["slo_asked"])
+        if asked is not None and asked not in names:
+            raise ValueError(f"objective {asked!r} is none of this plan; it has {', '.join(names)}")
+        return names[0] if asked is None else asked
 
     def _repr_html_(self) -> str:
         document = self.to_dict()

@@ -12,22 +12,21 @@ from dataclasses import replace
 
 from kvsim.planning.candidates import Family, Line
 from kvsim.planning.closed_form import Work, keeps, replicas_needed, work_of
-from kvsim.planning.findings import Estimate, Findings
+from kvsim.planning.findings import Estimate
+from kvsim.planning.loads import seek_load, trace_curves
 from kvsim.planning.measured import Measured
-from kvsim.planning.search import Bracket, Search, largest, smallest
-from kvsim.planning.simulations import LOAD_STEP, Failed, Key, Simulations, Task
+from kvsim.planning.search import Bracket, smallest
+from kvsim.planning.simulations import Key, Simulations, Task
+from kvsim.planning.sizes import Sizes
 from kvsim.planning.slo import Objective
 from policies import Full
 from traces import Trace
 
 _FAR = 1.25  # times as dear as the best, or as far from the SLO: not worth a simulation
-_MOST_SPLITS = 5  # of a number of replicas into pools
-_LEAST_LOAD = 28  # LOAD_STEPs below the trace's load: a quarter of it
-_MOST_LOAD = 60  # LOAD_STEPs: some nineteen times the load
 Splits = tuple[str, int, int]
 
 
-class Planner(Findings):
+class Planner(Sizes):
     """Searches families on the traces of one or more seeds; `replicas_of` fixes the size of each where it is given."""
 
     def __init__(
@@ -54,8 +53,9 @@ class Planner(Findings):
         self._search(leading)
         self._search([i for i in range(len(self.families)) if self.families[i].line not in self._lines(leading)])
         self._verify()
-        self._load()
+        seek_load(self, every_split=self._fixed_gpus is not None)
         self._resample()
+        trace_curves(self)
 
     def _search(self, indices: Sequence[int]) -> None:
         """The best fleet of some lines, from the split and the pools that their GPU's first line is best in."""
@@ -146,7 +146,7 @@ class Planner(Findings):
         return {self.families[i].line for i in indices}
 
     def _bracket(self, indices: Sequence[int], start: Callable[[int], int]) -> None:
-        tasks = [self._sized(i, smallest(start(i), self._least(i), self._most(i))) for i in indices]
+        tasks = [self.sized(i, smallest(start(i), self._least(i), self._most(i))) for i in indices]
         self.simulations.all(tasks)
 
     def _challenge(self, indices: Sequence[int]) -> None:
@@ -164,7 +164,7 @@ class Planner(Findings):
             self.found.tried_up_to[index] = most
             if most >= least:
                 start = most if usd < math.inf else self.found.estimates[index].replicas
-                tasks.append(self._sized(index, smallest(start, least, most)))
+                tasks.append(self.sized(index, smallest(start, least, most)))
         self.simulations.all(tasks)
 
     def _pooled(self, lines: AbstractSet[Line]) -> list[int]:
@@ -219,7 +219,7 @@ class Planner(Findings):
         more = replicas + 1 if replicas < self._most(index) else None
         self.found.brackets[index] = Bracket(more, replicas, more or replicas)
         if more is not None:
-            self.simulations.all([self._served_best(index, more)])
+            self.simulations.all([self.served_best(index, more)])
         return False
 
     def _resample(self) -> None:
@@ -229,94 +229,9 @@ class Planner(Findings):
         keys = [self.best(i) for i in self.best_of_lines()]
         self.found.intervals_s = self.simulations.intervals(keys, self._seed)
 
-    def _load(self) -> None:
-        """The largest load that the answer's fleet holds, or the nearest fleet where there is no answer.
-
-        Of a size that is fixed that of every split that was tried: the answer is the one of the cheapest GPUs that
-        holds most.
-        """
-        chosen = self.found.answer if self.found.answer is not None else self.nearest()
-        tried = [] if chosen is None else [self.best(chosen)]
-        if self._fixed_gpus:
-            tried = [key for key in self.simulations.done if not (key.load or key.seed)]
-        ratios = {key: self.how_far(self.simulations.done[key]) for key in tried}
-        tried = [key for key in tried if math.isfinite(ratios[key])]
-        if not tried:
-            return
-        loads = self.simulations.all([self._loaded(key, _load_from(ratios[key])) for key in tried])
-
-        def rank(number: int) -> tuple[float, float, float, int]:
-            key, most = tried[number], loads[number].holds
-            usd = self.families[key.family].usd_per_hour(key.replicas) if ratios[key] <= 1 else math.inf
-            return -usd, -math.inf if most is None else most, -ratios[key], -number
-
-        best = max(range(len(tried)), key=rank)
-        family, replicas, prompts, *_ = tried[best]
-        self.found.load, self.found.prompts[family, replicas] = loads[best], prompts
-        if self.found.answer is not None:
-            self.found.answer = family
-        else:
-            self.found.nearest = family
-
-    # -- tasks ---------------------------------------------------------------------------------------------------
-
-    def _sized(self, index: int, search: Search) -> Task[None]:
-        """A bracket of replicas, kept when it is found."""
-        size = next(search)
-        while True:
-            ratio = yield from self._served_best(index, size)
-            try:
-                size = search.send(ratio)
-            except StopIteration as end:
-                self.found.brackets[index] = end.value
-                return
-
-    def _served_best(self, index: int, size: int) -> Task[float]:
-        """How far so many replicas are from the SLO: with pools, in the split that comes nearest.
-
-        From the share of work on, a replica at a time goes to the pool that lags: to decoding where tokens are late,
-        else to prompts, until the SLO holds or the other one lags.
-        """
-        if self.families[index].prefill_share is None:
-            return self.how_far((yield Key(index, size)))
-        ratios: dict[int, float] = {}
-        prompts = self.families[index].prefill_replicas(size)
-        while prompts not in ratios and 1 <= prompts < size and len(ratios) < _MOST_SPLITS:
-            measured = yield Key(index, size, prompts)
-            ratios[prompts] = self.how_far(measured)
-            if ratios[prompts] <= 1:
-                break
-            prompts += -1 if self._tokens_lag(measured) else 1
-        best = min(ratios, key=lambda one: (ratios[one], one))
-        self.found.prompts[index, size] = best
-        return ratios[best]
-
-    def _tokens_lag(self, measured: Measured | Failed) -> bool:
-        """Whether output tokens come later than an objective allows."""
-        if isinstance(measured, Failed):
-            return False
-        late = (one for one in self.objectives if one.latency == "tpot_s")
-        return any(measured.values_s[one.name] > one.limit_s for one in late)
-
-    def _loaded(self, key: Key, search: Search) -> Task[Bracket]:
-        """A bracket of a fleet's load."""
-        load = next(search)
-        while True:
-            measured = yield key._replace(load=load)
-            try:
-                load = search.send(self.how_far(measured))
-            except StopIteration as end:
-                found: Bracket = end.value
-                return found
-
     def _ratio(self, key: Key) -> Task[float]:
         measured = yield key
         return self.how_far(measured)
-
-
-def _load_from(ratio: float) -> Search:
-    """The search for the largest load of a fleet: from the trace's own up where that holds, else down."""
-    return largest(1, 0, _MOST_LOAD) if ratio <= 1 else largest(-4, -_LEAST_LOAD, 0)
 
 
 def _may_be_pooled(family: Family) -> bool:
@@ -331,8 +246,3 @@ def _may_be_pooled(family: Family) -> bool:
         or setup.prefix_cache_hbm_bytes
         or (setup.speculation is not None and setup.speculation.draft is not None)
     )
-
-
-def rate_scale(load: int) -> float:
-    """How many times as fast requests arrive after so many LOAD_STEPs."""
-    return float(LOAD_STEP**load)

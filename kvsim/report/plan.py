@@ -5,9 +5,10 @@ from typing import Any
 
 from kvsim.report import plan_tables, tables
 from kvsim.report.page import Chart, Page
+from kvsim.report.plan_curves import at_several_loads, goodput_chart, latency_charts, load_charts
 from kvsim.report.plan_tables import Fleet, Row, label_of, usd
 from kvsim.report.plots import style
-from kvsim.report.points import Axis, Points, scatter, seconds
+from kvsim.report.points import Axis, Points, scatter
 from kvsim.report.run_charts import cdf_chart, coloured, places_chart, spent_charts
 from kvsim.report.runs import runs_of
 from kvsim.results.causes import CAUSES
@@ -43,6 +44,8 @@ def plan_page(
         "objectives": None,
         "by_load": [],
         "goodput": [],
+        "loaded": [],
+        "by_offered": [],
         "curve": None,
         "kinds": None,
     }
@@ -52,7 +55,9 @@ def plan_page(
             "decision": plan_tables.decision(chosen, load),
             "objectives": plan_tables.objectives(chosen),
             "by_load": list(latency_charts(page, fleets, load)),
-            "goodput": [goodput] if (goodput := goodput_chart(page, chosen, fleets)) else [],
+            "goodput": [goodput] if (goodput := goodput_chart(page, fleets)) else [],
+            "loaded": [(fleet.label, fleet.style.css_border) for fleet in at_several_loads(fleets)],
+            "by_offered": list(load_charts(page, fleets, list(chosen["slo"]))),
             "curve": plan_tables.curve(load),
             "kinds": plan_tables.kinds(chosen),
         }
@@ -74,45 +79,6 @@ def fleets_of(document: Row) -> list[Fleet]:
     """The document's plans, but for what cannot serve."""
     rows = [row for row in document["plans"] if row["gpus"] is not None]
     return [Fleet(label_of(row), style(index), row) for index, row in enumerate(rows)]
-
-
-def latency_charts(page: Page, fleets: Sequence[Fleet], load: Row) -> Iterator[Chart]:
-    """For each objective its value over the load of a GPU: each fleet, and that of one replica fewer."""
-    rates = [row["offered_rps"] / row["rate_scale"] for row in load["curve"] if row["offered_rps"] is not None]
-    if not rates:
-        return
-    names = list(dict.fromkeys(name for fleet in fleets for name in fleet.row["slo"]))
-    for name in names:
-        limit_s = next(fleet.row["slo"][name]["limit_s"] for fleet in fleets if name in fleet.row["slo"])
-        sets = []
-        for fleet in fleets:
-            sizes = [one for one in (fleet.row, fleet.row["fewer"]) if one is not None and name in one["slo"]]
-            known = [(one, one["slo"][name]["value_s"]) for one in sizes if one["slo"][name]["value_s"] is not None]
-            notes = [f"{plan_tables.gpus_of(one)}: {name} {format_s(value_s)}" for one, value_s in known]
-            x, y = [rates[0] / one["gpus"] for one, _ in known], [value_s for _, value_s in known]
-            sets.append(Points(fleet.label, fleet.style, x, y, notes, [value_s <= limit_s for value_s in y]))
-        times = seconds(name, [limit_s, *(value_s for one in sets for value_s in one.y)])
-        caption = "Each plan, joined to the fleet of one replica fewer where that was simulated: fewer GPUs, more load "
-        caption += "on each. Filled marks keep this limit, rings do not."
-        words = f"SLO {format_s(limit_s)}"
-        figure = scatter(sets, Axis("requests/s offered to a GPU"), times, joined=True, limit=(limit_s, words))
-        yield page.chart(f"{name} by load", caption, figure)
-
-
-def goodput_chart(page: Page, chosen: Row, fleets: Sequence[Fleet]) -> Chart | None:
-    """Goodput of the plan's fleet by offered load; None where only one load was tried."""
-    rows = [row for row in chosen["load"]["curve"] if row["offered_rps"] is not None]
-    if len(rows) < 2:
-        return None
-    notes = [f"{row['rate_scale']:.2f} x the load: {row['binding']} nearest its limit" for row in rows]
-    x, y = [row["offered_rps"] for row in rows], [row["goodput_rps"] for row in rows]
-    label = label_of(chosen)
-    look = next(fleet.style for fleet in fleets if fleet.label == label)
-    fleet = Points(label, look, x, y, notes, [row["holds"] for row in rows])
-    caption = f"{plan_tables.gpus_of(chosen)}. Filled marks hold the SLO, rings break it. Goodput is of the whole run, "
-    caption += "with the time that the last requests take."
-    figure = scatter([fleet], Axis("offered requests/s"), Axis("goodput, requests/s"), joined=True)
-    return page.chart("Goodput by offered load", caption, figure)
 
 
 def cost_chart(page: Page, fleets: Sequence[Fleet]) -> Chart | None:

@@ -126,12 +126,14 @@ def plans(fleets: Sequence[Fleet], names: Iterable[str]) -> Table:
 
 
 def curve(load: Row) -> Table | None:
-    """Goodput against offered load; None where no load was tried."""
+    """Goodput and each objective against offered load; None where no load was tried."""
+    names = list(dict.fromkeys(name for row in load["curve"] for name in row["slo"]))
     rows = [
         [
             name_cell(f"{row['rate_scale']:.2f} x"),
             number_cell(row["offered_rps"], format_rate),
             number_cell(row["goodput_rps"], format_rate),
+            *(number_cell(row["slo"][name], format_s) for name in names),
             text_cell("yes" if row["holds"] else "no"),
             text_cell(row["binding"]),
             text_cell(row["bottleneck"] or MISSING),
@@ -139,8 +141,8 @@ def curve(load: Row) -> Table | None:
         for row in load["curve"]
     ]
     caption = "The same fleet at other loads; the trace's own is 1 x."
-    headings = ["load", "offered req/s", "goodput req/s", "holds", "nearest its limit", "bottleneck"]
-    return table(caption, headings, rows, headings[3:]) if rows else None
+    texts = ["holds", "nearest its limit", "bottleneck"]
+    return table(caption, ["load", "offered req/s", "goodput req/s", *names, *texts], rows, texts) if rows else None
 
 
 def refused(rows: Iterable[Row]) -> Table | None:

@@ -46,7 +46,7 @@ def planner() -> Planner:
 
 def served(planner: Planner, replicas: int, prompts_s: float, tokens_s: float) -> tuple[float, list[int]]:
     """What comes of so many replicas whose pools take these seconds, shared by their replicas; the splits tried."""
-    task, tried = planner._served_best(1, replicas), []
+    task, tried = planner.served_best(1, replicas), []
     key: Any = next(task)
     while True:
         assert isinstance(key, Key)
