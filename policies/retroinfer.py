@@ -3,29 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from policies.dense import activations, append, attend, pair_flops, raw_buffers, raw_prefill
+from policies.dense import activations, append, pair_flops, raw_buffers, raw_prefill
 from policies.model import ModelShape
-from policies.plan import (
-    Access,
-    Buffer,
-    Compute,
-    Copy,
-    Count,
-    Engine,
-    Plan,
-    Processor,
-    Rows,
-    Step,
-    Sync,
-    Tier,
-    Work,
-    part_of,
-)
+from policies.plan import Access, Buffer, Compute, Copy, Count, Engine, Plan, Rows, Step, Tier, Work, part_of
 from policies.policy import Policy, Reuse, at_least, multiple_of, share_of
 from policies.retroinfer_index import Clusters, cluster_counts
 
 CACHED = 3  # clusters in the HBM cache for each one that a step retrieves (the authors' scripts)
-BUFFERED = 4  # room in the execution buffer for each one, as clusters differ in size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,9 +18,13 @@ class RetroInfer(Policy):
     estimates the next ones, `estimation` of all, from a cluster's mean key and summed values. Sinks, a window and the
     generated tokens are exact; whenever `update_tokens` of these have gathered, they are clustered too.
 
-    Clusters live in DDR; an LRU cache in HBM holds three times what a step retrieves. A cluster counts as
-    `cluster_tokens` tokens, its mean size; the authors' page lists, LRU bookkeeping on the CPU and copy of the exact
-    rows into the execution buffer are left out.
+    Clusters lie in DDR one after the other, a token's key beside its value, and are read in blocks of `block_tokens`
+    (4: the 2 KiB of the authors' 8 tokens of keys alone); the last block of a cluster is read whole. An LRU cache of
+    blocks in HBM has room for three times what a step retrieves, at mean cluster size; blocks are attended to where
+    they lie in it. Retrieved clusters that exceed that room, the last ranks first, are estimated.
+
+    The authors look clusters up on the CPU, which waits for the GPU in each layer, and copy all exact rows into one
+    buffer; here the GPU looks up, nothing waits, and nothing is copied twice.
     """
 
     name: ClassVar[str] = "retroinfer"
@@ -47,6 +35,7 @@ class RetroInfer(Policy):
     sink_tokens: int = 4
     window_tokens: int = 64
     cluster_tokens: int = 16
+    block_tokens: int = 4
     segment_tokens: int = 8192
     retrieval: float = 0.018
     estimation: float = 0.232
@@ -54,8 +43,8 @@ class RetroInfer(Policy):
     update_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        at_least(self, sink_tokens=0, window_tokens=0, cluster_tokens=1, segment_tokens=1, kmeans_iterations=1)
-        at_least(self, update_tokens=1)
+        at_least(self, sink_tokens=0, window_tokens=0, cluster_tokens=1, block_tokens=1, segment_tokens=1)
+        at_least(self, kmeans_iterations=1, update_tokens=1)
         multiple_of(self, "update_tokens", "cluster_tokens")
         share_of(self, "retrieval")
         if not 0 <= self.estimation <= 1 - self.retrieval:
@@ -69,9 +58,12 @@ class RetroInfer(Policy):
         return self.sink_tokens + self.window_tokens + self.update_tokens
 
     def buffers(self, model: ModelShape, step: Step, layer: int) -> tuple[Buffer, ...]:
-        """`*_exact`: sinks, window, generated tokens; the index and `*_cached` in HBM; `*_host`: all clusters.
+        """`*_exact`: sinks, then a ring of the window and the generated tokens; the index and `cached` blocks in HBM;
+        `clusters` in DDR.
 
-        `*_clusters` are the rows of `*_host`, a cluster to a row, and `*_run` what a step attends to.
+        `blocks` are the rows of `clusters` from each row on, as many as a block has; the last ones reach beyond the
+        last cluster. `resident` says which block a slot has, and when it was last read; `chosen` what a step reads:
+        the block, its slot and its tokens.
         """
         shape, heads = model.layers[layer], model.layers[layer].kv_heads
         views = activations(model, step, layer)
@@ -79,47 +71,36 @@ class RetroInfer(Policy):
             views += raw_buffers(model, step, layer)
             if not step.last_chunk:
                 return views
-        now, after, k, v = self._now(step), self._after(step), shape.head_dim, shape.v_head_dim
-        exact, size, chosen = heads * self._exact_tokens(step), self.cluster_tokens, heads * now.retrieved
-        host, run = heads * after.tokens, max(32, BUFFERED * now.retrieved)
+        now, after = self.index(step), self._after(step)
+        row = (2, shape.head_dim) if shape.head_dim == shape.v_head_dim else (shape.head_dim + shape.v_head_dim,)
+        block_row, slots = (self.block_tokens, *row), heads * self.slots(now)
+        exact = heads * (self.sink_tokens + self.window_tokens + min(step.generated_tokens, self.update_tokens))
+        host = heads * (after.tokens + self.block_tokens - 1)
         state = (
-            Buffer("k_exact", Tier.HBM, exact, (k,), model.kv_dtype),
-            Buffer("v_exact", Tier.HBM, exact, (v,), model.kv_dtype),
-            Buffer("centroids", Tier.HBM, heads * after.clusters, (k,), model.dtype),
-            Buffer("value_sums", Tier.HBM, heads * after.clusters, (v,), model.dtype),
-            Buffer("sizes", Tier.HBM, heads, (after.clusters,), model.dtype),
-            Buffer("empty", Tier.HBM, heads, (after.clusters,), "bool"),
-            Buffer("k_cached", Tier.HBM, CACHED * chosen, (size, k), model.kv_dtype),
-            Buffer("v_cached", Tier.HBM, CACHED * chosen, (size, v), model.kv_dtype),
-            Buffer("keys_host", Tier.DDR, host, (k,), model.kv_dtype),
-            Buffer("values_host", Tier.DDR, host, (v,), model.kv_dtype),
-            Buffer("k_clusters", Tier.DDR, heads * after.clusters, (size, k), model.kv_dtype, view=True),
-            Buffer("v_clusters", Tier.DDR, heads * after.clusters, (size, v), model.kv_dtype, view=True),
-            Buffer("k_run", Tier.HBM, heads * run, (size, k), model.kv_dtype, ring=1),
-            Buffer("v_run", Tier.HBM, heads * run, (size, v), model.kv_dtype, ring=1),
-            Buffer("scores", Tier.HBM, shape.heads, (now.clusters,), model.dtype, ring=1),
-            Buffer("head_scores", Tier.HBM, heads, (now.clusters,), model.dtype, ring=1),
-            Buffer("chosen", Tier.HBM, heads, (now.retrieved,), "int64", ring=1),
-            Buffer("chosen_host", Tier.DDR, heads, (now.retrieved,), "int64", ring=1),
-            Buffer("estimated", Tier.HBM, 1, (shape.heads, v + 1), "fp32", ring=1),
+            Buffer("k_exact", Tier.HBM, exact, (shape.head_dim,), model.kv_dtype),
+            Buffer("v_exact", Tier.HBM, exact, (shape.v_head_dim,), model.kv_dtype),
+            *after.buffers(shape, model.dtype),
+            Buffer("cached", Tier.HBM, slots, block_row, model.kv_dtype),
+            Buffer("resident", Tier.HBM, slots, (2,), "int32"),
+            Buffer("clusters", Tier.DDR, host, row, model.kv_dtype),
+            Buffer("blocks", Tier.DDR, heads * after.tokens, block_row, model.kv_dtype, view=True),
+            Buffer("scores", Tier.HBM, shape.heads, (now.clusters,), "fp32", ring=1),
+            Buffer("head_scores", Tier.HBM, heads, (now.clusters,), "fp32", ring=1),
+            Buffer("chosen", Tier.HBM, slots, (3,), "int32", ring=1),
+            Buffer("estimated", Tier.HBM, 1, (shape.heads, shape.v_head_dim + 1), "fp32", ring=1),
         )
-        if not step.last_chunk:
+        if step.last_chunk:
+            return (*views, *state, Buffer("arranged", Tier.HBM, heads * after.tokens, row, model.kv_dtype, ring=1))
+        if step.generated_tokens < self.update_tokens:
             return (*views, *state)
-        staged = (
-            Buffer("keys_staged", Tier.DDR, host, (k,), model.kv_dtype, ring=1),
-            Buffer("values_staged", Tier.DDR, host, (v,), model.kv_dtype, ring=1),
-            Buffer("members", Tier.HBM, host, (1,), "int32", ring=1),
-            Buffer("members_host", Tier.DDR, host, (1,), "int32", ring=1),
-        )
-        return (*views, *staged, *state)
+        return (*views, *state, Buffer("leaving", Tier.HBM, heads * self.update_tokens, row, model.kv_dtype, ring=1))
 
     def prefill(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        """Dense; at the end keys and values leave for the host while the GPU clusters them, and are put in order."""
-        ops = raw_prefill(model, step, layer, ("offload_keys", "offload_values"))
+        """Dense; at the end the GPU clusters the keys and puts them in order, and they leave for the host."""
+        ops = raw_prefill(model, step, layer)
         if not step.last_chunk:
             return ops
-        shape, heads, index = model.layers[layer], model.layers[layer].kv_heads, self._after(step)
-        exact, far = Rows(heads * self._exact_tokens(step)), Rows(heads * index.tokens)
+        exact = Rows(model.layers[layer].kv_heads * (self.sink_tokens + self.window_tokens))
         set_aside = Compute(
             name="set_aside",
             work=Work.ELEMENTWISE,
@@ -127,92 +108,101 @@ class RetroInfer(Policy):
             writes=(Access("k_exact", exact), Access("v_exact", exact)),
             after=("attend",),
         )
-        moves = tuple(
-            Copy(name=f"offload_{of}", src=f"raw_{of}", dst=f"{of}_staged", rows=far, after=("append", "arrange@-1"))
-            for of in ("keys", "values")
+        leave = self._leave(model, step, layer, self._after(step), ("raw_keys", "raw_values"), "arranged")
+        return (*ops, set_aside, *leave)
+
+    def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
+        """Score all clusters, fetch what is not cached of the best while the next best are estimated, attend to all."""
+        shape, heads, now = model.layers[layer], model.layers[layer].kv_heads, self.index(step)
+        exact, read = self._exact_tokens(step), Rows(0, (("read", 1),))
+        fetch = Copy(
+            name="fetch",
+            src="blocks",
+            dst="cached",
+            rows=Rows(0, (("miss", 1),)),
+            engine=Engine.GATHER,
+            ids=("chosen",),
+            after=("select",),
         )
+        estimate = self._estimate(model, step, layer)
+        attention = Compute(
+            name="attend",
+            work=Work.ATTENTION,
+            # Ragged heads: pairs are counted over KV heads, so the FLOPs of a pair are those of one group.
+            rows=Rows(heads * exact, (("read", self.block_tokens),)),
+            flops_per_row=pair_flops(shape, step) // heads,
+            reads=(
+                Access("q", Rows(1)),
+                Access("k_exact", Rows(heads * exact)),
+                Access("v_exact", Rows(heads * exact)),
+                Access("cached", read, scattered=True),
+                Access("chosen", read),
+                *(Access("estimated", Rows(1)) for _ in estimate),
+            ),
+            writes=(Access("out", Rows(1)),),
+            after=("append", "fetch", *(op.name for op in estimate)),
+        )
+        new = append(step, ("k_exact", "v_exact"), ("new_k", "new_v"), heads)
+        ops = (new, *now.lookup(shape, heads * self.slots(now)), fetch, *estimate, attention)
+        if step.generated_tokens % self.update_tokens:
+            return ops
+        added = self.update_tokens // self.cluster_tokens
+        index = Clusters(self.update_tokens, added, added)
+        return (*ops, *self._leave(model, step, layer, index, ("k_exact", "v_exact"), "leaving"))
+
+    def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
+        """In blocks, of the room that the cache has: `read`, those of the retrieved clusters; `miss`, of these the ones
+        that are not in the cache. The hit rate is 1 - miss / read.
+        """
+        if step.prefilling:
+            return ()
+        heads, most, read = model.layers[layer].kv_heads, self.slots(self.index(step)), self.read_share
+        sizes = "clusters of mean size, whose last block is half empty; the spread is an assumption"
+        hits = "assumption: 85 % hits, within the 79 to 94 % that the authors are said to measure with a cache of 5 %"
+        return (
+            Count(name="read", heads=heads, maximum=most, share=read, spread=read / 8, source=sizes),
+            Count(name="miss", heads=heads, maximum=most, share=0.15 * read, spread=0.05 * read, source=hits),
+        )
+
+    @property
+    def read_share(self) -> float:
+        """Blocks that a step reads for each one that the cache has room for, where clusters are of mean size."""
+        return (self.cluster_tokens + (self.block_tokens - 1) / 2) / (CACHED * self._cluster_blocks * self.block_tokens)
+
+    def slots(self, index: Clusters) -> int:
+        """Blocks that the cache of a KV head holds, and that a step reads at most."""
+        return CACHED * self._cluster_blocks * index.retrieved
+
+    def index(self, step: Step) -> Clusters:
+        """The clusters that the step's queries search."""
+        return self._index(step, self.updates_before(step))
+
+    def updates_before(self, step: Step) -> int:
+        """How often generated tokens were clustered before the step."""
+        return max(0, step.generated_tokens - 1) // self.update_tokens
+
+    @property
+    def _cluster_blocks(self) -> int:
+        return -(-self.cluster_tokens // self.block_tokens)
+
+    def _leave(
+        self, model: ModelShape, step: Step, layer: int, index: Clusters, source: tuple[str, str], staged: str
+    ) -> Plan:
+        """Cluster the rows of `source`, put them in the order of their clusters in `staged`, and send them down."""
+        shape = model.layers[layer]
+        rows = Rows(shape.kv_heads * index.tokens)
         arrange = Compute(
             name="arrange",
             work=Work.ELEMENTWISE,
-            processor=Processor.CPU,
-            reads=(Access("keys_staged", far), Access("values_staged", far), Access("members_host", far)),
-            writes=(Access("keys_host", far, scattered=True), Access("values_host", far, scattered=True)),
-            after=("offload_keys", "offload_values", "members_down"),
+            reads=tuple(Access(name, rows, scattered=True) for name in source),
+            writes=(Access(staged, rows),),
+            after=("sum_values", "offload@-1"),
         )
-        down = Copy(
-            name="members_down", src="members", dst="members_host", rows=far, after=("list_members", "arrange@-1")
-        )
-        build = index.build(shape, self.kmeans_iterations, ("attend",), "raw_keys", "raw_values")
-        lists = Compute(
-            name="list_members",
-            work=Work.ELEMENTWISE,
-            writes=(Access("members", far),),
-            after=("sum_values", "members_down@-1"),
-        )
-        return (*ops, *build, lists, set_aside, *moves, down, arrange)
-
-    def decode(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        """Score all clusters, fetch the best that are not cached while the next best are estimated, attend to both."""
-        shape, heads, now = model.layers[layer], model.layers[layer].kv_heads, self._now(step)
-        exact, chosen = Rows(heads * self._exact_tokens(step)), Rows(heads * now.retrieved)
-        missed, hit = Rows(0, (("miss", 1),)), Rows(heads * now.retrieved, (("miss", -1),))
-        fetch = tuple(
-            Copy(
-                name=f"fetch_{of}",
-                src=f"{of}_clusters",
-                dst=f"{of}_run",
-                rows=missed,
-                engine=Engine.GATHER,
-                ids=("chosen_host",),
-                after=("wait_ids",),
-            )
-            for of in ("k", "v")
-        )
-        assemble = Compute(
-            name="assemble",
-            work=Work.ELEMENTWISE,
-            reads=(Access("k_cached", hit, scattered=True), Access("v_cached", hit, scattered=True)),
-            writes=(Access("k_run", hit), Access("v_run", hit)),
-            after=("fetch_k", "fetch_v"),  # one kernel does all three
-        )
-        admit = Compute(
-            name="admit",  # what was missed takes the place of the clusters that were used longest ago
-            work=Work.ELEMENTWISE,
-            reads=(Access("k_run", missed), Access("v_run", missed)),
-            writes=(Access("k_cached", missed, scattered=True), Access("v_cached", missed, scattered=True)),
-            after=("attend",),
-        )
-        estimate = self._estimate(model, step, layer)
-        runs = (Access("k_run", chosen), Access("v_run", chosen), *(Access("estimated", Rows(1)) for _ in estimate))
-        return (
-            append(step, ("k_exact", "v_exact"), ("new_k", "new_v"), heads),
-            *now.lookup(shape),
-            Copy(name="ids_down", src="chosen", dst="chosen_host", rows=Rows(heads), after=("select",)),
-            Sync(name="wait_ids", after=("ids_down",)),
-            *fetch,
-            *estimate,
-            assemble,
-            attend(
-                shape,
-                step,
-                Rows(self._exact_tokens(step) + self.cluster_tokens * now.retrieved),
-                (Access("k_exact", exact), Access("v_exact", exact), *runs),
-                after=("append", "fetch_k", "fetch_v", "assemble", *(op.name for op in estimate)),
-            ),
-            admit,
-            *self._update(model, step, layer),
-        )
-
-    def counts(self, model: ModelShape, step: Step, layer: int) -> tuple[Count, ...]:
-        """`miss`: retrieved clusters that are not in the HBM cache."""
-        if step.prefilling:
-            return ()
-        heads, most = model.layers[layer].kv_heads, self._now(step).retrieved
-        source = "assumption: 85 % hits, within the 79 to 94 % that the authors are said to measure with a cache of 5 %"
-        return (Count(name="miss", heads=heads, maximum=most, share=0.15, spread=0.05, source=source),)
+        offload = Copy(name="offload", src=staged, dst="clusters", rows=rows, after=("arrange",))
+        return (*index.build(shape, self.kmeans_iterations, ("attend",), *source), arrange, offload)
 
     def _estimate(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        shape, now = model.layers[layer], self._now(step)
+        shape, now = model.layers[layer], self.index(step)
         if not now.estimated:
             return ()
         means = Rows(shape.kv_heads * now.estimated)
@@ -232,21 +222,6 @@ class RetroInfer(Policy):
             ),
         )
 
-    def _update(self, model: ModelShape, step: Step, layer: int) -> Plan:
-        if step.generated_tokens % self.update_tokens:
-            return ()
-        shape, heads = model.layers[layer], model.layers[layer].kv_heads
-        clusters = self.update_tokens // self.cluster_tokens
-        moved = Rows(heads * self.update_tokens)
-        build = Clusters(self.update_tokens, clusters, clusters).build(
-            shape, self.kmeans_iterations, ("attend",), "k_exact", "v_exact"
-        )
-        moves = tuple(
-            Copy(name=f"offload_{of}", src=f"{of[0]}_exact", dst=f"{of}_host", rows=moved, after=("sum_values",))
-            for of in ("keys", "values")
-        )
-        return (*build, *moves)
-
     def _index(self, step: Step, updates: int) -> Clusters:
         """The clusters of the prompt and of so many updates."""
         prompt, added = step.prompt_tokens, self.update_tokens // self.cluster_tokens
@@ -261,17 +236,10 @@ class RetroInfer(Policy):
             + updates * part_of(added, self.estimation),
         )
 
-    def _now(self, step: Step) -> Clusters:
-        """What the step's queries search."""
-        return self._index(step, self._updates_before(step))
-
     def _after(self, step: Step) -> Clusters:
         return self._index(step, step.generated_tokens // self.update_tokens)
 
-    def _updates_before(self, step: Step) -> int:
-        return max(0, step.generated_tokens - 1) // self.update_tokens
-
     def _exact_tokens(self, step: Step) -> int:
-        """Rows that a step attends to exactly; an update that ends the step takes its tokens away afterwards."""
-        gathered = step.generated_tokens - self.update_tokens * self._updates_before(step)
+        """Tokens that a step attends to exactly; an update that ends the step takes its tokens away afterwards."""
+        gathered = step.generated_tokens - self.update_tokens * self.updates_before(step)
         return self.sink_tokens + self.window_tokens + gathered

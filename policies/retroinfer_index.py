@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from policies.model import LayerShape
-from policies.plan import Access, Compute, Plan, Rows, Work
+from policies.plan import Access, Buffer, Compute, Plan, Rows, Tier, Work
 
 
 class Clusters(NamedTuple):
@@ -15,6 +15,16 @@ class Clusters(NamedTuple):
     segment_clusters: int  # k-means runs within segments of the prompt
     retrieved: int = 0
     estimated: int = 0
+
+    def buffers(self, shape: LayerShape, dtype: str) -> tuple[Buffer, ...]:
+        """Mean keys and summed values of `dtype`; the row in which each cluster starts, and its size."""
+        heads = shape.kv_heads
+        return (
+            Buffer("centroids", Tier.HBM, heads * self.clusters, (shape.head_dim,), dtype),
+            Buffer("value_sums", Tier.HBM, heads * self.clusters, (shape.v_head_dim,), dtype),
+            Buffer("starts", Tier.HBM, heads, (self.clusters,), "int32"),
+            Buffer("sizes", Tier.HBM, heads, (self.clusters,), "int32"),
+        )
 
     def build(self, shape: LayerShape, iterations: int, after: tuple[str, ...], keys: str, values: str) -> Plan:
         """K-means within segments, one last round over all clusters, then the members' values summed."""
@@ -41,14 +51,16 @@ class Clusters(NamedTuple):
             rows=members,
             flops_per_row=shape.v_head_dim,
             reads=(Access(values, members, scattered=True),),
-            writes=(Access("value_sums", means), Access("sizes", Rows(heads)), Access("empty", Rows(heads))),
+            writes=(Access("value_sums", means), Access("starts", Rows(heads)), Access("sizes", Rows(heads))),
             after=after,
         )
         return (*ops, sums)
 
-    def lookup(self, shape: LayerShape) -> Plan:
-        """Softmax over all clusters for each query head, summed over a group, then the ranks of each KV head."""
-        heads = shape.kv_heads
+    def lookup(self, shape: LayerShape, slots: int) -> Plan:
+        """Softmax over all clusters for each query head, summed over a group, then the ranks of each KV head, and
+        which of their blocks the cache has in its `slots`.
+        """
+        heads, read = shape.kv_heads, Rows(0, (("read", 1),))
         return (
             Compute(
                 name="score",
@@ -64,7 +76,7 @@ class Clusters(NamedTuple):
                 work=Work.ELEMENTWISE,
                 rows=Rows(shape.heads * self.clusters),
                 flops_per_row=4,
-                reads=(Access("scores", Rows(2 * shape.heads)), Access("empty", Rows(heads))),
+                reads=(Access("scores", Rows(2 * shape.heads)), Access("sizes", Rows(heads))),
                 writes=(Access("head_scores", Rows(heads)),),
                 after=("score",),
             ),
@@ -72,10 +84,10 @@ class Clusters(NamedTuple):
                 name="select",
                 work=Work.TOPK,
                 rows=Rows(heads * self.clusters),
-                reads=(Access("head_scores", Rows(heads)),),
-                writes=(Access("chosen", Rows(heads)),),
+                reads=(Access("head_scores", Rows(heads)), Access("resident", Rows(slots))),
+                writes=(Access("chosen", read), Access("resident", read)),
                 after=("aggregate",),
-                draws=("miss",),
+                draws=("read", "miss"),
             ),
         )
 

@@ -6,7 +6,6 @@ bytes, a token 4,096 per layer, and a query-key pair costs 16,384 FLOPs. Llama-2
 
 from collections import Counter
 from collections.abc import Callable
-from math import lcm
 
 import pytest
 
@@ -14,7 +13,6 @@ from kvsim.models import load_model
 from kvsim.plans.plan_tree import plan_text
 from policies import LayerPlan, ModelShape, Reuse, Step, parse_policy, plan_layer, reuse_of
 from policies.plan import Compute, Rows, Tier, flops, moved_bytes, stored_bytes
-from policies.retroinfer_index import cluster_counts
 
 LLAMA = load_model("llama-3.1-8b")
 MHA = load_model("llama-2-7b")
@@ -56,97 +54,6 @@ def rows_of(plan: LayerPlan, name: str) -> Rows:
     op = next(op for op in plan.ops if op.name == name)
     assert isinstance(op, Compute)
     return op.rows
-
-
-# RetroInfer
-
-
-@pytest.mark.parametrize(
-    ("prompt", "clusters"),
-    [
-        (120_000, 7440),  # 15 segments, multiples of 120: 7,500 is 62.5 of them, and of two alike the lower is taken
-        (131_072, 8192),  # 16 segments
-        (1_024_000, 64_000),  # 125 segments, multiples of 1,000
-        (1092, 72),  # one segment; 68.25 is 3.75 below 72 and 4.25 above 64
-    ],
-)
-def test_retroinfer_has_the_authors_number_of_clusters(prompt: int, clusters: int) -> None:
-    assert cluster_counts(prompt, 16, 8192)[0] == clusters
-
-
-def test_retroinfer_clusters_are_the_nearest_multiple() -> None:
-    for prompt in range(1092, 200_000, 777):
-        segments = max(1, int(prompt / 8192 + 0.5))
-        unit = lcm(8, segments)
-        multiples = range(unit, prompt // 16 + 2 * unit, unit)
-        nearest = min(multiples, key=lambda multiple: (abs(16 * multiple - prompt), multiple))
-        assert cluster_counts(prompt, 16, 8192) == (nearest, nearest // segments), prompt
-
-
-def test_retroinfer_decode() -> None:
-    plan = planned("retroinfer", Step.decoding(CONTEXT, 1))
-    # 8,192 clusters: 147 retrieved (1.8 % is 147.5), 1,901 estimated (23.2 % is 1,900.5).
-    assert held(plan, "centroids") == held(plan, "value_sums") == 8192 * KEY
-    assert held(plan, "sizes", "empty") == 8 * 8192 * (2 + 1)
-    assert held(plan, "k_cached", "v_cached") == 3 * 147 * 16 * KV
-    assert held(plan, "keys_host", "values_host") == (CONTEXT - 68) * KV
-    assert held(plan, "k_exact", "v_exact") == (68 + 1) * KV
-    assert work(plan, "score") == 2 * 32 * 128 * 8192
-    assert work(plan, "estimate") == PAIR * 1901
-    assert work(plan, "attend") == PAIR * (69 + 16 * 147)
-    # Without a single hit every retrieved cluster crosses PCIe: 294 MiB a step over all layers; and 147 ids a head.
-    none_cached = moved(plan, miss=8 * 147)
-    assert none_cached == {UP: 147 * 16 * KV, DOWN: 8 * 147 * 8}
-    assert 32 * none_cached[UP] / 2**20 == 294
-    # 15 % of 147 are 22 clusters a head.
-    assert moved(plan)[UP] == 8 * 22 * 16 * 512
-
-
-def test_retroinfer_at_128k_in_all_layers() -> None:
-    kept = stored("retroinfer", Step.decoding(CONTEXT, 1))
-    index = 32 * (2 * 8192 * KEY + 8 * 8192 * 3)
-    cache = 32 * 3 * 147 * 16 * KV
-    assert index / GIB == pytest.approx(1.0, abs=0.01)
-    assert cache / GIB == pytest.approx(0.86, abs=0.01)
-    shared = 588 * 16 * KV + (2 * 8192 * (32 + 8)) + 8 * 147 * 8 + 32 * 129 * 4  # run, scores, ids, estimate
-    assert kept[Tier.HBM] == index + cache + 32 * 69 * KV + shared
-    assert kept[Tier.DDR] == 32 * (CONTEXT - 68) * KV + 8 * 147 * 8
-
-
-def test_retroinfer_build() -> None:
-    n = 120_000
-    plan = planned("retroinfer", whole(n))
-    far = n - 68
-    # Nine rounds over the 496 clusters of a segment of 8,000, one over all 7,440; a product is 2 * 128 FLOPs.
-    assert work(plan, "cluster") == 8 * far * 9 * 496 * 256
-    assert work(plan, "assign") == 8 * far * 7440 * 256
-    assert 32 * work(plan, "cluster", "assign") == pytest.approx(9.4e13, rel=0.04)
-    # Keys and values, and for each token of each head the 4 bytes that say where it goes.
-    assert moved(plan) == {DOWN: far * (KV + 8 * 4)}
-
-
-def test_retroinfer_clusters_generated_tokens_every_1024() -> None:
-    before, due, after = (planned("retroinfer", Step.decoding(CONTEXT, t)) for t in (1023, 1024, 1025))
-    assert moved(due)[DOWN] - moved(before)[DOWN] == 1024 * KV
-    assert work(due, "cluster", "assign") == 8 * 1024 * 64 * 10 * 256  # 64 clusters, ten rounds
-    assert [held(plan, "centroids") for plan in (before, due, after)] == [8192 * KEY, 8256 * KEY, 8256 * KEY]
-    assert [held(plan, "keys_host") for plan in (before, due)] == [(CONTEXT - 68) * KEY, (CONTEXT - 68 + 1024) * KEY]
-    exact = [held(plan, "k_exact") // KEY for plan in (before, due, after)]
-    assert exact == [68 + 1023, 68 + 1024, 68 + 1]
-    # One cluster more is retrieved and 15 more are estimated.
-    assert work(after, "attend") == PAIR * (69 + 16 * 148)
-    assert work(after, "estimate") == PAIR * 1916
-
-
-def test_retroinfer_that_retrieves_every_cluster_attends_to_everything() -> None:
-    # 3,008 tokens less 64 near ones are 184 clusters of 16, and 184 is what the rule gives.
-    text = "retroinfer:window_tokens=60,retrieval=1,estimation=0"
-    plan = planned(text, Step.decoding(3008, 1))
-    assert "estimate" not in [op.name for op in plan.ops]
-    assert work(plan, "attend") == PAIR * 3009
-    reads = next(op for op in plan.ops if op.name == "attend").reads  # type: ignore[union-attr]
-    sizes = {buffer.name: buffer.row_bytes for buffer in plan.buffers}
-    assert sum(a.rows.fixed * sizes[a.buffer] for a in reads if a.buffer != "q") == KV * 3009
 
 
 # Locret

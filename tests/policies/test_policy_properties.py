@@ -44,7 +44,7 @@ CACHED = {  # buffers of raw keys and values, in the cache's own type
     *("kv", "kv_host", "keys", "values", "raw_keys", "raw_values", "k_exact", "v_exact", "k_slots", "v_slots"),
     *("values_host", "k_near", "v_near", "index_values", "local", "rest", "cached", "blocks"),
     *("exact", "prefix", "staged"),
-    *("k_cached", "v_cached", "k_run", "v_run", "keys_host", "keys_staged", "values_staged"),
+    *("clusters", "arranged", "leaving"),
     *("chunk_keys", "chunk_values", "found_blocks"),
 }
 
@@ -257,7 +257,7 @@ def test_decode_is_affine_in_the_context(text: str) -> None:
     # centroids.
     first, apart = 48_100, 12_800
     if text.startswith("retroinfer"):  # whole segments of 8,192 whose shares of clusters and misses are whole, too
-        first = apart = 8192 * 10_000
+        first = apart = 8192 * 10**9
     series = [amounts(text, Step.decoding(first + apart * i, 1)) for i in range(6)]
     assert not any(any(row) for row in differences(differences(series)))
 

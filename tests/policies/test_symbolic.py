@@ -284,5 +284,6 @@ def test_one_derivation_covers_a_long_answer(text: str) -> None:
             tapes.append(Tape(inputs))
             planned(text, tapes[-1].symbols())
     # InfLLM's steps in which a block closes differ from those in between; LoCoCo's first merge from later ones, and all
-    # from the steps between merges; HiP's stages are due one, two or three at a time, or none.
-    assert len(tapes) <= {"lococo": 3, "hip": 4}.get(text, 2)
+    # from the steps between merges; HiP's stages are due one, two or three at a time, or none; RetroInfer's exact rows
+    # grow until they are clustered for the first time.
+    assert len(tapes) <= {"lococo": 3, "retroinfer": 3, "hip": 4}.get(text, 2)
