@@ -1,4 +1,4 @@
-"""Nearest-key indexes in host memory: which keys have the largest inner product with a query."""
+"""Indexes of keys: which in host memory have the largest inner product with a query; `segments`: clusters of a text."""
 
 from runtime.index.base import Found, Index
 from runtime.index.flat import Flat

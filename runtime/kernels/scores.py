@@ -10,16 +10,24 @@ Reduce = Literal["max", "sum", "mean", "none"]
 
 
 def landmark_scores(
-    q: Tensor, landmarks: Tensor, *, scale: float, reduce: Reduce = "max", valid: Tensor | None = None
+    q: Tensor,
+    landmarks: Tensor,
+    *,
+    scale: float,
+    reduce: Reduce = "max",
+    valid: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention mass of each chunk's landmark, reduced over a group's query heads: fp32 `(batch, kv_heads, chunks)`.
 
     q `(batch, heads, new_tokens, head_dim)`, landmarks `(batch, kv_heads, chunks, head_dim)`. Per query head
     softmax(q . landmark * scale), summed over the new tokens, then `reduce` over the group (ShadowKV, Sun et al. 2024:
-    the maximum). Chunks that bool `valid`, broadcastable to the result, leaves out score -inf.
+    the maximum; RetroInfer: the sum). Chunks that bool `valid`, broadcastable to the result, leaves out score -inf.
     Raises ValueError for shapes that do not fit together and for an unknown `reduce`.
     """
-    logits = _grouped_logits(q, landmarks) * scale
+    logits = grouped_logits(q, landmarks) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     if valid is not None:
         valid = valid.expand(landmarks.shape[:3])
         logits = logits.masked_fill(~valid[:, :, None, None, :], -torch.inf)
@@ -39,7 +47,7 @@ def bound_scores(
     `landmark_scores`.
     """
     # Which of the two products is larger depends on the sign of q_i alone.
-    bounds = _grouped_logits(q.clamp(min=0), high) + _grouped_logits(q.clamp(max=0), low)
+    bounds = grouped_logits(q.clamp(min=0), high) + grouped_logits(q.clamp(max=0), low)
     scores = _reduced(bounds.amax(dim=3), reduce)
     return scores if valid is None else scores.masked_fill(~valid.expand(scores.shape), -torch.inf)
 
@@ -63,7 +71,7 @@ def centroid_scores(
     names.
     In logs nothing underflows, so scores that differ stay apart. Errors as in `landmark_scores`.
     """
-    logits = _grouped_logits(q, centroids) * scale
+    logits = grouped_logits(q, centroids) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     total = torch.logsumexp(logits + sizes.log()[:, :, None, None], dim=-1, keepdim=True)
@@ -76,7 +84,7 @@ def centroid_scores(
     return torch.logsumexp(shares, dim=2) - counted.sum(dim=1).clamp(min=1).log()[:, None, None]
 
 
-def _grouped_logits(q: Tensor, rows: Tensor) -> Tensor:
+def grouped_logits(q: Tensor, rows: Tensor) -> Tensor:
     """Products in fp32, (batch, kv_heads, group, new_tokens, rows)."""
     batch, heads, new_tokens, head_dim = q.shape
     kv_heads = rows.shape[1]
