@@ -1,6 +1,7 @@
 """Which model families follow which policies: every decoder that Transformers builds, tiny and random, tried.
 
     python benchmarks/architectures.py [FAMILY ...]     tries all families, or these, and merges them into the results
+    python benchmarks/architectures.py --policies NAME  tries these policies alone, and adds them to families' results
     python benchmarks/architectures.py --page           writes docs/measured/architectures.md from the results
 
 Each executed policy is set so that it leaves nothing out; it is exact when greedy tokens equal those of stock
@@ -22,7 +23,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from exactness import EXACT, judge  # noqa: E402
+from exactness import EXACT, LOSSY, judge  # noqa: E402
 from tiny_models import CAUSAL, VISION, tiny_model  # noqa: E402
 
 from runtime.probe import SeenLayer, probe  # noqa: E402
@@ -54,15 +55,16 @@ tried.
 
 ## Taken
 
-All nine executed policies ({policies}) are exact unless the last column names one.
+All {number} executed policies ({policies}) are exact unless the last column names one.
 
 | family | layers | keys | refused |
 |---|---|---|---|"""
 WHOLE = ["full", "offload-all"]
 
 
-def tried(family: str) -> dict[str, Any]:
-    """What a family does; `untried` with the reason where Transformers does not run it on text alone here."""
+def tried(family: str, asked: Sequence[str]) -> dict[str, Any]:
+    """What a family does under policies; `untried` with the reason where Transformers does not run it on text alone."""
+    lossy = [text for text in LOSSY if text.partition(":")[0] in asked]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -70,13 +72,28 @@ def tried(family: str) -> dict[str, Any]:
             verdict = judge(model, policies=())
         except Exception as error:  # noqa: BLE001 - whatever Transformers raises for a config that is scaled down
             return {"untried": _short(f"{type(error).__name__}: {error}")}
-        verdict = judge(model)
+        verdict = judge(model, asked, lossy)
     found: dict[str, Any] = {"model": type(model).__name__}
     if verdict.exact:
         found |= {"layers": _layers(probe(model)), "keys": _keys(probe(model))}
     found |= {"exact": verdict.exact, "lossy_forms_run": verdict.ran}
     found |= {"refused": {name: _short(why) for name, why in verdict.refused.items()}, "wrong": verdict.wrong}
     return found
+
+
+def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What a family did under some policies, and now does under others."""
+    if "untried" in old or "untried" in new:
+        return dict(new)
+    refused = {**old["refused"], **new["refused"]}
+    return {
+        **old,
+        **{name: new[name] for name in ("model", "layers", "keys") if name in new},
+        "exact": [name for name in EXACT if name in old["exact"] or name in new["exact"]],
+        "lossy_forms_run": old["lossy_forms_run"] + new["lossy_forms_run"],
+        "refused": {name: refused[name] for name in EXACT if name in refused},
+        "wrong": {**old["wrong"], **new["wrong"]},
+    }
 
 
 def _short(text: str) -> str:
@@ -111,6 +128,7 @@ def page(results: Mapping[str, Any]) -> str:
     text = ABOUT.format(
         transformers=results["transformers"],
         torch=results["torch"],
+        number=len(EXACT),
         policies=", ".join(EXACT),
         taken=len(taken),
         whole=len(whole),
@@ -156,6 +174,7 @@ def main() -> None:
     """Try families, or write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*")
+    parser.add_argument("--policies", nargs="+", choices=list(EXACT), metavar="NAME", help="that no row has yet")
     parser.add_argument("--page", action="store_true")
     asked = parser.parse_args()
     results = json.loads(OUT.read_text()) if OUT.exists() else {"families": {}}
@@ -163,7 +182,8 @@ def main() -> None:
         transformers.logging.set_verbosity_error()
         results |= {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
         for family in asked.families or {**CAUSAL, **VISION}:
-            results["families"][family] = tried(family)
+            found, before = tried(family, asked.policies or list(EXACT)), results["families"].get(family)
+            results["families"][family] = joined(before, found) if asked.policies and before else found
             sys.stdout.write(f"{family} {json.dumps(results['families'][family])[:160]}\n")
             results["families"] = dict(sorted(results["families"].items()))
             OUT.write_text(json.dumps(results, indent=1) + "\n")

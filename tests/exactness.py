@@ -25,6 +25,7 @@ EXACT = {
     "squeezed-attention": "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2",
     "shadowkv": "shadowkv:chunk_tokens=2,budget_tokens=14,rank=36,outlier_chunks=0",
     "retrieval-attention": "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=27,index=flat",
+    "retroinfer": "retroinfer:window_tokens=4,cluster_tokens=4,update_tokens=8,retrieval=1,estimation=0",
 }
 PADDED_ALONE = ("shadowkv",)
 # Forms that leave something out, or the default: they must run, whatever comes out.
@@ -37,6 +38,7 @@ LOSSY = (
     "squeezed-attention:keep=0.5,observation_tokens=4,centroid_share=0.2,tier=ddr",
     "shadowkv:chunk_tokens=2,budget_tokens=6",
     "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=5,index=flat",
+    "retroinfer:window_tokens=4,cluster_tokens=2,update_tokens=4,retrieval=0.2,estimation=0.4",
 )
 
 

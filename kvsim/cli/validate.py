@@ -33,6 +33,10 @@ TRIED = {
         f"retrieval-attention:sink_tokens=16,window_tokens=64,top_k=16,{index}"
         for index in ("degree=8", "index=ivf,lists=16", "index=flat")
     ),
+    "retroinfer": (
+        "retroinfer:window_tokens=16,update_tokens=64,retrieval=0.2",
+        "retroinfer:sink_tokens=2,window_tokens=8,cluster_tokens=2,block_tokens=3,update_tokens=4,retrieval=0.3",
+    ),
 }
 COMPOSED = ("full@layers=0-1+offload-all",)
 

@@ -41,6 +41,7 @@ VARIANTS = [
     "retrieval-attention:sink_tokens=4,window_tokens=16,top_k=5",
     "retrieval-attention:sink_tokens=4,window_tokens=16,top_k=5,index=flat",
     "retrieval-attention:sink_tokens=4,window_tokens=16,top_k=5,index=ivf,lists=8,scan_per=query_head",
+    "retroinfer:window_tokens=12,cluster_tokens=4,update_tokens=20,retrieval=0.1",
     "full@heads=1+shadowkv:budget_tokens=32,rank=8@heads=1",
     "infllm:window_tokens=50,block_tokens=8,execution_tokens=16,top_k=4,cache_blocks=5@heads=1+offload-all@heads=1",
     "full@layers=0-1+quest:budget_tokens=96,page_tokens=8",

@@ -19,6 +19,7 @@ EXACT = [
     *("snapkv:budget_tokens=30,observation_tokens=8", "infllm:window_tokens=57,block_tokens=4,execution_tokens=8"),
     "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2",
     "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=20,index=flat",
+    "retroinfer:window_tokens=4,cluster_tokens=4,update_tokens=8,retrieval=1,estimation=0",
     "shadowkv:budget_tokens=4096",
 ]
 NEW = 8

@@ -68,6 +68,8 @@ EXACT = [
         for index in ("index=flat", "index=flat,scan_per=query_head", "index=ivf,lists=9,probe_share=1", "scanned=1")
     ),
     "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=27,scanned=1@heads=4+offload-all@heads=4",
+    "retroinfer:window_tokens=4,cluster_tokens=4,update_tokens=8,retrieval=1,estimation=0",
+    "retroinfer:window_tokens=4,cluster_tokens=2,update_tokens=4,retrieval=1,estimation=0@heads=4+offload-all@heads=4",
 ]
 
 
@@ -291,8 +293,8 @@ def test_one_sequence_never_reads_what_another_left():
 def test_what_cannot_be_done_says_so():
     llama = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).eval().float()
     with (
-        pytest.raises(ValueError, match="does not execute policy 'retroinfer' yet; it executes full, "),
-        offload(llama, parse_policy("retroinfer")),
+        pytest.raises(ValueError, match="does not execute policy 'locret' yet; it executes full, "),
+        offload(llama, parse_policy("locret")),
     ):
         pass
     with (

@@ -22,6 +22,7 @@ EXACT = [
         f"retrieval-attention:sink_tokens=16,window_tokens=84,top_k=600,{index}"
         for index in ("index=flat", "index=ivf,lists=24,probe_share=1", "scanned=1")
     ),
+    "retroinfer:update_tokens=16,retrieval=1,estimation=0",
 ]
 SELECTIVE = [
     "snapkv:budget_tokens=128",
@@ -35,6 +36,7 @@ SELECTIVE = [
         f"retrieval-attention:sink_tokens=16,window_tokens=84,top_k=32,{index}"
         for index in ("index=flat", "index=ivf,lists=24", "scanned=0.2,scan_factor=1")
     ),
+    "retroinfer:update_tokens=16,retrieval=0.1",
 ]
 
 

@@ -42,6 +42,7 @@ def test_a_probe_sees_the_same_layers(family: str) -> None:
             f"retrieval-attention:sink_tokens=16,window_tokens=84,top_k=32,{index}"
             for index in ("index=flat", "index=ivf,lists=24", "scanned=0.2,scan_factor=1")
         ),
+        "retroinfer:update_tokens=16,retrieval=0.1",
     ],
 )
 def test_a_saved_cache_goes_on_as_the_original_does(tiny_llama: Path, tmp_path: Path, policy: str) -> None:

@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from policies import POLICIES, parse_policy
 from runtime import offload
 
-PLANNED = ("retroinfer", "locret", "lazyllm", "xattention", "hip", "lococo", "landmark")
+PLANNED = ("locret", "lazyllm", "xattention", "hip", "lococo", "landmark")
 ROOT = Path(__file__).parents[2]
 
 

@@ -38,6 +38,7 @@ def example():
         ("full", True),
         ("squeezed-attention:keep=0.1", True),
         ("retrieval-attention:index=flat,sink_tokens=16,window_tokens=128", True),
+        ("retroinfer", True),
         ("shadowkv:budget_tokens=512,rank=40,outlier_chunks=12", True),
         ("snapkv:budget_tokens=256", False),
     ],

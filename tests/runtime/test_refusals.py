@@ -15,6 +15,7 @@ EXACT = [
     *("snapkv:budget_tokens=37,observation_tokens=8", "infllm:window_tokens=57,block_tokens=4,execution_tokens=8"),
     "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2",
     "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=27,index=flat",
+    "retroinfer:window_tokens=4,cluster_tokens=4,update_tokens=8,retrieval=1,estimation=0",
 ]
 LOSSY = ["shadowkv:chunk_tokens=2,budget_tokens=6,rank=8,outlier_chunks=3", "quest:budget_tokens=16,page_tokens=4"]
 ANYWHERE = ("full", "offload-all", "quest", "snapkv", "shadowkv")  # know padding behind real tokens

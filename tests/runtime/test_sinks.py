@@ -77,6 +77,7 @@ POLICIES = [
     "squeezed-attention:observation_tokens=16,budget_tokens=16,tier=ddr",
     "shadowkv:budget_tokens=32,rank=8,outlier_chunks=0",
     "retrieval-attention:sink_tokens=4,window_tokens=32,top_k=8,index=ivf,lists=8",
+    "retroinfer:window_tokens=32,update_tokens=64,retrieval=0.05,estimation=0",
 ]
 
 

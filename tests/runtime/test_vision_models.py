@@ -99,6 +99,7 @@ def features(model, inputs):
         "sink-window:positions=original",
         "squeezed-attention:keep=1,observation_tokens=4,centroid_share=0.2",
         "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=19,index=flat",
+        "retroinfer:window_tokens=4,cluster_tokens=4,update_tokens=8,retrieval=1,estimation=0",
     ],
 )
 def test_tokens_of_stock_with_images(seen, policy):

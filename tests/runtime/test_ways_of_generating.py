@@ -19,6 +19,7 @@ EXACT = [
         f"retrieval-attention:sink_tokens=2,window_tokens=8,top_k=27,{index}"
         for index in ("index=flat", "index=ivf,lists=9,probe_share=1", "scanned=1")
     ),
+    "retroinfer:window_tokens=4,cluster_tokens=4,update_tokens=8,retrieval=1,estimation=0",
 ]
 
 
