@@ -35,6 +35,7 @@ def print_plan(document: Mapping[str, Any]) -> None:
             print_line(f"not possible: {_name(row)} on {row['gpu']} with {_split(row)}: {row['reason']}")
     if answer is not None:
         _print_load(answer["load"])
+        _print_changes(document)
         _print_commands(answer)
     elif document["nearest"] is not None:
         _print_load(document["nearest"]["load"])
@@ -78,7 +79,7 @@ def _cells(row: Mapping[str, Any], names: list[str]) -> list[str]:
         f"{row['gpus']}" if row["feasible"] else f"{row['gpus']} (not enough)",
         _split(row),
         f"{row['usd_per_hour']:,.2f}",
-        MISSING if row["cost_per_million_tokens"] is None else f"{row['cost_per_million_tokens']:,.2f}",
+        _usd(row["cost_per_million_tokens"]),
         MISSING if row["kwh_per_million_tokens"] is None else f"{row['kwh_per_million_tokens']:.3g}",
         *(_value(row["slo"].get(name)) for name in names),
         _quality(row["quality"]),
@@ -132,6 +133,35 @@ def _print_load(load: Mapping[str, Any]) -> None:
         for row in load["curve"]
     )
     print_table(columns, rows)
+
+
+def _print_changes(document: Mapping[str, Any]) -> None:
+    """What becomes of the plan where things turn out otherwise."""
+    if not document["sensitivity"]:
+        return
+    names = [*document["slo_asked"]]
+    figures = [*names, "$/M tokens", "GPUs needed", "$/M tokens then"]
+    columns: Columns = {"change": "left", "SLO": "left", **dict.fromkeys(figures, "right")}
+    typer.echo()
+    print_line("If things turn out otherwise, one at a time:")
+    print_table(columns, (_changed(row, names) for row in document["sensitivity"]))
+
+
+def _changed(row: Mapping[str, Any], names: list[str]) -> list[str]:
+    needed = row["needed"] or {"gpus": None, "cost_per_million_tokens": None}
+    values_s = [row["slo"].get(name) for name in names]
+    return [
+        row["change"],
+        {True: "holds", False: "breaks", None: row["method"]}[row["holds"]],
+        *(MISSING if value_s is None else format_s(value_s) for value_s in values_s),
+        _usd(row["cost_per_million_tokens"]),
+        MISSING if needed["gpus"] is None else f"{needed['gpus']}",
+        _usd(needed["cost_per_million_tokens"]),
+    ]
+
+
+def _usd(value: float | None) -> str:
+    return MISSING if value is None else f"{value:,.2f}"
 
 
 def _print_commands(answer: Mapping[str, Any]) -> None:

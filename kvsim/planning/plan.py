@@ -16,6 +16,7 @@ from kvsim.planning.planner import Planner
 from kvsim.planning.question import MOST_GPUS, Question, question_of
 from kvsim.planning.simulations import Simulations
 from kvsim.planning.slo import members
+from kvsim.planning.what_if import WhatIf, price_row
 
 
 class Plan:
@@ -118,6 +119,7 @@ def answered(
         bounds=question.bounds,
         warmup_s=asked.warmup,
     )
+    fixed = asked.setup["gpus"] if "gpus" in asked.given else None
     interrupted = False
     estimate: dict[str, Any] | None = None
     with Simulations(could.families, traces, ask, progress) as simulations:
@@ -126,7 +128,7 @@ def answered(
             traces,
             question.objectives,
             question.most_gpus,
-            asked.setup["gpus"] if "gpus" in asked.given else None,
+            fixed,
             question.pools,
             asked.seed,
         )
@@ -143,13 +145,21 @@ def answered(
             if not planner.found.brackets:
                 raise
             interrupted = True
+        others = WhatIf(ask, question.most_gpus, fixed, lambda ended: progress(simulations.made + ended))
+    try:
+        if not interrupted:
+            others.run(planner, trace)
+    except KeyboardInterrupt:
+        interrupted = True
     context = int(np.median(trace.prompt_tokens))
     document = document_of(question, planner, could, traces, context)
+    priced = [price_row(document["answer"], document["plans"])] if others.rows else []
     return {
         **document,
+        "sensitivity": [*others.rows, *priced],
         "first_answer": estimate,
         "partial": interrupted,
-        "simulations": simulations.made,
-        "simulations_cpu_s": simulations.cpu_s,
+        "simulations": simulations.made + others.made,
+        "simulations_cpu_s": simulations.cpu_s + others.cpu_s,
         "wall_s": time.perf_counter() - began_s,
     }

@@ -145,6 +145,44 @@ def curve(load: Row) -> Table | None:
     return table(caption, ["load", "offered req/s", "goodput req/s", *names, *texts], rows, texts) if rows else None
 
 
+def sensitivity(document: Row) -> Table | None:
+    """What becomes of the plan where things turn out otherwise; None where nothing was tried."""
+    names = list(document["slo_asked"])
+    rows = [
+        [
+            name_cell(row["change"]),
+            text_cell({True: "yes", False: "no", None: MISSING}[row["holds"]]),
+            *(number_cell(row["slo"].get(name), format_s) for name in names),
+            number_cell(row["cost_per_million_tokens"], usd),
+            number_cell(row["needed"] and row["needed"]["gpus"], "{:,}".format),
+            number_cell(row["needed"] and row["needed"]["usd_per_hour"], usd),
+            number_cell(row["needed"] and row["needed"]["cost_per_million_tokens"], usd),
+            text_cell(row["method"]),
+            text_cell(changed(row)),
+        ]
+        for row in document["sensitivity"]
+    ]
+    headings = ["change", "still holds", *names, "$/M tokens", "GPUs needed", "$/hour then", "$/M tokens then"]
+    caption = (
+        "One change at a time, all else as planned: what the same fleet has then, and the fewest GPUs that hold the "
+    )
+    caption += "SLO, split and kept as the plan is. It is not planned anew."
+    return table(caption, [*headings, "method", "how"], rows, ["still holds", "method", "how"]) if rows else None
+
+
+def changed(row: Row) -> str:
+    """How a change was made, why it could not be, and what else would be cheaper."""
+    words = [row["made_by"], row["reason"] or ""]
+    if row["holds"] is False and row["needed"] is None:
+        words.append("no size that was tried holds")
+    instead = row.get("instead")
+    if instead is not None:
+        words.append(
+            f"{gpus_of(instead)} of {label_of(instead)} would be cheaper, {usd(instead['usd_per_hour'])} an hour"
+        )
+    return "; ".join(filter(None, words))
+
+
 def refused(rows: Iterable[Row]) -> Table | None:
     """What cannot serve, and why; None where everything could."""
     found = [[name_cell(label_of(row)), text_cell(split_of(row)), text_cell(row["reason"])] for row in rows]

@@ -203,6 +203,7 @@ def test_no_plan_is_said_first_and_what_cannot_serve_has_its_reason(tmp_path: Pa
 
 def test_what_a_document_does_not_hold_is_left_out(held: Planned) -> None:
     alone = {**held.printed, "partial": True, "answer": None, "nearest": None, "plans": [], "first_answer": None}
+    alone["sensitivity"] = []
     page = Document(plan_page(alone, "kvsim plan"))
     assert "Interrupted" in page.text
     assert page.figures == []
