@@ -69,6 +69,8 @@ WAYS = {  # what each row of the table is called, and its policy for a context o
     "retrieval-attention graph": "retrieval-attention",
     "retrieval-attention graph, 3 % scanned": "retrieval-attention:scanned=0.03,scan_factor=1",
     "retrieval-attention graph, 10 % scanned": "retrieval-attention:scanned=0.1,scan_factor=1",
+    "retroinfer": "retroinfer",
+    "retroinfer, nothing estimated": "retroinfer:estimation=0",
 }
 
 

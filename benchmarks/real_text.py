@@ -69,6 +69,10 @@ WAYS = {  # what each row is called, and its policy for a context of n tokens: n
     "retrieval-attention graph, only 2 % scanned": "retrieval-attention:scan_factor=1",
     "retrieval-attention graph, 10 for each found": "retrieval-attention:scan_factor=10",
     "retrieval-attention graph, 20 for each found": "retrieval-attention:scan_factor=20",
+    "retroinfer": "retroinfer",
+    "retroinfer 1/8": "retroinfer:retrieval=0.125",
+    "retroinfer, nothing estimated": "retroinfer:estimation=0",
+    "retroinfer, no sinks": "retroinfer:sink_tokens=0",
 }
 
 
