@@ -40,6 +40,7 @@ class OneLayer:
     """q (batch, heads, tokens, head_dim), k and v (batch, kv_heads, tokens, head_dim): rotated, for all steps.
 
     The first `prompt` tokens are the prompt, of which `pads` are padding in each row. `chunked`: it comes in pieces.
+    Everything runs where q is.
     """
 
     def __init__(self, policy, q, k, v, *, prompt, pads=None, chunked=False, softcap=None, sinks=None):
@@ -47,12 +48,13 @@ class OneLayer:
         self.batch, heads, self.tokens, head_dim = q.shape
         self.shape = one_layer_model(heads, k.shape[1], head_dim)
         self.softcap, self.sinks = softcap, sinks
-        self.seen = None if pads is None else torch.arange(self.tokens)[None] >= torch.tensor(pads)[:, None]
+        real = None if pads is None else torch.arange(self.tokens)[None] >= torch.tensor(pads)[:, None]
+        self.seen = None if real is None else real.to(q.device)
         self.mover = Mover()
-        self.arena, self.executor = Arena(torch.device("cpu"), self.batch), Executor(torch.device("cpu"), self.mover)
+        self.arena, self.executor = Arena(q.device, self.batch), Executor(q.device, self.mover)
         theta = angles(pads or [0] * self.batch, self.tokens, head_dim).repeat(1, 1, 2)
         self.rotary = Rotary(self.tokens, Rotation())
-        self.rotary.extend(theta.cos().float(), theta.sin().float())
+        self.rotary.extend(theta.cos().float().to(q.device), theta.sin().float().to(q.device))
         done = prompt - 1 if chunked else 0
         last = Step(prompt_tokens=prompt, past_tokens=done, new_tokens=prompt - done)
         kept = self._plan(Step.decoding(prompt, self.tokens - prompt)).buffers

@@ -6,14 +6,14 @@ from torch import Tensor
 from runtime.kernels.select import NONE
 
 
-def take_slots(resident: Tensor, wanted: Tensor, now: int) -> tuple[Tensor, Tensor]:
+def take_slots(resident: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Make the slots hold the blocks `wanted`: `(missed, slots)`, and `resident` is updated.
 
     resident `(batch, kv_heads, slots, 2)`, int32: the block in each slot, and when it was last wanted, 0 for a slot
-    that is empty. wanted `(batch, kv_heads, n)`: blocks that differ, -1 for none; n is at most the slots. `now` is
-    above every earlier one. missed is bool, whether a block was in no slot; slots, int64, has the slot of each block,
-    -1 for none. A block that was missed takes an empty slot or that of the block wanted longest ago, of several the
-    lowest; no block that is wanted loses its own. Nothing waits for the device.
+    that is empty; a head's clock is its latest time and one. wanted `(batch, kv_heads, n)`: blocks that differ, -1 for
+    none; n is at most the slots. missed is bool, whether a block was in no slot; slots, int64, has the slot of each
+    block, -1 for none. A block that was missed takes an empty slot or that of the block wanted longest ago, of several
+    the lowest; no block that is wanted loses its own. Nothing waits for the device.
     Raises ValueError for shapes that do not fit together.
     """
     if resident.dim() != 4 or wanted.dim() != 3 or resident.shape[:2] != wanted.shape[:2]:
@@ -24,6 +24,7 @@ def take_slots(resident: Tensor, wanted: Tensor, now: int) -> tuple[Tensor, Tens
     if wanted.shape[2] > resident.shape[2]:
         raise ValueError(f"{wanted.shape[2]} blocks do not fit in {resident.shape[2]} slots")
     held, stamps = resident.unbind(3)
+    now = (stamps.amax(dim=-1, keepdim=True) + 1).expand(wanted.shape)
     blocks, there = wanted.int(), wanted >= 0
     ordered, by_block = torch.where(stamps > 0, held, NONE).sort(dim=-1, stable=True)
     place = torch.searchsorted(ordered, blocks.contiguous()).clamp(max=ordered.shape[-1] - 1)

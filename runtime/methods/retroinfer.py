@@ -228,7 +228,7 @@ class _Reading:
         rank = torch.searchsorted(ends, number.contiguous(), right=True).clamp(max=index.retrieved - 1)
         within = (number - (ends - blocks).gather(2, rank)) * self.block
         wanted = torch.where(number < read[..., None], starts.gather(2, rank) + within, NONE)
-        missed, slots = take_slots(call.by_head("resident"), wanted, call.step.tokens)
+        missed, slots = take_slots(call.by_head("resident"), wanted)
         chosen = call.by_head("chosen")
         chosen[..., 0] = torch.where(missed, wanted, NONE)
         chosen[..., 1] = slots

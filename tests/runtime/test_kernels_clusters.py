@@ -26,10 +26,10 @@ def drawn(seed, *shape):
 @settings(max_examples=200, deadline=None)
 def test_slots_are_those_of_a_least_recently_used_cache(slots, steps):
     resident, held = torch.zeros(1, 1, slots, 2, dtype=torch.int32), [(None, 0)] * slots
-    for now, asked in enumerate(steps, start=1):
-        blocks = asked[:slots]
+    for asked in steps:
+        blocks, now = asked[:slots], 1 + max(at for _, at in held)
         wanted = torch.tensor([[[-1, *blocks][: slots + 1]]]) if len(blocks) < slots else torch.tensor([[blocks]])
-        missed, taken = take_slots(resident, wanted, now)
+        missed, taken = take_slots(resident, wanted)
         before = {block: i for i, (block, _) in enumerate(held)}
         for block in blocks:
             if block in before:
@@ -47,8 +47,8 @@ def test_slots_are_those_of_a_least_recently_used_cache(slots, steps):
 
 def test_rows_and_heads_have_caches_of_their_own():
     resident = torch.zeros(2, 2, 3, 2, dtype=torch.int32)
-    take_slots(resident, torch.tensor([[[1, 2], [3, -1]], [[-1, -1], [1, 4]]]), 1)
-    missed, slots = take_slots(resident, torch.tensor([[[2, 5], [1, 3]], [[1, 2], [4, 1]]]), 2)
+    take_slots(resident, torch.tensor([[[1, 2], [3, -1]], [[-1, -1], [1, 4]]]))
+    missed, slots = take_slots(resident, torch.tensor([[[2, 5], [1, 3]], [[1, 2], [4, 1]]]))
     assert missed.tolist() == [[[False, True], [True, False]], [[True, True], [False, False]]]
     assert slots.tolist() == [[[1, 2], [1, 0]], [[0, 1], [1, 0]]]
 
@@ -56,9 +56,9 @@ def test_rows_and_heads_have_caches_of_their_own():
 def test_more_blocks_than_slots_are_refused():
     resident = torch.zeros(1, 1, 2, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="3 blocks do not fit in 2 slots"):
-        take_slots(resident, torch.tensor([[[1, 2, 3]]]), 1)
+        take_slots(resident, torch.tensor([[[1, 2, 3]]]))
     with pytest.raises(ValueError, match=r"resident \(1, 1, 2, 2\) must be .* wanted \(1, 2, 1\)"):
-        take_slots(resident, torch.tensor([[[1], [2]]]), 1)
+        take_slots(resident, torch.tensor([[[1], [2]]]))
 
 
 # -- estimation ------------------------------------------------------------------------------------------------------
