@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvsim.cli.formats import Formats, formats_of
 from kvsim.cli.options import AllowCode, ScenarioFile, given_options, with_options
 from kvsim.cli.output import JsonFlag, print_json, print_line
 from kvsim.scenario.scenario_file import OPTIONS
@@ -47,8 +48,9 @@ def plan(
     scenario: ScenarioFile = None,
     allow_code: AllowCode = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write plan.json and report.html into this folder.")
+        Path | None, typer.Option(metavar="DIR", help="Write plan.json and a report into this folder.")
     ] = None,
+    formats: Formats = None,
     json: JsonFlag = False,
     **_options: object,  # those of the scenario, which are read from the context
 ) -> None:
@@ -65,6 +67,7 @@ def plan(
     from kvsim.planning.plan import answered
     from kvsim.planning.question import question_of
 
+    reports = formats_of(formats, out)
     question = question_of(
         slo=slo,
         gpu=gpu,
@@ -79,13 +82,13 @@ def plan(
     )
     for note in question.notes():
         print_line(f"warning: {note}", err=True)
-    with holding_plan(out) as folder:
+    with holding_plan(out, reports) as folder:
         with counted("simulations") as progress:
             document = answered(question, began_s, print_first, progress)
-        whole = True
+        whole, command = True, command_line(ctx, {"formats", "json", "out"})
         try:
             if folder is not None:
-                whole = write_plan(document, command_line(ctx, {"json", "out"}), folder, allow_code=allow_code)
+                whole = write_plan(document, command, reports, folder, allow_code=allow_code)
         finally:  # what took so long to find is shown, whether or not it could be written
             if json:
                 print_json(document)

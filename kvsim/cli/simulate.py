@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvsim.cli.formats import Formats, formats_of
 from kvsim.cli.options import AllowCode, ScenarioFile, given_options, with_options
 from kvsim.cli.output import JsonFlag, print_line
 
@@ -42,8 +43,9 @@ def replay(
         ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write summary, tables and report.html into this folder.")
+        Path | None, typer.Option(metavar="DIR", help="Write summary, tables and a report into this folder.")
     ] = None,
+    formats: Formats = None,
     json: JsonFlag = False,
     **_options: object,  # those of the scenario, which are read from the context
 ) -> None:
@@ -56,6 +58,7 @@ def replay(
     from policies import describe
 
     several = ctx.info_name == "compare"
+    reports = formats_of(formats, out)
     asked = _scenario(ctx, scenario, several, allow_code=allow_code)
     setups = asked.setups()
     for note in (*setups[0].model.notes, *setups[0].gpu.notes):
@@ -65,14 +68,12 @@ def replay(
         raise ValueError(f"perfetto={window} is written to trace.perfetto.json in the folder of --out; add --out DIR")
     drawn = asked.load_traces()
     requests = drawn[0]
-    _check_counts(setups, requests)
-    _warn_of_positions(setups[0], requests)
-    _warn_of_unused_caches(setups)
+    _look_over(setups, requests)
     jobs = [
         Job(each, setup, asked.seed + i if len(drawn) > 1 else None) for i, each in enumerate(drawn) for setup in setups
     ]
     labels = [describe(setup.policy) for setup in setups]
-    with _folder(out, labels) as folder:
+    with _folder(out, labels, reports) as folder:
         with progress_bars([job.label for job in jobs], len(requests)) as show:
             found, interrupted = simulate_all(jobs, show)
         missing = [label for index, label in enumerate(labels) if index not in found]
@@ -88,7 +89,8 @@ def replay(
                 from kvsim.report.written import write_held
 
                 with finishing() as late:
-                    write_held(results, folder, missing=missing, slo=asked.slo_s, warmup_s=asked.warmup)
+                    stated: dict[str, Any] = {"slo": asked.slo_s, "warmup_s": asked.warmup}
+                    write_held(results, folder, formats=reports, missing=missing, **stated)
         finally:  # what took so long to find is shown, whether or not it could be written
             if several:
                 print_comparison(results, asked.slo_s, asked.warmup, missing, json=json)
@@ -117,6 +119,13 @@ def _scenario(ctx: typer.Context, file: Path | None, several: bool, *, allow_cod
     if not several and len(asked.policy) > 1:
         raise ValueError(f"simulate takes one policy, not {', '.join(asked.policy)}; use kvsim compare for several")
     return asked
+
+
+def _look_over(setups: Sequence["Setup"], trace: "Trace") -> None:
+    """Refuse what no policy knows, and warn of what has no effect or goes beyond the model."""
+    _check_counts(setups, trace)
+    _warn_of_positions(setups[0], trace)
+    _warn_of_unused_caches(setups)
 
 
 def _check_counts(setups: Sequence["Setup"], trace: "Trace") -> None:
@@ -181,11 +190,11 @@ def _warn_of_nothing_seen(asked: "Scenario", result: "Result") -> None:
         _warn(f"nothing runs in the window of perfetto: the run goes from {begin_s:g} s to {end_s:g} s")
 
 
-def _folder(out: Path | None, policies: Sequence[str]) -> AbstractContextManager["Held | None"]:
+def _folder(out: Path | None, policies: Sequence[str], formats: Sequence[str]) -> AbstractContextManager["Held | None"]:
     """The folder of --out, held from before the run until its results are in it; None where it was not given."""
     from kvsim.results.files import holding
 
-    return nullcontext() if out is None else holding(out, policies)
+    return nullcontext() if out is None else holding(out, policies, formats)
 
 
 def _warn(text: str) -> None:

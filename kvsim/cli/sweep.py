@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvsim.cli.formats import Formats, formats_of
 from kvsim.cli.options import AllowCode, ScenarioFile, given_options, with_options
 from kvsim.cli.output import Columns, JsonFlag, print_json, print_line, print_table
 from kvsim.cli.progress import progress_bar
@@ -43,6 +44,7 @@ def sweep(
     ] = None,
     scenario: ScenarioFile = None,
     allow_code: AllowCode = False,
+    formats: Formats = None,
     json: JsonFlag = False,
     **_options: object,  # those of the scenario, which are read from the context
 ) -> None:
@@ -52,13 +54,15 @@ def sweep(
     also when dimensions grow. The tables are the same bytes as without an interruption.
     """
     from kvsim.cli.command_line import command_line
-    from kvsim.report.sweep import sweep_page
+    from kvsim.report.formats import in_format
+    from kvsim.report.sweep import sweep_contents
     from kvsim.results.folder import hold
     from kvsim.results.swept import NAMES, earlier, write_swept
     from kvsim.run.journal import Journal
     from kvsim.run.points import IMPOSSIBLE, KILLED, simulate_points
     from kvsim.scenario.design import dimensions, points
 
+    reports = formats_of(formats, out)
     dims = dimensions(over)
     options = given_options(ctx)
     both = [key for key in dims if key in options]
@@ -66,7 +70,7 @@ def sweep(
         raise ValueError(f"{both[0]} is given as an option and as a dimension; say it with --over alone")
     drawn = points(dims, draw, draw_seed)
     asked = [_asked({**options, **point}, scenario, allow_code=allow_code) for point in drawn]
-    with hold(out, earlier, [*NAMES, JOURNAL]) as folder:
+    with hold(out, earlier, [*NAMES, *(f"report.{name}" for name in reports), JOURNAL]) as folder:
         try:
             with Journal(folder.path / JOURNAL) as journal, progress_bar("sweep", len(asked)) as show:
                 found = simulate_points(asked, journal, show, _executor(ray))
@@ -90,8 +94,10 @@ def sweep(
             "points": [{"options": point, **row} for point, row in zip(drawn, found, strict=True)],
         }
         # The same words wherever the files lie and whoever simulated, as in all files of a sweep.
-        html = sweep_page(document, rows, f"{command_line(ctx, {'json', 'out', 'ray'})} --out DIR")
-        folder.replace(lambda new: write_swept(document, rows, html, new))
+        command = f"{command_line(ctx, {'formats', 'json', 'out', 'ray'})} --out DIR"
+        contents = sweep_contents(document, rows, command)
+        pages = {name: in_format(contents, name) for name in reports}
+        folder.replace(lambda new: write_swept(document, rows, pages, new))
     if json:
         print_json(document)
     else:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from kvsim.report.markdown import fenced, marked
 from kvsim.report.plots import Figure
 from kvsim.results.summary import plain
 
@@ -87,28 +88,53 @@ class Page:
         """What a chart of this page draws."""
         return self._figures[chart.number]
 
-    def html(self, template: str, title: str, identity: Mapping[str, str], **content: Any) -> str:
-        """The whole page: `content` as the template of this name lays it out."""
-        from plotly.offline import get_plotlyjs
+    def contents(
+        self, layout: str, title: str, identity: Mapping[str, str], main: Table | None = None, **shown: Any
+    ) -> "Contents":
+        """What the page says: `shown` as the layout of this name puts it, `main` the table that a CSV file has."""
+        return Contents(layout, title, identity, self._figures, main, shown)
 
-        templates = _templates()
-        scripts = [get_plotlyjs(), templates.get_template("draw.js").render()]
-        shell = {
-            "title": title,
-            "identity": identity,
-            "figures": plain(self._figures),
-            "scripts": {_sha256(script): script for script in scripts},
-        }
-        return templates.get_template(f"{template}.html.j2").render(**shell, **content)
+    def html(self, layout: str, title: str, identity: Mapping[str, str], **shown: Any) -> str:
+        """The whole page."""
+        return html_of(self.contents(layout, title, identity, **shown))
+
+
+class Contents(NamedTuple):
+    """A page before it is written in some format."""
+
+    layout: str
+    title: str
+    identity: Mapping[str, str]
+    figures: Sequence[Figure]
+    main: Table | None
+    shown: Mapping[str, Any]
+
+
+def html_of(contents: Contents) -> str:
+    """The page as one file that loads nothing."""
+    from plotly.offline import get_plotlyjs
+
+    templates = page_templates()
+    scripts = [get_plotlyjs(), templates.get_template("draw.js").render()]
+    given = {
+        "shell": "page.html.j2",
+        "parts": "parts.html.j2",
+        "title": contents.title,
+        "identity": contents.identity,
+        "figures": plain(contents.figures),
+        "scripts": {_sha256(script): script for script in scripts},
+    }
+    return templates.get_template(f"{contents.layout}.j2").render(**given, **contents.shown)
 
 
 def fragment(words: str, tables: Iterable[Table]) -> str:
     """Words and tables as HTML for a page that is not ours."""
-    return _templates().get_template("fragment.html.j2").render(words=words, tables=list(tables))
+    return page_templates().get_template("fragment.html.j2").render(words=words, tables=list(tables))
 
 
 @cache
-def _templates() -> "Environment":
+def page_templates() -> "Environment":
+    """The layouts and parts of pages, which escape whatever they are given."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     templates = Environment(
@@ -119,6 +145,7 @@ def _templates() -> "Environment":
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    templates.filters |= {"md": marked, "fenced": fenced}
     templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return templates
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvsim.report import plan_tables, tables
-from kvsim.report.page import Chart, Page
+from kvsim.report.page import Chart, Contents, Page, html_of
 from kvsim.report.plan_curves import at_several_loads, goodput_chart, latency_charts, load_charts
 from kvsim.report.plan_tables import Fleet, Row, label_of, usd
 from kvsim.report.plots import style
@@ -19,15 +19,20 @@ from kvsim.version import __version__
 _COST = Axis("$ a million output tokens")
 
 
-def plan_page(
+def plan_page(document: Row, command: str) -> str:
+    """A self-contained page about the document of `kvsim plan`, without a run of its plan."""
+    return html_of(plan_contents(document, command))
+
+
+def plan_contents(
     document: Row,
     command: str,
     played: Result | None = None,
     *,
     slo: Mapping[str, float] | None = None,
     warmup_s: float = 0.0,
-) -> str:
-    """A self-contained page about the document of `kvsim plan`, which `command` asked for.
+) -> Contents:
+    """What a page says about the document of `kvsim plan`, which `command` asked for.
 
     `played` is a run of its plan, or of the nearest one, with the statistics of `summarize`; without it the page does
     not say what memories hold and what latency is spent on.
@@ -73,7 +78,8 @@ def plan_page(
         "notes": _notes(document, chosen, played),
     }
     trace = next(row["of"] for row in document["sources"] if row["figure"] == "requests")
-    return page.html("plan", f"What to buy for {trace}", {"version": __version__}, **content)
+    title = f"What to buy for {trace}"
+    return page.contents("plan", title, {"version": __version__}, main=content["plans"], **content)
 
 
 def fleets_of(document: Row) -> list[Fleet]:

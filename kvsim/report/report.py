@@ -1,9 +1,10 @@
 """The report page of a simulation or a comparison: what came out, how the policies differ, and what was assumed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvsim.report import tables
-from kvsim.report.page import Page
+from kvsim.report.page import Contents, Page, html_of
 from kvsim.report.run_charts import cdf_chart, coloured, occupancy_chart, places_chart, spent_charts, traffic_charts
 from kvsim.report.runs import Run, runs_of
 from kvsim.results.causes import CAUSES
@@ -22,7 +23,19 @@ def report_html(
     identity: Mapping[str, str] | None = None,
     missing: Sequence[str] = (),
 ) -> str:
-    """A self-contained HTML page about one or more results, with the statistics of `summarize`.
+    """A self-contained HTML page about one or more results, as `report_contents`."""
+    return html_of(report_contents(results, slo=slo, warmup_s=warmup_s, identity=identity, missing=missing))
+
+
+def report_contents(
+    results: Sequence[Result],
+    *,
+    slo: Mapping[str, float] | None = None,
+    warmup_s: float = 0.0,
+    identity: Mapping[str, str] | None = None,
+    missing: Sequence[str] = (),
+) -> Contents:
+    """What a page says about one or more results, with the statistics of `summarize`.
 
     `identity` is that of the files beside it, and `missing` the policies that an interruption left no time. Raises
     ValueError as `summarize` does, and when there are no results.
@@ -32,7 +45,7 @@ def report_html(
     runs = runs_of(results, slo, warmup_s)
     policies = " vs ".join(run.label for run in runs) if len(runs) <= _TITLED else f"{len(runs)} policies"
     page = Page()
-    content = {
+    content: dict[str, Any] = {
         "facts": {name: _named(runs, name.lower()) for name in _FACTS},
         "interrupted": _interrupted(runs, missing),
         "finding": _finding(runs),
@@ -61,7 +74,8 @@ def report_html(
         "inputs": tables.inputs(runs),
         "notes": _notes(runs, slo or {}, warmup_s, identity or {}),
     }
-    return page.html("simulation", f"{_named(runs, 'trace')}: {policies}", identity or {}, **content)
+    title = f"{_named(runs, 'trace')}: {policies}"
+    return page.contents("simulation", title, identity or {}, main=content["compared"], **content)
 
 
 def _capacity(run: Run) -> str:

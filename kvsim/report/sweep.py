@@ -5,7 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvsim.report.dimensions import Groups, amounts, axis_of, first_of_amounts, grouped, words_of
-from kvsim.report.page import MISSING, Cell, Chart, Page, Table, name_cell, number_cell, table, text_cell
+from kvsim.report.page import (
+    MISSING,
+    Cell,
+    Chart,
+    Contents,
+    Page,
+    Table,
+    html_of,
+    name_cell,
+    number_cell,
+    table,
+    text_cell,
+)
 from kvsim.report.points import Axis, Points, placed, scatter, seconds
 from kvsim.report.runs import format_rate
 from kvsim.results.row import Value
@@ -38,7 +50,12 @@ FIGURES = {
 
 
 def sweep_page(document: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
-    """A self-contained page about a sweep that `command` asked for: the same bytes for the same points.
+    """A self-contained page about a sweep, as `sweep_contents`."""
+    return html_of(sweep_contents(document, rows, command))
+
+
+def sweep_contents(document: Mapping[str, Any], rows: Sequence[Row], command: str) -> Contents:
+    """What a page says about a sweep that `command` asked for: the same for the same points.
 
     `rows` are those of its table, `document` is `sweep.json`.
     """
@@ -67,7 +84,8 @@ def sweep_page(document: Mapping[str, Any], rows: Sequence[Row], command: str) -
         "version": __version__,
     }
     title = f"Sweep over {', '.join(dims)}"
-    return page.html("sweep", title, {"version": __version__}, **content)
+    every = _points(rows, dims, len(rows))
+    return page.contents("sweep", title, {"version": __version__}, main=every, **content)
 
 
 def _finding(done: Sequence[Row], dims: Sequence[str]) -> str:
@@ -129,7 +147,7 @@ def _charts(page: Page, done: Sequence[Row], along: str, groups: Groups, dims: S
     return charts
 
 
-def _points(rows: Sequence[Row], dims: Sequence[str]) -> Table:
+def _points(rows: Sequence[Row], dims: Sequence[str], most: int = _ROWS_SHOWN) -> Table:
     """Every point, or the first of very many."""
     figures = {key: figure for key, figure in FIGURES.items() if _known(rows, key)}
     found = [
@@ -140,10 +158,10 @@ def _points(rows: Sequence[Row], dims: Sequence[str]) -> Table:
             text_cell(str(row.get("bottleneck") or MISSING)),
             text_cell(str(row["status"]) if row["reason"] is None else f"{row['status']}: {row['reason']}"),
         ]
-        for row in rows[:_ROWS_SHOWN]
+        for row in rows[:most]
     ]
-    few = len(rows) <= _ROWS_SHOWN
-    caption = "Every point." if few else f"The first {_ROWS_SHOWN:,} points of {len(rows):,}; sweep.parquet has all."
+    few = len(rows) <= most
+    caption = "Every point." if few else f"The first {most:,} points of {len(rows):,}; sweep.parquet has all."
     texts = [name for name in dims if any(isinstance(row[name], str) for row in rows)]
     headings = ["point", *dims, *(figure.name for figure in figures.values()), "bottleneck", "status"]
     return table(caption, headings, found, [*texts, "bottleneck", "status"])._replace(tall=True)

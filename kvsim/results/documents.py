@@ -1,29 +1,32 @@
 """Folders that hold a JSON document of ours, a page about it and other files: which of them are an earlier set."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-REPORT = "report.html"
-PLAN_NAMES = ("plan.json", REPORT)
+FORMATS = ("html", "md", "json", "csv")
+"""What a page can be written as, the default first."""
+
+REPORTS = tuple(f"report.{name}" for name in FORMATS)
+PLAN = "plan.json"
 
 
-def earlier_set(out: Path, names: Sequence[str], rows: str) -> list[str]:
-    """Those of `names` that a folder holds; none where the JSON among them is none of ours, with a list of `rows`."""
-    (document,) = (name for name in names if name.endswith(".json"))
+def earlier_set(out: Path, document: str, names: Sequence[str], rows: str) -> list[str]:
+    """Of `document`, `names` and pages what a folder holds; none where the document is none of ours, with `rows`."""
     try:
         held = json.loads((out / document).read_text(encoding="utf-8"))
         ours = bool(held["schema_version"]) and isinstance(held[rows], list)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    return [name for name in names if ours and (out / name).is_file()]
+    return [name for name in (document, *names, *REPORTS) if ours and (out / name).is_file()]
 
 
 def earlier_plan(out: Path) -> list[str]:
     """The files of a plan that a folder holds."""
-    return earlier_set(out, PLAN_NAMES, "plans")
+    return earlier_set(out, PLAN, (), "plans")
 
 
-def write_page(html: str, folder: Path) -> None:
-    """Write a page; characters that UTF-8 has not, as of names of files, are escaped."""
-    (folder / REPORT).write_bytes(html.encode("utf-8", "backslashreplace"))
+def write_pages(pages: Mapping[str, str], folder: Path) -> None:
+    """Write a page in each of its formats; characters that UTF-8 has not, as of names of files, are escaped."""
+    for name, text in pages.items():
+        (folder / f"report.{name}").write_bytes(text.encode("utf-8", "backslashreplace"))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from kvsim.results.documents import FORMATS, REPORTS, write_pages
 from kvsim.results.folder import Held, hold
 from kvsim.results.identity import IDENTITY, joint_identity
 from kvsim.results.perfetto import perfetto_trace
@@ -14,7 +15,7 @@ from kvsim.results.summary import SCHEMA_VERSION, Array, Result, latencies, plai
 
 _SLUG_CHARACTERS = 80  # file systems take 255 bytes
 _OF_A_RUN = ("summary.json", "requests.parquet", "series.parquet", "trace.perfetto.json")
-_ON_TOP = (*_OF_A_RUN, "report.html")
+_ON_TOP = (*_OF_A_RUN, *REPORTS)
 
 
 class Page(Protocol):
@@ -32,16 +33,16 @@ class Page(Protocol):
 
 
 @contextmanager
-def holding(out: Path, policies: Sequence[str] = ()) -> Iterator[Held]:
+def holding(out: Path, policies: Sequence[str] = (), formats: Sequence[str] = FORMATS[:1]) -> Iterator[Held]:
     """The folder `out`, ready for the results of these policies before a long run, as `hold` has it."""
-    with hold(out, _earlier, _names(policies)) as folder:
+    with hold(out, _earlier, [*_names(policies), *(f"report.{name}" for name in formats)]) as folder:
         yield folder
 
 
 def write_set(
     results: Sequence[Result],
     folder: Held,
-    page: Page,
+    pages: Mapping[str, Page],
     *,
     missing: Sequence[str] = (),
     slo: Mapping[str, float] | None = None,
@@ -49,11 +50,11 @@ def write_set(
 ) -> None:
     """Write the results, with the statistics of `summarize`, into a folder that is held.
 
-    One result gives `summary.json`, `requests.parquet`, `series.parquet`, `trace.perfetto.json` and `report.html`.
-    Several give one `report.html`, a `summary.json` whose `runs` are their summaries, and the others in a folder for
-    each run, named by its policy. They take the place of earlier results as one set, or not at all. `missing` are the
-    policies that an interruption left no time. Raises ValueError as `summarize` does and for no results at all,
-    OSError when they cannot be written.
+    One result gives `summary.json`, `requests.parquet`, `series.parquet`, `trace.perfetto.json` and the reports that
+    `pages` make, by their formats. Several give one of each report, a `summary.json` whose `runs` are their summaries,
+    and the others in a folder for each run, named by its policy. They take the place of earlier results as one set, or
+    not at all. `missing` are the policies that an interruption left no time. Raises ValueError as `summarize` does and
+    for no results at all, OSError when they cannot be written.
     """
     if not results:
         raise ValueError("there are 0 results to write; a report needs at least 1")
@@ -69,8 +70,8 @@ def write_set(
             _write_json(summary, new / "summary.json")
         else:
             _write_run(results[0], summary, new)
-        html = page(results, slo=slo, warmup_s=warmup_s, identity=_identity(summary), missing=missing)
-        (new / "report.html").write_bytes(html.encode("utf-8", "backslashreplace"))
+        asked: dict[str, Any] = {"slo": slo, "warmup_s": warmup_s, "identity": _identity(summary), "missing": missing}
+        write_pages({name: page(results, **asked) for name, page in pages.items()}, new)
 
     folder.replace(fill)
 
@@ -125,11 +126,11 @@ def _policy(summary: Mapping[str, Any]) -> str:
 
 def _names(policies: Sequence[str]) -> list[str]:
     """The files of a set of such runs."""
-    return list(_ON_TOP) if len(policies) < 2 else _of_several(policies)
+    return list(_OF_A_RUN) if len(policies) < 2 else _of_several(policies)
 
 
 def _of_several(policies: Sequence[str]) -> list[str]:
-    return ["summary.json", "report.html", *(f"{slug}/{name}" for slug in _slugs(policies) for name in _OF_A_RUN)]
+    return ["summary.json", *(f"{slug}/{name}" for slug in _slugs(policies) for name in _OF_A_RUN)]
 
 
 def _earlier(out: Path) -> list[str]:

@@ -5,19 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvsim.results.documents import REPORT, earlier_set, write_page
+from kvsim.results.documents import earlier_set, write_pages
 from kvsim.results.row import Value
 
-NAMES = ("sweep.parquet", "sweep.json", REPORT)
+NAMES = ("sweep.parquet", "sweep.json")
 
 
 def earlier(out: Path) -> list[str]:
     """The files of a sweep that a folder holds; none where its `sweep.json` is none of ours."""
-    return earlier_set(out, NAMES, "points")
+    return earlier_set(out, "sweep.json", ("sweep.parquet",), "points")
 
 
-def write_swept(document: Mapping[str, Any], rows: Sequence[Mapping[str, Value]], html: str, folder: Path) -> None:
-    """Write all into an empty folder. `document` is JSON's; its `points` are what the rows are made of."""
+def write_swept(
+    document: Mapping[str, Any], rows: Sequence[Mapping[str, Value]], pages: Mapping[str, str], folder: Path
+) -> None:
+    """Write all into an empty folder: `document` as JSON, whose `points` the rows are made of, and pages by format."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -26,7 +28,7 @@ def write_swept(document: Mapping[str, Any], rows: Sequence[Mapping[str, Value]]
     parquet.write_table(table, folder / "sweep.parquet")
     text = json.dumps(document, indent=2, allow_nan=False)
     (folder / "sweep.json").write_text(text + "\n", encoding="utf-8")
-    write_page(html, folder)
+    write_pages(pages, folder)
 
 
 def _column(values: Sequence[Value]) -> Any:
