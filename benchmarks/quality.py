@@ -153,10 +153,10 @@ def measure(model: Any, way: str, mode: str, batches: Iterable[Sequence[Example]
         }
 
 
-def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The new rows, and the old ones of cells that were not measured now."""
-    rows = {_cell(row): row for row in (*old.get("rows", []), *new["rows"])}
-    return {**new, "rows": [rows[cell] for cell in sorted(rows)]}
+def merged(old: dict[str, Any], row: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """The old report, which says of what run its rows are, with a row of another run in its cell."""
+    rows = {_cell(one): one for one in (*old.get("rows", []), {**row, **run})}
+    return {"schema_version": 1, **run, **old, "rows": [rows[cell] for cell in sorted(rows)]}
 
 
 def _cell(row: dict[str, Any]) -> tuple[int, ...]:
@@ -233,13 +233,26 @@ def _needle_tables(report: dict[str, Any]) -> str:
         for way in dict.fromkeys(row["way"] for row in report["rows"]):
             scores = [cells[way, mode, task] for task in TASKS]
             shown = " | ".join(f"{right / of:.2f}" if of else "-" for right, of in scores)
-            sizes, counts = held[way], [of for _, of in scores]
+            counts = [of for _, of in scores]
             examples = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
-            lines.append(
-                f"| {way} | {shown} | {examples} | {_mib(sizes['hbm_bytes'])} | {_mib(sizes['ddr_bytes'])} | "
-                f"{_kib(sizes['moved_bytes_per_token'])} |\n"
-            )
+            sizes = "- | - | -"
+            if way in held:
+                hbm, ddr, moved = (held[way][name] for name in ("hbm_bytes", "ddr_bytes", "moved_bytes_per_token"))
+                sizes = f"{_mib(hbm)} | {_mib(ddr)} | {_kib(moved)}"
+            lines.append(f"| {way}{_apart(way, report)} | {shown} | {examples} | {sizes} |\n")
     return "".join(lines)
+
+
+def _apart(way: str, report: dict[str, Any]) -> str:
+    """Of a row that is of another run than the report, or of other contexts than the table: which."""
+    rows = [row for row in report["rows"] if row["way"] == way]
+    lengths = sorted({row["length_tokens"] for row in rows})
+    said = [] if set(lengths) == set(LENGTHS) else [", ".join(f"{n // 1024}K" for n in lengths) + " alone"]
+    for run in dict.fromkeys(
+        (row["device"], row["dtype"], row["date"], row["commit"]) for row in rows if "device" in row
+    ):
+        said += run
+    return f" ({', '.join(said)})" if said else ""
 
 
 REAL_TEXT_INTRODUCTION = """\
@@ -288,12 +301,13 @@ INTRODUCTION = """
 From `benchmarks/results/quality.json` ({device}; {dtype}, {date}, commit {commit}).
 All that select keep their first tokens but RetrievalAttention's graph, which scanned its share alone there, without the
 least number of keys of its default; this model was trained to have no need of sinks. With a head added to each layer
-that rests on the first token it has: full attention answers as before, and a window, Quest, Squeezed Attention and
-ShadowKV answer as long as they keep that token (`tests/runtime/test_needle_sinks.py`).
+that rests on the first token it has: full attention answers as before, and a window, Quest, Squeezed Attention,
+ShadowKV and RetroInfer answer as long as they keep that token (`tests/runtime/test_needle_sinks.py`).
 
 needle-28m is a small Llama trained to retrieve over 32,768 tokens (`runtime/needle/README.md`). Each figure is the
 share of examples answered exactly, over contexts of 8K, 16K and 32K; *examples* says how many stand behind one figure.
 With thirty, differences under ten points are noise, with nine those under thirty. Budgets are shares of the context.
+A row of another run, or of some of the contexts alone, says so.
 *Kept* is what one sequence of 32K holds per tier (full attention: 256 MiB), *moved* what PCIe carries for each decoded
 token at 32K on `niah_single`, the prompt's offloading included. The two tables differ in when the cache is built: with
 the question at the prompt's end, or before the question, which then follows as a turn of its own; the second is the
@@ -351,8 +365,7 @@ def main() -> None:
         model = model.eval().to(arguments.device)
         # In a batch of unequal prompts a row goes on after its answer: nothing that counts lies beyond the positions.
         model.config.max_position_embeddings += 128
-        report = {
-            "schema_version": 1,
+        run = {
             "device": torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {platform.machine()}",
             "date": time.strftime("%Y-%m-%d"),
             "dtype": str(dtype).removeprefix("torch."),
@@ -365,7 +378,7 @@ def main() -> None:
         batches = list(groups(arguments.tasks, arguments.lengths, arguments.examples))
         runs = (measure(model, way, mode, batches) for way in ways for mode in arguments.modes)
         for row in chain.from_iterable(runs):
-            old = merged(old, {**report, "rows": [row]})
+            old = merged(old, row, run)
             arguments.out.write_text(json.dumps(old, indent=1) + "\n")
             shown = [row[name] for name in ("way", "mode", "task", "length_tokens", "right", "examples")]
             sys.stdout.write("{:40s} {:7s} {:16s} {:6,d} {:3d} of {:2d}".format(*shown) + f" {row['seconds']:6.1f} s\n")

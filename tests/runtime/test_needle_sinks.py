@@ -129,6 +129,7 @@ def test_the_model_answers_with_its_sink_as_it_did_before_and_not_without(needle
         "quest:budget_tokens=128",
         "squeezed-attention",
         "shadowkv:budget_tokens=128,outlier_chunks=0",
+        "retroinfer:update_tokens=64",
     ],
 )
 def test_policies_answer_because_they_keep_it(policy, resting, example, prompt):
