@@ -6,6 +6,7 @@ from typing import Any
 import typer
 
 from kvsim.cli.output import Columns, print_line, print_table
+from kvsim.cli.plan_ranked import print_front, print_ranked
 from kvsim.text.printable import brief
 from kvsim.text.units import format_s
 
@@ -28,6 +29,8 @@ def print_plan(document: Mapping[str, Any]) -> None:
         _print_reasons(answer)
     typer.echo()
     _print_table(document)
+    print_ranked(document["configurations"])
+    print_front(document["configurations"])
     misfits = [row for row in document["plans"] if row["gpus"] is None]
     if misfits:
         typer.echo()

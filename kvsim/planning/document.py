@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvsim.planning import launch
 from kvsim.planning.candidates import Candidates, Family
+from kvsim.planning.configurations import configurations_of
 from kvsim.planning.curves import load_of
 from kvsim.planning.findings import Estimate, Findings
 from kvsim.planning.front import mark_front, order
@@ -65,6 +66,7 @@ def document_of(
         document["nearest"] = None
     document["slo_asked"] = {one.name: one.limit_s for one in question.objectives}
     document["plans"] = [*ordered, *(misfit_row(one) for one in could.misfits)]
+    document["configurations"] = configurations_of(findings)
     document["sources"] = sources_of(question, could, traces[0])
     document["sentence"] = _sentence(question, document)
     return document

@@ -31,6 +31,7 @@ class Found:
     tried_up_to: dict[int, int] = field(default_factory=dict)  # by family: beyond, it would be dearer than its line
     intervals_s: dict[Key, dict[str, tuple[float, float]]] = field(default_factory=dict)
     load: Bracket | None = None  # of the answer's LOAD_STEPs
+    loads: dict[Key, Bracket] = field(default_factory=dict)  # of every fleet whose load was sought
     answer: int | None = None  # the family of the answer
     nearest: int | None = None  # where there is none, that of the fleet that holds the largest load
 

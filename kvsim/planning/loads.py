@@ -38,6 +38,7 @@ def seek_load(findings: Findings, *, every_split: bool) -> None:
         usd = findings.families[key.family].usd_per_hour(key.replicas) if ratios[key] <= 1 else math.inf
         return -usd, -math.inf if most is None else most, -ratios[key], -number
 
+    found.loads = dict(zip(tried, loads, strict=True))
     best = max(range(len(tried)), key=rank)
     family, replicas, prompts, *_ = tried[best]
     found.load, found.prompts[family, replicas] = loads[best], prompts

@@ -70,6 +70,7 @@ def plan_contents(
         "costs": [chart for draw in (cost_chart, quality_chart) if (chart := draw(page, fleets)) is not None],
         "plans": plan_tables.plans(fleets, document["slo_asked"]) if fleets else None,
         "sensitivity": plan_tables.sensitivity(document),
+        "configurations": plan_tables.configurations(document),
         "refused": plan_tables.refused(row for row in document["plans"] if row["gpus"] is None),
         "qualities": plan_tables.qualities(fleets) if fleets else None,
         "sources": plan_tables.sources(document),

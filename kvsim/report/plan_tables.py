@@ -125,6 +125,35 @@ def plans(fleets: Sequence[Fleet], names: Iterable[str]) -> Table:
     return table(caption, [*headings, *texts], rows, ["holds", "split", *texts])
 
 
+def configurations(document: Row) -> Table | None:
+    """Every split that was simulated, ranked; None where there is none."""
+    rows, names = document["configurations"], list(document["slo_asked"])
+    sought = any(row["sustained"] is not None for row in rows)
+    found = [
+        [
+            name_cell(label_of(row)),
+            text_cell("yes" if row["holds"] else "no"),
+            number_cell(row["gpus"], "{:,}".format),
+            text_cell(split_of(row)),
+            number_cell(row["usd_per_hour"], usd),
+            number_cell(row["cost_per_million_tokens"], usd),
+            number_cell(row["output_tokens_per_s_per_gpu"], format_rate),
+            *(number_cell(row["slo"][name], format_s) for name in names),
+            *([number_cell(row["sustained"], "{:.2f} x".format)] if sought else []),
+            text_cell("yes" if row["front"] else "no"),
+        ]
+        for row in rows
+    ]
+    headings = ["plan", "holds", "GPUs", "split", "$/hour", "$/M tokens", "tokens/s of a GPU", *names]
+    headings += ["holds up to"] if sought else []
+    caption = (
+        "Every split that was simulated, at its best size, ranked. Searches stop where a split would be dearer than "
+    )
+    caption += "what holds already. On the front: nothing is both cheaper and further from its limits."
+    texts = ["holds", "split", "on the front"]
+    return table(caption, [*headings, "on the front"], found, texts)._replace(tall=True) if found else None
+
+
 def curve(load: Row) -> Table | None:
     """Goodput and each objective against offered load; None where no load was tried."""
     names = list(dict.fromkeys(name for row in load["curve"] for name in row["slo"]))
