@@ -35,8 +35,8 @@ class Clusters(NamedTuple):
         for name, products in rounds:
             ops.append(
                 Compute(
-                    name=name,  # spherical: assignments are matrix products
-                    work=Work.MATMUL,
+                    name=name,  # spherical: the largest product decides
+                    work=Work.NEAREST,
                     rows=members,
                     flops_per_row=2 * d * products,
                     reads=(Access(keys, members),),

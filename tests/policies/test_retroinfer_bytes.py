@@ -11,7 +11,7 @@ import pytest
 
 from kvsim.models import load_model
 from policies import LayerPlan, Step, parse_policy, plan_layer
-from policies.plan import Sync, Tier, flops, moved_bytes, stored_bytes
+from policies.plan import Compute, Sync, Tier, Work, flops, moved_bytes, stored_bytes
 from policies.retroinfer_index import cluster_counts
 
 LLAMA = load_model("llama-3.1-8b")
@@ -111,6 +111,8 @@ def test_build() -> None:
     assert work(plan, "cluster") == 8 * far * 9 * 496 * 256
     assert work(plan, "assign") == 8 * far * 7440 * 256
     assert 32 * work(plan, "cluster", "assign") == pytest.approx(9.4e13, rel=0.04)
+    products = [op for op in plan.ops if isinstance(op, Compute) and op.name in ("cluster", "assign")]
+    assert {op.work for op in products} == {Work.NEAREST}
     assert moved(plan) == {DOWN: far * KV}
     assert held(plan, "arranged") == far * KV
 
