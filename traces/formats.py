@@ -19,6 +19,7 @@ from traces import (
     llmperf,
     llmservingsim,
     mooncake,
+    observed,
     otel,
     sharegpt,
     splitwise,
@@ -132,6 +133,15 @@ FORMATS = (
         matches=lambda table, _found: aiperf.is_aiperf(table),
         load=aiperf.load,
         options=aiperf.Options,
+    ),
+    Format(
+        name="kvsim observe records",
+        recognised_by="kvsim_observe, status, sent_s",
+        times="seconds since the first request was due",
+        blocks=NONE,
+        refused="requests that failed are left out",
+        matches=_has(*observed.COLUMNS),
+        load=observed.load,
     ),
     Format(
         name="OpenTelemetry spans",

@@ -274,6 +274,18 @@ CASES = {
         [150, 151],
         {},
     ),
+    "observed.jsonl": (
+        lines(
+            {"kvsim_observe": 1, "url": "http://localhost/v1"},
+            {"status": "finished", "sent_s": 1.75, "prompt_tokens": 30, "output_tokens": 5},
+            {"status": "timeout", "sent_s": 1.0, "prompt_tokens": None, "output_tokens": None},
+            {"status": "finished", "sent_s": 1.5, "prompt_tokens": 40, "output_tokens": 6},
+        ),
+        [0.0, 0.25],
+        [40, 30],
+        [6, 5],
+        {"skipped_rows": 2},
+    ),
     "guidellm.json": (
         json.dumps(
             {
@@ -459,7 +471,7 @@ def test_every_format_has_a_case():
     for text, (content, *_) in CASES.items():
         found.add(text.partition(".")[0])
         assert content
-    assert len(FORMATS) == 13
+    assert len(FORMATS) == 14
     assert len(found) == len(CASES)
 
 
@@ -515,6 +527,10 @@ REFUSED = {
     "llmperf.json": [
         ('"error_code": null', '"error_code": 429', r":1: error_code=429: the request failed; skip bad rows"),
         ("550", "5.5", r":1: number_input_tokens=5\.5: must be a whole number"),
+    ],
+    "observed.jsonl": [
+        ('"prompt_tokens": 30', '"prompt_tokens": null', r":2: prompt_tokens=None: must be a whole number"),
+        ("finished", "timeout", r"no request finished; observe a server that answers"),
     ],
     "guidellm.json": [
         ('"successful"', '"total"', r"requests\.successful: must list the benchmark's requests"),
