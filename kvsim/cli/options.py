@@ -13,6 +13,13 @@ from kvsim.scenario.scenario_file import OPTIONS
 ScenarioFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="YAML with any of these options; what is given here wins.")
 ]
+CalibrateFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Fit --kernel-slowdown, --iteration-overhead and --request-overhead to records of a server's clients.",
+    ),
+]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Let that file name policies as module:Class, whose code is run.")
 ]

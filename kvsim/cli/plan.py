@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvsim.cli.formats import Formats, formats_of
-from kvsim.cli.options import AllowCode, ScenarioFile, given_options, with_options
+from kvsim.cli.options import AllowCode, CalibrateFrom, ScenarioFile, given_options, with_options
 from kvsim.cli.output import JsonFlag, print_json, print_line
 from kvsim.scenario.scenario_file import OPTIONS
 
@@ -45,6 +45,11 @@ def plan(
     pools: Annotated[
         bool, typer.Option("--pools/--no-pools", help="Try prompts and decoding on replicas of their own.")
     ] = True,
+    calibrate_from: CalibrateFrom = None,
+    calibrate_tp: Annotated[
+        int, typer.Option(min=0, metavar="N", help="GPUs of a replica of the server that was measured. Default: --tp.")
+    ] = 0,
+    calibrate_replicas: Annotated[int, typer.Option(min=1, metavar="N", help="How many of them it had.")] = 1,
     scenario: ScenarioFile = None,
     allow_code: AllowCode = False,
     out: Annotated[
@@ -65,21 +70,25 @@ def plan(
     from kvsim.cli.plan_output import print_first, print_plan
     from kvsim.cli.progress import counted
     from kvsim.planning.plan import answered
-    from kvsim.planning.question import question_of
+    from kvsim.planning.question import Measured, question_of
 
     reports = formats_of(formats, out)
-    question = question_of(
-        slo=slo,
-        gpu=gpu,
-        policy=policy,
-        prices=prices,
-        quality=quality,
-        max_gpus=max_gpus,
-        pools=pools,
-        scenario=scenario,
-        allow_code=allow_code,
-        options=given_options(ctx, _OPTIONS),
-    )
+    measured = None if calibrate_from is None else Measured(calibrate_from, calibrate_tp, calibrate_replicas)
+    with counted("simulations of the records") as progress:
+        question = question_of(
+            slo=slo,
+            gpu=gpu,
+            policy=policy,
+            prices=prices,
+            quality=quality,
+            max_gpus=max_gpus,
+            pools=pools,
+            scenario=scenario,
+            allow_code=allow_code,
+            options=given_options(ctx, _OPTIONS),
+            measured=measured,
+            progress=progress,
+        )
     for note in question.notes():
         print_line(f"warning: {note}", err=True)
     with holding_plan(out, reports) as folder:

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvsim.cli.formats import Formats, formats_of
-from kvsim.cli.options import AllowCode, ScenarioFile, given_options, with_options
+from kvsim.cli.options import AllowCode, CalibrateFrom, ScenarioFile, given_options, with_options
 from kvsim.cli.output import JsonFlag, print_line
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def replay(
         Path | None, typer.Option(metavar="DIR", help="Write summary, tables and a report into this folder.")
     ] = None,
     formats: Formats = None,
+    calibrate_from: CalibrateFrom = None,
     json: JsonFlag = False,
     **_options: object,  # those of the scenario, which are read from the context
 ) -> None:
@@ -60,12 +62,9 @@ def replay(
     several = ctx.info_name == "compare"
     reports = formats_of(formats, out)
     asked = _scenario(ctx, scenario, several, allow_code=allow_code)
+    asked, calibration = _calibrated(asked, calibrate_from)
     setups = asked.setups()
-    for note in (*setups[0].model.notes, *setups[0].gpu.notes):
-        _warn(note)
-    if setups[0].perfetto and out is None:
-        window = "-".join(f"{end_s:g}" for end_s in setups[0].perfetto)
-        raise ValueError(f"perfetto={window} is written to trace.perfetto.json in the folder of --out; add --out DIR")
+    _check_setup(setups[0], out)
     drawn = asked.load_traces()
     requests = drawn[0]
     _look_over(setups, requests)
@@ -79,6 +78,7 @@ def replay(
         missing = [label for index, label in enumerate(labels) if index not in found]
         asked_for = range(len(setups) if interrupted else len(jobs))
         results = gather(asked, [found[i] for i in asked_for if i in found], len(setups), whole=not interrupted)
+        results = [replace(one, inputs={**one.inputs, **calibration}) for one in results]
         if not any((result.requests["status"] == "finished").any() for result in results) and interrupted:
             print_line("interrupted before a request had finished: there are no results", err=True)
             raise typer.Exit(INTERRUPTED)
@@ -103,6 +103,30 @@ def replay(
         print_line("interrupted while the results were written: they are whole", err=True)
     if interrupted or late:
         raise typer.Exit(INTERRUPTED)
+
+
+def _check_setup(setup: "Setup", out: Path | None) -> None:
+    """Warn of what was read in another way than it was written; refuse what there would be no file for."""
+    for note in (*setup.model.notes, *setup.gpu.notes):
+        _warn(note)
+    if setup.perfetto and out is None:
+        window = "-".join(f"{end_s:g}" for end_s in setup.perfetto)
+        raise ValueError(f"perfetto={window} is written to trace.perfetto.json in the folder of --out; add --out DIR")
+
+
+def _calibrated(asked: "Scenario", file: str | None) -> "tuple[Scenario, dict[str, Any]]":
+    """The scenario with the constants that a file of records tells, and what to say of them beside a run's inputs."""
+    if file is None:
+        return asked, {}
+    from kvsim.cli.progress import counted
+    from kvsim.observed.calibration import KEYS, calibrated
+
+    with counted("simulations of the records") as progress:
+        calibration = calibrated(file, asked.setups()[0], dict.fromkeys(asked.given), progress)
+    for words in calibration["warnings"]:
+        _warn(words)
+    fitted = {KEYS[key]: value for key, value in calibration["constants"].items()}
+    return replace(asked, setup={**asked.setup, **fitted}), {"calibration": calibration}
 
 
 def _scenario(ctx: typer.Context, file: Path | None, several: bool, *, allow_code: bool) -> "Scenario":

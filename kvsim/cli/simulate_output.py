@@ -59,10 +59,15 @@ def print_run(result: "Result", slo_s: Mapping[str, float], warmup_s: float, *, 
         _print_uncertainty(run)
     if len(run.summary["tenants"]) > 1:
         _print_tenants(run.summary)
-    for note in [*inputs["trace_notes"], *inputs.get("model_notes", ())]:
+    for note in [*inputs["trace_notes"], *inputs.get("model_notes", ()), *calibration_notes(inputs)]:
         print_line(f"note: {note}")
     for warning in run.summary["warnings"]:
         print_line(f"warning: {warning}")
+
+
+def calibration_notes(inputs: Mapping[str, Any]) -> list[str]:
+    """What is known of the constants that a run had from records; nothing where it had none."""
+    return [inputs["calibration"]["words"]] if "calibration" in inputs else []
 
 
 def _print_uncertainty(run: "Run") -> None:
@@ -120,6 +125,8 @@ def print_comparison(
     for run in runs:
         if run.summary["uncertainty"]:
             _print_uncertainty(run)
+    for note in calibration_notes(runs[0].summary["inputs"]):
+        print_line(f"note: {note}")
     for run in runs:
         for warning in run.summary["warnings"]:
             print_line(f"warning: {run.label}: {warning}")

@@ -67,6 +67,8 @@ def document_of(
     document["slo_asked"] = {one.name: one.limit_s for one in question.objectives}
     document["plans"] = [*ordered, *(misfit_row(one) for one in could.misfits)]
     document["configurations"] = configurations_of(findings)
+    if question.calibration is not None:
+        document["calibration"] = dict(question.calibration)
     document["sources"] = sources_of(question, could, traces[0])
     document["sentence"] = _sentence(question, document)
     return document

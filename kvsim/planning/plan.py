@@ -13,7 +13,7 @@ from kvsim.planning.document import document_of, first_answer
 from kvsim.planning.findings import Estimate
 from kvsim.planning.measured import Ask
 from kvsim.planning.planner import Planner
-from kvsim.planning.question import MOST_GPUS, Question, question_of
+from kvsim.planning.question import MOST_GPUS, Measured, Question, question_of
 from kvsim.planning.simulations import Simulations
 from kvsim.planning.slo import members
 from kvsim.planning.what_if import WhatIf, price_row
@@ -71,6 +71,9 @@ def plan(
     pools: bool = True,
     scenario: str | Path | None = None,
     allow_code: bool = False,
+    calibrate_from: str | Path | None = None,
+    calibrate_tp: int = 0,
+    calibrate_replicas: int = 1,
     first: Callable[[dict[str, Any]], None] | None = None,
     **options: Any,
 ) -> Plan:
@@ -78,9 +81,11 @@ def plan(
 
     `options` are those of a scenario by its keys (`trace`, `model`, `tp`, `tenants`, ...): what is given is fixed, and
     `gpus` asks for the best fleet of that size. `slo` is as `ttft_p99=10s,tpot_p99=100ms` (or a list of such),
-    `prices` and `quality` are files in place of the package's. `first` is told the estimate by closed forms before any
-    simulation. Simulations run in processes of their own: a script needs `if __name__ == "__main__":`. Raises
-    ValueError for what is asked wrongly; a plan that no fleet meets is no error, its `answer` is None.
+    `prices` and `quality` are files in place of the package's. `calibrate_from` are records of a server's clients, to
+    which serving constants are fitted; it had so many replicas of `calibrate_tp` GPUs (0: those of `tp`). `first` is
+    told the estimate by closed forms before any simulation. Simulations run in processes of their own: a script needs
+    `if __name__ == "__main__":`. Raises ValueError for what is asked wrongly; a plan that no fleet meets is no error,
+    its `answer` is None.
     """
     began_s = time.perf_counter()
     question = question_of(
@@ -94,6 +99,7 @@ def plan(
         scenario=scenario,
         allow_code=allow_code,
         options=options,
+        measured=None if calibrate_from is None else Measured(str(calibrate_from), calibrate_tp, calibrate_replicas),
     )
     return Plan(answered(question, began_s, first))
 

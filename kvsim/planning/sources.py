@@ -35,6 +35,8 @@ def sources_of(question: "Question", could: Candidates, trace: Trace) -> list[di
         "assumed" if synthetic else "measured",
         f"trace {trace.name}, {len(trace):,} requests",
     )
+    if question.calibration is not None:
+        add("latency: serving constants", question.gpus[0], "fitted", question.calibration["words"])
     for family in could.families:
         setup, price = family.setup, family.price
         for figure, kind, source in _gpu_sources(setup.gpu):

@@ -133,6 +133,8 @@ def _notes(runs: Sequence[Run], slo: Mapping[str, float], warmup_s: float, ident
         notes.append(f"Latencies leave out requests that arrived in the first {format_s(warmup_s)}.")
     notes += dict.fromkeys(f"Trace: {note}" for run in runs for note in run.summary["inputs"].get("trace_notes", ()))
     notes += dict.fromkeys(f"Model: {note}" for run in runs for note in run.summary["inputs"].get("model_notes", ()))
+    fits = [run.summary["inputs"]["calibration"] for run in runs if "calibration" in run.summary["inputs"]]
+    notes += dict.fromkeys(f"Calibration: {words}." for one in fits for words in (one["words"], *one["warnings"]))
     notes += dict.fromkeys(_capacity(run) for run in runs if "kv_capacity" in run.summary["inputs"])
     for run in runs:
         counts = run.summary["requests"]
