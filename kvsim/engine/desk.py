@@ -47,9 +47,14 @@ DETOURS_AT_ONCE = 100  # each starts the count of events anew
 
 
 class Engine:
-    """All replicas of a cluster; `prefixes` holds their prefix caches, where they have any."""
+    """All replicas of a cluster; `prefixes` holds their prefix caches, where they have any.
 
-    def __init__(self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, prefixes: PrefixTiers) -> None:
+    `runs` is how many simulations like this one are coming.
+    """
+
+    def __init__(
+        self, trace: Trace, setup: Setup, table: PlanTable, clock: Clock, prefixes: PrefixTiers, runs: int = 1
+    ) -> None:
         self.table, self.clock = table, clock
         self._derived: tuple[int, ...] = ()  # what plan was asked for last
         self._structures: list[Structure] = []
@@ -68,7 +73,7 @@ class Engine:
         set_turns(self.cluster, trace, setup)
         for number in range(setup.replicas):
             note_now(self.cluster, number, 0.0)
-        self._player = Player(self.cluster.features, len(trace))
+        self._player = Player(self.cluster.features, len(trace), runs)
 
     def play(self, most_events: int) -> bool:
         """Let events happen, about so many at most; False when nothing is left to happen."""

@@ -38,10 +38,10 @@ _compilers: list[subprocess.Popen[bytes]] = []  # that it has started: they may 
 
 
 class Player:
-    """Plays the events of one simulation of so many requests."""
+    """Plays the events of one simulation of so many requests, of which this process makes about so many (`runs`)."""
 
-    def __init__(self, features: tuple[str, ...], requests: int) -> None:
-        self._features, self._requests = features, requests
+    def __init__(self, features: tuple[str, ...], requests: int, runs: int = 1) -> None:
+        self._features, self._requests, self._runs = features, requests, runs
         self._when = _when()
         self._code: Any = None
         self._bound: tuple[Any, ...] = ()
@@ -81,6 +81,7 @@ class Player:
         else:
             remaining_s = self._requests * REQUEST_S if self._spent_s < _BELIEVED_S else math.inf
         self._look_s = self._spent_s + (_LOOK_AGAIN_S if left or self._spent_s > _LOOK_AGAIN_S else _SLICE_S)
+        remaining_s += (self._runs - 1) * self._requests * REQUEST_S
         if remaining_s < LOAD_S:
             return
         folders = code_folders(self._features)
@@ -104,6 +105,8 @@ class Player:
 
     def _compile(self, folder: CodeFolder) -> None:
         """Have code compiled, if nobody does so yet; say so where that has failed."""
+        if self._compiler is None and any(one.poll() is None for one in _compilers):
+            return  # for the run before this one
         if self._compiler is None and make(folder):
             self._compiler = _compile_beside(folder, self._layouts)
             _compilers[:] = [*(one for one in _compilers if one.poll() is None), self._compiler]

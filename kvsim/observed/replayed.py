@@ -24,6 +24,7 @@ _MOST_UNSERVED = 0.05  # of the recorded requests, beyond which the fleet is not
 _COPIES, _MOST_COPIED = 8, 8000
 """How often records are replayed, one copy after the other, and the most requests that this may come to."""
 
+_RUNS = 80  # simulations that a fit takes, about
 _DRAINED = 3.0  # so many times as long as the longest answer took, a copy waits for the one before
 
 
@@ -72,7 +73,7 @@ class Replayed:
 
     def _simulated(self, constants: Mapping[str, float]) -> Latencies:
         changed: dict[str, Any] = dict(constants)
-        result = simulate(self._trace, replace(self._setup, **changed))
+        result = simulate(self._trace, replace(self._setup, **changed), runs=_RUNS)
         if result.partial:
             raise KeyboardInterrupt
         columns = result.requests

@@ -27,13 +27,19 @@ MAX_ARRIVAL_S = 1e10  # three hundred years after 0
 
 
 def simulate(
-    trace: Trace, setup: Setup, progress: Callable[[int], None] | None = None, *, pieces: Pieces | None = None
+    trace: Trace,
+    setup: Setup,
+    progress: Callable[[int], None] | None = None,
+    *,
+    pieces: Pieces | None = None,
+    runs: int = 1,
 ) -> Result:
     """Replay `trace` on a cluster; `progress` is told how many requests have left, first before any event.
 
     `pieces` keep what is derived of plans for simulations of the same policy, rank, machine, counts and guesses.
-    An interruption (Ctrl-C) from there on ends the replay early: the result is `partial`, and requests that had not
-    finished are reported as such. Raises
+    `runs` is about how many simulations like this one this process is going to make: of many short ones none would be
+    worth compiling for, and all of them are. An interruption (Ctrl-C) from there on ends the replay early: the result
+    is `partial`, and requests that had not finished are reported as such. Raises
     ValueError for a model that does not fit, for prefix caches where the trace has no block ids, and for arrivals so
     late that floating-point times would lose latencies.
     """
@@ -44,7 +50,7 @@ def simulate(
             "still have microseconds; is the unit of arrivals right?"
         )
     began_s = time.perf_counter()
-    cluster = _Cluster(trace, setup, pieces)
+    cluster = _Cluster(trace, setup, pieces, runs)
     setup_cpu_s = time.process_time()
     whole = cluster.play(progress)
     cpu_s = time.process_time() - setup_cpu_s
@@ -53,7 +59,7 @@ def simulate(
 
 
 class _Cluster:
-    def __init__(self, trace: Trace, setup: Setup, pieces: Pieces | None = None) -> None:
+    def __init__(self, trace: Trace, setup: Setup, pieces: Pieces | None = None, runs: int = 1) -> None:
         self.trace, self.setup = trace, setup
         if (trace.session < 0).all():
             for option, without in (("sessions", "open"), ("session_kv", "recompute")):
@@ -70,7 +76,7 @@ class _Cluster:
             apart(trace) if setup.prefix_cache_sharing == "tenant" and any(setup.prefix_cache_bytes.values()) else trace
         )
         self.prefixes = PrefixTiers(blocks, setup)
-        self.engine = Engine(blocks, setup, table, clock, self.prefixes)
+        self.engine = Engine(blocks, setup, table, clock, self.prefixes, runs)
 
     def play(self, progress: Callable[[int], None] | None) -> bool:
         """Run until nothing is left to happen; False when interrupted before."""
