@@ -90,7 +90,7 @@ def test_commands_have_the_flags_of_all_options_in_their_groups() -> None:
     for name in ("simulate", "compare"):
         params = typer.main.get_command(app).commands[name].loaded.params
         panels = {param.opts[0]: param.rich_help_panel for param in params}
-        own = {"--scenario", "--allow-code", "--schema", "--out", "--format", "--json"}
+        own = {"--scenario", "--allow-code", "--schema", "--out", "--format", "--calibrate-from", "--json"}
         assert {flag: panel for flag, panel in panels.items() if flag not in own} == {
             one.flag: one.group for one in OPTIONS
         }
