@@ -5,7 +5,7 @@ own (`pip install aiconfigurator==0.12.*`), on the CPU; its rankings are read fr
 and the share of each operation from what it prints. Ours answers for a trace of such requests, one after the other at
 even gaps, with bounds of the mean as the other's are. `docs/measured/aiconfigurator.md` is written from the result.
 
-    python benchmarks/aiconfigurator.py --other PYTHON [--out benchmarks/results/aiconfigurator.json]
+    PYTHONPATH=. python benchmarks/aiconfigurator.py --other PYTHON [--out benchmarks/results/aiconfigurator.json]
 """
 
 import argparse

@@ -42,12 +42,25 @@ and TPOT p99 within 100 ms:
 > {sentence}
 
 {simulations} simulations took {cpu:.0f} CPU seconds, all of it {wall} of wall time on that machine; the first
-estimate was there after {first}, and said {estimate} GPUs. Each plan is the cheapest of its GPU, policy and cache; 95 %
-intervals are by resampling the trace's requests.
+estimate was there after {first}, and said {estimate} GPUs. Asked for arrivals that are drawn with {seeds} seeds
+(`mooncake-conversation:spread_s=3`), it says:
+
+> {drawn_sentence}
+
+That took {drawn_simulations} simulations, {drawn_cpu:.0f} CPU seconds and {drawn_wall}. Each plan below is the cheapest
+of its GPU, policy and cache; 95 % intervals are by resampling the trace's requests.
 
 | plan | GPU | GPUs | tp | for prompts | USD/hour | USD/M tokens | TTFT p99 | TPOT p99 | one replica fewer breaks |
 |---|---|---:|---:|---:|---:|---:|---:|---:|---|
 {rows}
+
+## If things turn out otherwise
+
+The answer's fleet, simulated once more under each change; a price is an exact product.
+
+| change | SLO | TTFT p99 | TPOT p99 | USD/M tokens | GPUs that hold | USD/M tokens then |
+|---|---|---:|---:|---:|---:|---:|
+{changes}
 
 ## Checked by plain simulations
 
@@ -173,6 +186,12 @@ def page(result: dict[str, Any]) -> str:
         estimate=found["first_answer"]["gpus"],
         rows="\n".join(rows),
         checks="\n".join(checks),
+        changes="\n".join(_change_row(row) for row in found["sensitivity"]),
+        seeds=SEEDS,
+        drawn_sentence=result["drawn"]["sentence"],
+        drawn_simulations=result["drawn"]["simulations"],
+        drawn_cpu=result["drawn"]["simulations_cpu_s"],
+        drawn_wall=format_s(result["drawn"]["wall_s"]),
         gpus=answer["gpus"],
         gpu=answer["gpu"],
         worth="\n".join(loads),
@@ -192,6 +211,22 @@ def _plan_row(row: dict[str, Any]) -> str:
         "-" if cost is None else f"{cost:,.2f}",
         *(_value(row["slo"].get(one)) for one in NAMES),
         row["fewer"]["binding"] if row["fewer"] else "-",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _change_row(row: dict[str, Any]) -> str:
+    needed = row["needed"] or {"gpus": None, "cost_per_million_tokens": None}
+    values_s = [row["slo"].get(one) for one in NAMES]
+    costs = [row["cost_per_million_tokens"], needed["cost_per_million_tokens"]]
+    told = ["-" if cost is None else f"{cost:,.2f}" for cost in costs]
+    cells = [
+        row["change"],
+        {True: "holds", False: "breaks", None: row["method"]}[row["holds"]],
+        *("-" if value_s is None else format_s(value_s) for value_s in values_s),
+        told[0],
+        "-" if needed["gpus"] is None else f"{needed['gpus']}",
+        told[1],
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -226,9 +261,11 @@ def main() -> None:
     answer = found["answer"]
     if answer is None:
         raise SystemExit(found["sentence"])
+    drawn = plan(trace=SPREAD, model=MODEL, gpu=GPUS, policy=POLICIES, slo=WRITTEN, seeds=SEEDS).to_dict()
     figures = ("sentence", "simulations", "simulations_cpu_s", "wall_s", "first_answer")
+    result["drawn"] = {name: drawn[name] for name in figures}
     result["plan"] = {
-        **{name: found[name] for name in figures},
+        **{name: found[name] for name in (*figures, "sensitivity")},
         "answer": {name: answer.get(name) for name in (*KEPT, "headroom", "load", "simulate")},
         "plans": [{name: row.get(name) for name in KEPT} for row in found["plans"]],
     }

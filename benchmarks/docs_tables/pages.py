@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import fidelities
 from benchmarks.docs_tables import (
+    aiconfigurator,
     attention_on_sms,
     batching,
     decode_overhead,
@@ -34,7 +35,8 @@ TABLES: dict[str, ModuleType] = {
 }
 PAGES: dict[str, Callable[[dict[str, Any]], str]] = {
     **{name: module.page for name, module in TABLES.items()},
-    "decode_overhead": decode_overhead.page,  # this and the next measure by scripts of their own
+    "aiconfigurator": aiconfigurator.page,  # this and the next two measure by scripts of their own
+    "decode_overhead": decode_overhead.page,
     "fidelities": fidelities.page,
 }
 

@@ -48,7 +48,9 @@ def _hits(family: Family, trace: Trace) -> Change:
     if any(setup.prefix_cache_bytes.values()):
         trace, kept = forgetful(trace)
         name = name if misses else "40 % of the prefix hits"
-        made_by.append(f"{1 - kept:.0%} of the requests share no prefix: of the blocks that recur 40 % still do")
+        made_by.append(
+            f"{100 * (1 - kept):.0f} % of the requests share no prefix: of the blocks that recur 40 % still do"
+        )
     why_not = None if made_by else "nothing of this plan is cached: no hit rate changes it"
     return Change(name, "; ".join(made_by), family, trace, why_not)
 

@@ -42,11 +42,11 @@ def document_of(
     """The document, but for what the clock says."""
     rows = {i: row_of(question, findings, i, traces, context_tokens) for i in findings.best_of_lines()}
     mark_front(list(rows.values()))
-    ordered = sorted(rows.values(), key=order)
     answer, nearest = findings.found.answer, None
     if answer is None:
         nearest = findings.nearest()
     chosen = rows.get(answer) if answer is not None else None
+    ordered = sorted(rows.values(), key=lambda row: (row is not chosen, *order(row)))  # of equal ones the answer first
     document: dict[str, Any] = {"sentence": "", "answer": None}
     if chosen is not None and answer is not None:
         load = load_of(question, findings, answer, traces)

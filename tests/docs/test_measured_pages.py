@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
+    "aiconfigurator",
     "attention_on_sms",
     "batching",
     "decode_overhead",
