@@ -137,7 +137,7 @@ def test_the_scenario_file(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_cells_of_the_notebook_run_in_their_order() -> None:
     cells = json.loads((EXAMPLES / "plan.ipynb").read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert len(code) == 6
+    assert len(code) == 7
     assert all(not cell["outputs"] for cell in cells if cell["cell_type"] == "code")
     out = run("-c", "\n".join([*code, "print(found.sentence)"])).splitlines()
     assert [line.split()[0] for line in out[:2]] == ["full", "shadowkv:budget_tokens=1024"]

@@ -3,8 +3,8 @@
 import re
 from html import escape
 
-_MARKS = re.compile(r"([\\`*_{}\[\]|~$])")
-_STARTS = re.compile(r"^(\s*)([-+=#]|\d+(?=[.)]))")
+_MARKS = re.compile(r"([\\`*_{}\[\]|~$#])")
+_STARTS = re.compile(r"^(\s*)([-+](?=\s|$)|-(?=[-\s]*$)|=|\d+(?=[.)](?:\s|$)))")  # of lists, rules and headings
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
@@ -15,7 +15,7 @@ def marked(text: object) -> str:
 
 
 def _start(found: "re.Match[str]") -> str:
-    """What would begin a list or a heading, as it is: a number's mark behind it, another one itself."""
+    """What would begin a list, say, as it is: a number's mark behind it is escaped, another one itself."""
     space, mark = found.groups()
     return f"{space}{mark}\\" if mark.isdigit() else f"{space}\\{mark}"
 

@@ -21,7 +21,20 @@ from kvsim.results.summary import Result
 EVIL = (
     *("<script>alert(1)</script>", "a | b", "`code`", "**bold**", "_it_", "[x](http://e.org)", "![i](x.png)", "# head"),
     *("1. one", "2) two", "- item", "+ item", "~~no~~", "two\nlines", "back\\slash", "&lt;b&gt;", "$x$", "```", "<b>"),
-    *("[ref]: http://e.org", "https://e.org|x", "===", "> quoted", "trailing\\"),
+    *(
+        "[ref]: http://e.org",
+        "https://e.org|x",
+        "===",
+        "---",
+        "- - -",
+        "12. dozen",
+        "1.5 s",
+        "-",
+        "#",
+        "closing #",
+        "> quoted",
+        "trailing\\",
+    ),
 )
 FORMULAS = ("=1+1", "+1", "-1+cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1", "  =1")
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
@@ -83,7 +96,7 @@ def test_in_csv_figures_are_exact_and_nothing_is_a_formula(text: str) -> None:
     assert heading == ["point", "figure", "text"]
     assert float(row[1]) == 1 / 3
     assert row[0] == row[2]
-    assert row[0].removeprefix("'") == text
+    assert row[0].removeprefix("'") == ("" if text == "-" else text)  # which stands for a figure that is missing
     assert row[0].lstrip(" ")[:1] not in ("=", "+", "-", "@", "\t", "\r")
 
 
