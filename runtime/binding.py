@@ -70,6 +70,8 @@ def bound(model: Any, rotating: Mapping[int, str], *, attends: bool) -> Iterator
         for module in model.modules():
             if isinstance(module, GenerationMixin):
                 stack.enter_context(_installed("generate", module, partial(_guard, module)))
+        if takes_ids(model):
+            stack.enter_context(_installed("replays", model, partial(_let_replay, model)))
         if rotating:
             stack.enter_context(_installed("angles", decoder, lambda: _listen(model, rotating)))
         yield
@@ -190,6 +192,28 @@ def _guard(model: Any) -> Callable[[], None]:
             del model.prepare_inputs_for_generation
         else:
             model.prepare_inputs_for_generation = before
+
+    return undo
+
+
+def _let_replay(model: Any) -> Callable[[], None]:
+    """Let caches that capture their decode steps replay them in place of the model's forward."""
+    before, forward = vars(model).get("forward"), model.forward
+
+    @wraps(forward)
+    def replaying(*args: Any, **given: Any) -> Any:
+        cache = _cache_among(args, given)
+        if cache is None or cache.captured is None:
+            return forward(*args, **given)
+        return cache.captured.forward(cache, forward, args, given)
+
+    model.forward = replaying
+
+    def undo() -> None:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before
 
     return undo
 

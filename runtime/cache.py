@@ -15,6 +15,7 @@ from policies import Full, Step
 from policies.plan import Buffer
 from runtime.arena import DTYPES, Arena
 from runtime.call import Handed, Method
+from runtime.captured import Captured, Walk
 from runtime.forward import Forward
 from runtime.heard import Heard
 from runtime.hybrid import TieredHybridLayer
@@ -41,7 +42,9 @@ class TieredCache(Cache):
         self.max_tokens = 0
         self.progress: Callable[[Step], None] | None = None  # told each step that a layer has done
         self.rotaries = Rotaries(terms.seen)
-        self._first_sequence = 0
+        self.first_sequence = 0  # its number among all sequences of its `offload`
+        self.captured = None if terms.replays is None else Captured(terms.replays)
+        self.walk: Walk | None = None  # the captured step under way
         self._real: torch.Tensor | None = None  # which tokens are no padding, bool (batch, tokens); None: all
         self._read: tuple[torch.Tensor | None, Seen] | None = None  # the mask of this forward, and what it says
         self._switch_tokens = _switch_tokens(config)
@@ -138,10 +141,59 @@ class TieredCache(Cache):
         Raises ValueError when a layer has not attended as the policy says, so that its output is worth nothing.
         """
         self._forward.finish()
+        if self.walk is not None:
+            return
         if self._read is not None:
             self._real, self._read = self._read[1].real, None
         else:
             self._real = None
+
+    # -- captured steps ------------------------------------------------------------------------------------------
+
+    @property
+    def real_tokens(self) -> torch.Tensor | None:
+        """Which tokens are no padding, bool (batch, tokens), or None where none is."""
+        return self._real
+
+    @property
+    def switches(self) -> bool:
+        """Whether the model turns to other rotary angles at some length."""
+        return self._switch_tokens is not None
+
+    @contextmanager
+    def walking(self, walk: Walk) -> Iterator[None]:
+        """While it lasts, attention calls go to `walk`, and no layer counts its token."""
+        self.walk = walk
+        try:
+            yield
+        finally:
+            self.walk = None
+
+    def begin_replay(self, batch: int) -> None:
+        """A captured step is about to be replayed, with one new token for each of `batch` sequences.
+
+        Raises what `begin` raises.
+        """
+        decoder = self.terms.decoder()
+        if decoder is not None:
+            self.begin(decoder, batch, 1, None)
+
+    def forget_forward(self) -> None:
+        """The forward under way was broken off while it was captured, so that nothing of it has happened."""
+        self.rotaries.end_step()
+        self._forward.forget()
+
+    def advance(self) -> None:
+        """A captured step has run: every layer has one more token, which is real."""
+        for index in self.own:
+            self.tiered(index).tokens += 1
+        self.rotaries.advance()
+        self.rotaries.end_step()
+        if self._real is not None:
+            self._real = torch.nn.functional.pad(self._real, (0, 1), value=True)
+        self._forward.forget()
+
+    # ------------------------------------------------------------------------------------------------------------
 
     def _register(self, cache: "TieredCache") -> None:
         known = self.terms.caches
@@ -219,7 +271,7 @@ class TieredCache(Cache):
         check_fits(self.terms.needed_bytes(batch, prompt, first), device)
         self.arena = Arena(device, batch, self.terms.footprint)
         self.max_tokens = prompt + self.terms.max_new_tokens
-        self._first_sequence = self.terms.recorder.admit(batch)
+        self.first_sequence = self.terms.recorder.admit(batch)
 
     def _settle(self, layer: TieredLayer, prompt: int, first: int) -> list[Buffer]:
         """Decide a layer's policy by its first prompt, and allocate what it keeps; what only the prompt needs."""
@@ -242,8 +294,13 @@ class TieredCache(Cache):
         self.arena = Arena(self.device, 0, self.terms.footprint)
         self.rotaries.clear()
         self.steps.forget()
+        self._drop_graphs()
         self._forward.forget()
         self._real = self._read = None
+
+    def _drop_graphs(self) -> None:
+        if self.captured is not None:
+            self.captured.forget()
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Sequence i takes the state of sequence `rows[i]`."""
@@ -267,9 +324,10 @@ class TieredCache(Cache):
             before = self.arena
             self.arena = self._taken(before, rows)
             self.steps.forget()
+            self._drop_graphs()
             before.release()
             self._take_rest(rows)
-        self._first_sequence = self.terms.recorder.admit(len(rows))
+        self.first_sequence = self.terms.recorder.admit(len(rows))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TieredCache":
         """A cache of its own: new sequences, which begin with the state that this one has now.
@@ -287,9 +345,11 @@ class TieredCache(Cache):
                 rotaries=self.rotaries.copy(),
                 heard=self.heard.copy(),
                 progress=None,
+                captured=None if self.terms.replays is None else Captured(self.terms.replays),
+                walk=None,
                 _forward=Forward(),
                 _lock=threading.RLock(),
-                _first_sequence=self.terms.recorder.admit(self.arena.batch),
+                first_sequence=self.terms.recorder.admit(self.arena.batch),
             )
         self._register(copy)
         return copy
@@ -348,7 +408,7 @@ class TieredCache(Cache):
             return
         capacity_tokens = (self.prompt_tokens or cos.shape[1]) + self.terms.max_new_tokens
         with self.at_work():
-            self.rotaries.hear(index, cos, sin, capacity_tokens)
+            self.rotaries.hear(index, cos, sin, capacity_tokens, None if self.walk is None else self.walk.row)
 
     def run(self, layer: TieredLayer, handed: Handed) -> torch.Tensor:
         """Plan and execute one attention call.
@@ -356,6 +416,9 @@ class TieredCache(Cache):
         Raises ValueError when the cache was allocated for fewer tokens, the model has fewer positions, or the policy
         cannot honour the mask.
         """
+        if self.walk is not None:
+            self._forward.attends()
+            return self.walk.run(layer, handed)
         past, new, prompt = layer.tokens, handed.new_k.shape[2], layer.prompt_tokens
         self._check_room(layer, new)
         handed = handed._replace(mask=self._mask(layer, handed))
@@ -365,7 +428,7 @@ class TieredCache(Cache):
         if past >= prompt and new > 1 and layer.method.extends:
             layer.prompt_tokens = prompt = past + new
         at_once = (layer.method.execution_tokens or new) if past < prompt else 1
-        outs, held = [], Held(self.arena, self.rotaries, self._first_sequence)
+        outs, held = [], Held(self.arena, self.rotaries, self.first_sequence)
         for first in range(0, new, at_once):
             if new > at_once:  # each is a step of its own
                 self.steps.executor.begin()

@@ -38,6 +38,40 @@ class Handed(NamedTuple):
         return self._replace(q=self.q[:, :, at], new_k=self.new_k[:, :, at], new_v=self.new_v[:, :, at], mask=mask)
 
 
+class Lengths:
+    """How many tokens a captured step finds, where kernels read it: int64 (1,) on the device, set before each replay.
+
+    Sums are made once a step, by the kernel that asks first.
+    """
+
+    def __init__(self, past: Tensor) -> None:
+        self._rows = {0: past}
+
+    def rows(self, more: int) -> Tensor:
+        """The tokens held before the step and `more`."""
+        if more not in self._rows:
+            self._rows[more] = self._rows[0] + more
+        return self._rows[more]
+
+
+class CapturedStep(Step):
+    """A decode step that knows no length, so that none can be baked into a graph: asking for one is an error."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        object.__setattr__(self, "prompt_tokens", prompt_tokens)
+        object.__setattr__(self, "new_tokens", 1)
+
+    @property
+    def past_tokens(self) -> int:
+        """Raises RuntimeError: ask `Call.rows`."""
+        raise RuntimeError("a captured step has no length on the host; take it from Call.rows")
+
+    @property
+    def prefilling(self) -> bool:
+        """A captured step decodes."""
+        return False
+
+
 @dataclass(slots=True, kw_only=True)
 class Call:
     """One attention call of one layer: what the model hands over, what the arena holds, what the kernels leave.
@@ -45,7 +79,7 @@ class Call:
     `q`, `new_k`, `new_v`, `mask`: see `Handed`. `state` has the plan's buffers by name, (batch, rows, *row_shape). A
     kernel that draws a count leaves it in `counts` as int64 (batch, heads of the count). `scratch` passes tensors from
     one kernel of the call to the next. The operation `attend` sets `out`, shaped as `q`. `parts` are the calls of head
-    groups.
+    groups. `lengths` is there in a captured step alone, whose `step` knows no length (see `Method.captured`).
     """
 
     shape: LayerShape
@@ -63,6 +97,13 @@ class Call:
     counts: dict[str, Tensor] = field(default_factory=dict)
     scratch: dict[str, Tensor] = field(default_factory=dict)
     parts: "dict[int, Call]" = field(default_factory=dict)
+    lengths: "Lengths | None" = None
+
+    def rows(self, more: int) -> Tensor:
+        """The tokens held before a captured step and `more`, int64 (1,) on the device."""
+        if self.lengths is None:
+            raise RuntimeError("this step is not captured: its lengths are those of `step`")
+        return self.lengths.rows(more)
 
     @property
     def seen(self) -> Tensor | None:
@@ -123,6 +164,9 @@ class Method:
     `unrotates`: kernels need `Call.rotary`. `any_padding`: padding may stand behind real tokens too. `any_mask`:
     attention is as the mask says, whatever it says. `may_be_infinite`: buffers where an infinite number is no fault.
     `whole`: at `attend` the buffer `kv` has every token, so that a model can attend by itself.
+    `captured` makes decode steps fit for a CUDA graph, which is replayed at other lengths than it was captured at: it
+    has a kernel for each operation that needs a length, which it takes from `Call.rows` and buffers whole; the others
+    are those of every step. None: the method's decode steps cannot be captured.
     """
 
     kernels: Mapping[str, Kernel]
@@ -137,6 +181,7 @@ class Method:
     any_mask: bool = False
     may_be_infinite: frozenset[str] = frozenset()
     whole: bool = False
+    captured: Mapping[str, Kernel] | None = None
 
     def missing(self, plan: LayerPlan) -> list[str]:
         """Operations of a plan that nothing executes."""

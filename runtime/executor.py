@@ -45,6 +45,11 @@ class Executor:
         for lane in self._lanes.values():
             lane.wait_stream(current)
 
+    def gather_lanes(self) -> None:
+        """Let what the model does next wait for every lane; the lanes wait for nothing, as a graph's end asks."""
+        for lane in self._lanes.values():
+            torch.cuda.current_stream(self.device).wait_stream(lane)
+
     def settle(self) -> None:
         """Let the host wait for all that was issued, before it reads or erases memory of its own."""
         self.join()

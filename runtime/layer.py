@@ -99,7 +99,8 @@ class TieredLayer(CacheLayerMixin):
             (new_k, new_v), self._new = self._new, None
             q, new_k, new_v = (cache.stored(part) for part in (query, new_k, new_v))
             out = cache.run(self, Handed(q, new_k, new_v, mask, scale, softcap, sinks)).to(query.dtype)
-            self.tokens += new_k.shape[2]
+            if cache.walk is None:  # a captured step counts when it is replayed
+                self.tokens += new_k.shape[2]
         if torch.is_grad_enabled() and query.requires_grad:
             out = _NoGradient.apply(out, query)  # type: ignore[no-untyped-call]
         return out

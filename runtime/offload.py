@@ -14,6 +14,7 @@ from policies import Full, Policy, Step, plan_layer
 from policies.plan import Copy, Tier, flops
 from runtime.binding import bound, decoder_of
 from runtime.cache import TieredCache
+from runtime.captured import Replays
 from runtime.derived import Plans
 from runtime.footprint import Footprint
 from runtime.methods import method_of
@@ -33,7 +34,7 @@ ENDED = "the offload() context of this cache has ended and its memory was given 
 class Offload:
     """One model under one policy: makes caches, and counts what they move."""
 
-    def __init__(self, model: Any, policy: Policy, max_new_tokens: int) -> None:
+    def __init__(self, model: Any, policy: Policy, max_new_tokens: int, *, capture: bool = False) -> None:
         self.model, self.policy, self.max_new_tokens = model, policy, max_new_tokens
         decoder = decoder_of(model)
         self.seen = probe(model)
@@ -51,6 +52,7 @@ class Offload:
             footprint=self.footprint,
             decoder=weakref.ref(decoder),
             caches=[],
+            replays=Replays() if capture else None,
         )
 
     def cache(self, prompt_tokens: int | None = None) -> TieredCache:
@@ -116,6 +118,11 @@ class Offload:
         return self.recorder.recording()
 
     @property
+    def replays(self) -> Replays:
+        """How many decode steps were replayed, and how many were not, by reason; none without `capture`."""
+        return self.terms.replays or Replays()
+
+    @property
     def footprint_bytes(self) -> Counter[Tier]:
         """Bytes that all living caches hold per tier; when none lives any more, what the last of them held."""
         return self.footprint.last_bytes
@@ -142,16 +149,18 @@ class Offload:
 
 
 @contextmanager
-def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024) -> Iterator[Offload]:
+def offload(model: Any, policy: Policy, *, max_new_tokens: int = 1024, capture: bool = False) -> Iterator[Offload]:
     """Let `model` keep its KV cache as `policy` says, inside this context; afterwards it is as before.
 
-    Caches are allocated for the prompt and `max_new_tokens`, later turns included. Raises ValueError for an
+    Caches are allocated for the prompt and `max_new_tokens`, later turns included. `capture`: decode steps become one
+    CUDA graph, which is replayed as long as they are alike; what is changed in the model after it was captured is not
+    seen. Steps that cannot be captured run as ever, and a warning and `kv.replays` say why. Raises ValueError for an
     architecture or a policy that the runtime does not execute, before anything is changed, and MemoryError, saying what
     to reduce, when memory runs out inside.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    kv = Offload(model, policy, max_new_tokens)
+    kv = Offload(model, policy, max_new_tokens, capture=capture)
     rotating = _bind(kv)
     _say_if_idle(kv)
     try:

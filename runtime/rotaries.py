@@ -28,8 +28,11 @@ class Rotaries:
         if self._seen[layer].rotation == UNROTATED:
             self.of[layer] = self.new(layer, capacity_tokens)
 
-    def hear(self, layer: int, cos: Tensor, sin: Tensor, capacity_tokens: int) -> None:
-        """Take what the model rotates a layer's new tokens by, (batch or 1, new_tokens, dimensions), once a table."""
+    def hear(self, layer: int, cos: Tensor, sin: Tensor, capacity_tokens: int, row: Tensor | None = None) -> None:
+        """Take what the model rotates a layer's new tokens by, (batch or 1, new_tokens, dimensions), once a table.
+
+        In a captured step the device knows at which `row`, and `advance` counts.
+        """
         rotation = self._seen[layer].rotation
         if rotation == UNROTATED:
             return
@@ -39,12 +42,35 @@ class Rotaries:
                 return
         if layer not in self.of:
             self.of[layer] = self.new(layer, capacity_tokens)
-        self.of[layer].extend(cos, sin)
+        if row is None:
+            self.of[layer].extend(cos, sin)
+        else:
+            self.of[layer].extend_at(cos, sin, row)
         self._extended.append((cos, self.of[layer]))
 
     def end_step(self) -> None:
         """The last layer has come: the next angles are those of other tokens."""
         self._extended.clear()
+
+    def widen(self, batch: int) -> None:
+        """Each of `batch` sequences may have angles of its own from here on."""
+        for rotary in self._tables():
+            rotary.widen(batch)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tables lie: who has noted an address is told by another that they were replaced."""
+        return tuple(rotary.table[0].data_ptr() for rotary in self._tables())
+
+    def advance(self) -> None:
+        """A captured step has written the angles of one token to every table."""
+        for rotary in self._tables():
+            rotary.tokens += 1
+
+    def _tables(self) -> list[Rotary]:
+        """Every table that angles come to, once."""
+        tables = {id(rotary): rotary for rotary in self.of.values()}
+        return [rotary for rotary in tables.values() if rotary.rotation != UNROTATED]
 
     def drop(self, layer: int, gone: int, left: int) -> None:
         """A layer has taken back tokens, and has so many left; angles that layers share go once."""

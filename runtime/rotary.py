@@ -82,12 +82,30 @@ class Rotary:
         if not self.tokens:
             shape = (cos.shape[0], self.capacity_tokens, cos.shape[-1])
             self._cos, self._sin = cos.new_zeros(shape), cos.new_zeros(shape)
-        if cos.shape[0] > self._cos.shape[0]:  # until now one row served the whole batch
-            self._cos, self._sin = (old.repeat(cos.shape[0], 1, 1) for old in (self._cos, self._sin))
+        self.widen(cos.shape[0])
         end = self.tokens + cos.shape[1]
         self._cos[:, self.tokens : end] = cos
         self._sin[:, self.tokens : end] = sin
         self.tokens = end
+
+    def widen(self, batch: int) -> None:
+        """Give each of `batch` sequences angles of its own, where one row has served them all."""
+        if self._cos.shape[0] < batch:
+            self._cos, self._sin = (old.repeat(batch, 1, 1) for old in (self._cos, self._sin))
+
+    def extend_at(self, cos: Tensor, sin: Tensor, row: Tensor) -> None:
+        """Take the angles of one token for row `row`, int64 (1,) on their device; `tokens` is the caller's to raise.
+
+        The table must be wide enough for them.
+        """
+        cos, sin = self.rotation.full(cos, sin)
+        self._cos.index_copy_(1, row, cos.expand(len(self._cos), -1, -1))
+        self._sin.index_copy_(1, row, sin.expand(len(self._sin), -1, -1))
+
+    @property
+    def table(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every token that there is room for, (batch or 1, tokens, rotated dimensions) each."""
+        return self._cos, self._sin
 
     def so_far(self) -> tuple[Tensor, Tensor]:
         """Cosine and sine of all tokens, (batch or 1, tokens, rotated dimensions) each."""
@@ -101,7 +119,10 @@ class Rotary:
         """Sequence i takes the angles of sequence `rows[i]`."""
         if self._cos.shape[0] > 1:  # one row serves them all
             rows = rows.to(self._cos.device)
-            self._cos, self._sin = self._cos[rows], self._sin[rows]
+            for table in (self._cos, self._sin) if len(rows) == len(self._cos) else ():  # whoever reads them goes on
+                table.copy_(table[rows])
+            if len(rows) != len(self._cos):
+                self._cos, self._sin = self._cos[rows], self._sin[rows]
 
     def copy(self) -> "Rotary":
         """A table of its own with the same angles."""

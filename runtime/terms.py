@@ -21,6 +21,7 @@ from runtime.recorder import Recorder
 
 if TYPE_CHECKING:
     from runtime.cache import TieredCache
+    from runtime.captured import Replays
 
 LONG_PROMPT = 1 << 16  # tokens: no policy leaves such a prompt dense for being short
 
@@ -29,7 +30,8 @@ LONG_PROMPT = 1 << 16  # tokens: no policy leaves such a prompt dense for being 
 class Terms:
     """What all caches of one `offload` share; `caches` refers to those that are in use.
 
-    `decoder` is the module that the model hands its cache to: they are used in its forward alone.
+    `decoder` is the module that the model hands its cache to: they are used in its forward alone. `replays` counts
+    captured decode steps, and is None where none are to be.
     """
 
     shape: ModelShape
@@ -42,6 +44,7 @@ class Terms:
     footprint: Footprint
     decoder: "weakref.ref[torch.nn.Module]"
     caches: "list[weakref.ref[TieredCache]]"
+    replays: "Replays | None" = None
 
     def leaf(self, prompt: int, layer: int) -> tuple[Policy, Method]:
         """The policy of a layer for a first prompt, and its torch code."""

@@ -55,6 +55,10 @@ COMMANDS = {  # where each stands, and what it does
         "kvsim.cli.validate:validate",
         "Run policies on a model and compare every byte with the simulator's: the exit code is 3 when they disagree.",
     ),
+    "bench": (
+        "kvsim.cli.bench:app",
+        "Time the runtime on the machine at hand, beside what the simulator says of it.",
+    ),
     "trace": ("kvsim.cli.trace:app", "Request traces: bundled, generated and converted ones."),
     "hardware": ("kvsim.cli.hardware:app", "The catalogue of GPUs and hosts."),
     "model": ("kvsim.cli.model:app", "The catalogue of model shapes."),

@@ -138,6 +138,15 @@ class Explainer:
             tokens_per_step=self._tokens_per_step,
         )
 
+    def step_s(self, tokens: int, batch: int) -> float:
+        """One decode step of `batch` sequences that hold `tokens` after it, whether or not they fit."""
+        return self._decode(tokens, batch)[0]
+
+    def prompts_s(self, tokens: int, batch: int) -> float:
+        """The prompts of `batch` sequences, `tokens` each, in one step."""
+        structure, amounts = self.table.prefill(tokens, 0, tokens)
+        return self._iteration(Load(structure, amounts * batch), tokens=tokens * batch, logits=batch, sequences=0)[0]
+
     def _prefill_s(self, tokens: int) -> float:
         load = Load(*self.table.prefill(tokens, 0, tokens))
         return self._iteration(load, tokens=tokens, logits=1, sequences=0)[0]

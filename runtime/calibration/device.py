@@ -22,10 +22,11 @@ def device() -> Device:
             "torch sees no NVIDIA GPU here, and calibration measures one; run it on the machine that is to be measured"
         )
     name = torch.cuda.get_device_properties().name
-    return Device(name, torch.cuda.device_count(), _driver(), torch.__version__)
+    return Device(name, torch.cuda.device_count(), driver(), torch.__version__)
 
 
-def _driver() -> str:
+def driver() -> str:
+    """The version of the GPU's driver, or "unknown"."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)  # noqa: S603

@@ -6,12 +6,53 @@ Triton kernels of `attention_triton`, all others to the eager reference below.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MASS_QUERIES = 128  # whose weights are held at once where their sum is wanted
 MAX_KERNEL_HEAD_DIM = 256  # beyond it (MLA latents) a tile does not fit in shared memory
+
+
+class Segment(NamedTuple):
+    """A part of a cache: k and v `(batch, kv_heads, tokens, head_dim)`, `mask` as in `partial_attention`.
+
+    `held`, int64 (1,) on k's device: only the first so many tokens are there. A kernel reads it where it runs, so that
+    a captured launch serves every length. Or `ids`, as in `partial_attention_at`: those tokens alone.
+    """
+
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    held: Tensor | None = None
+    ids: Tensor | None = None
+
+
+def attend_segments(
+    q: Tensor,
+    segments: Sequence[Segment],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """Attention of `q` to all keys of disjoint segments, in the dtype of `q`, shaped as q with v's head_dim.
+
+    q `(batch, heads, new_tokens, head_dim)`; every query may attend to every token that a segment holds and its mask
+    allows. `sink_logits` and errors as in `merge`; ValueError for a segment with ids and a mask or a length.
+    """
+    if any(segment.ids is not None and (segment.mask is not None or segment.held is not None) for segment in segments):
+        raise ValueError("a segment has ids or a mask and a length, not both")
+    if segments and all(_runs_on_triton(q, segment.v) for segment in segments):
+        from runtime.kernels.attention_triton import attend_all
+
+        for segment in segments:
+            _check_inputs(q, segment.k, segment.v, softcap)
+        masks = [_mask_of(q, segment) for segment in segments]
+        return attend_all(q, segments, masks, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    parts = [_partly(q, segment, scale, softcap) for segment in segments]
+    return merge(parts, sink_logits=sink_logits).to(q.dtype)
 
 
 def partial_attention(
@@ -126,6 +167,28 @@ def causal_mask(new_tokens: int, tokens: int, device: torch.device | str | None 
     """Bool `(new_tokens, tokens)`: each of the last `new_tokens` tokens attends to itself and what comes before."""
     everything = torch.ones(new_tokens, tokens, dtype=torch.bool, device=device)
     return everything.tril(tokens - new_tokens)
+
+
+def _mask_of(q: Tensor, segment: Segment) -> Tensor | None:
+    if segment.mask is None:
+        return None
+    batch, heads, new_tokens, _ = q.shape
+    kv_heads, tokens = segment.k.shape[1:3]
+    return _grouped_mask(segment.mask, (batch, kv_heads, heads // kv_heads, new_tokens, tokens))
+
+
+def _partly(q: Tensor, segment: Segment, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    k, v, ids = segment.k, segment.v, segment.ids
+    if ids is not None:
+        return partial_attention_at(q, k, v, ids, scale=scale, softcap=softcap)
+    return partial_attention(q, k, v, scale=scale, mask=_held_mask(segment), softcap=softcap)
+
+
+def _held_mask(segment: Segment) -> Tensor | None:
+    if segment.held is None:
+        return segment.mask
+    there = torch.arange(segment.k.shape[2], device=segment.k.device) < segment.held
+    return there if segment.mask is None else segment.mask & there
 
 
 def _attend_eager(

@@ -1,11 +1,14 @@
 """Triton kernels of `attention`: split-KV partial attention, dense or at given rows, and the merge of parts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from runtime.kernels.attention import Segment
 
 TILE_BYTES = 16 * 1024  # of K, and as much of V, in a stage of the pipeline
 PIPELINE_STAGES = 3  # tiles of K and V in flight, where shared memory has room
@@ -16,7 +19,7 @@ MERGED_AT_ONCE = 16  # parts that the merge holds in registers
 
 @triton.jit(do_not_specialize=["tokens", "split_tokens"])
 def _attend_kernel(  # noqa: PLR0915  # a kernel cannot be cut up without passing its tiles around
-    q_ptr, k_ptr, v_ptr, mask_ptr, ids_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, ids_ptr, held_ptr, out_ptr, lse_ptr,
     q_stride_b, q_stride_h, q_stride_n,
     k_stride_b, k_stride_h, k_stride_t,
     v_stride_b, v_stride_h, v_stride_t,
@@ -24,7 +27,7 @@ def _attend_kernel(  # noqa: PLR0915  # a kernel cannot be cut up without passin
     ids_stride_b, ids_stride_h, ids_stride_t,
     kv_heads, new_tokens, tokens, split_tokens, rows, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    HAS_MASK: tl.constexpr, MASK_PER_ROW: tl.constexpr, HAS_IDS: tl.constexpr,
+    HAS_MASK: tl.constexpr, MASK_PER_ROW: tl.constexpr, HAS_IDS: tl.constexpr, HAS_HELD: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -45,6 +48,8 @@ def _attend_kernel(  # noqa: PLR0915  # a kernel cannot be cut up without passin
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    if HAS_HELD:
+        tokens = tl.minimum(tokens, tl.load(held_ptr).to(tl.int32))
     first = split * split_tokens
     last = tl.minimum(first + split_tokens, tokens)
     if CAUSAL:
@@ -138,42 +143,98 @@ def attend(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`partial_attention` with a mask `(batch, kv_heads, group, new_tokens, tokens)`, or at the rows `ids`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    batch, heads, new_tokens, head_dim = q.shape
-    kv_heads, v_dim = k.shape[1], v.shape[3]
-    tokens = k.shape[2] if ids is None else ids.shape[2]
-    group = heads // kv_heads
-    rows = group * new_tokens
-    block_d, block_v = max(16, triton.next_power_of_2(head_dim)), max(16, triton.next_power_of_2(v_dim))
-    block_m = min(64, max(16, triton.next_power_of_2(rows)))
-    block_n = min(128, max(16, TILE_BYTES // (max(block_d, block_v) * k.element_size())))
-    tiles = triton.cdiv(rows, block_m)
-    split_tokens = _split_tokens(q.device, batch * kv_heads * tiles, tokens, block_n)
-    splits = max(1, triton.cdiv(tokens, split_tokens))
-
-    outs = torch.empty((splits, batch, heads, new_tokens, v_dim), dtype=torch.float32, device=q.device)
-    lses = torch.empty((splits, batch, heads, new_tokens), dtype=torch.float32, device=q.device)
-    mask_strides = (0,) * 5 if mask is None else mask.stride()
-    with torch.cuda.device_of(q):
-        _attend_kernel[(batch * kv_heads, tiles, splits)](
-            q, k, v, mask, ids, outs, lses,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
-            *((0,) * 3 if ids is None else ids.stride()),
-            kv_heads, new_tokens, tokens, split_tokens, rows, scale, 0.0 if softcap is None else softcap,
-            GROUP=group, HEAD_DIM=head_dim, V_DIM=v_dim,
-            HAS_MASK=mask is not None, MASK_PER_ROW=any(mask_strides[2:4]), HAS_IDS=ids is not None,
-            CAUSAL=causal, HAS_SOFTCAP=softcap is not None,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # without effect on 16 bits
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v,
-            num_warps=4, num_stages=_stages(q.device),
-        )  # fmt: skip
-    return (outs[0], lses[0]) if splits == 1 else merge_stacked(outs, lses)
+    launch = _Launch(q, k, v, mask=mask, ids=ids, held=None, causal=causal)
+    outs, lses = _parts(q, launch.splits, v.shape[3])
+    launch.run(outs, lses, scale, softcap)
+    return (outs[0], lses[0]) if launch.splits == 1 else merge_stacked(outs, lses)
 
 
-def merge_stacked(outs: Tensor, lses: Tensor, sink_logits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Merge `(parts, batch, heads, new_tokens, head_dim)` and `(parts, batch, heads, new_tokens)`, contiguous fp32."""
+def attend_all(
+    q: Tensor,
+    segments: Sequence[Segment],
+    masks: Sequence[Tensor | None],
+    *,
+    scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """`attend_segments` with their masks as in `attend`: the splits of all segments are merged at once."""
+    launches = [
+        _Launch(q, segment.k, segment.v, mask=mask, ids=segment.ids, held=segment.held, causal=False)
+        for segment, mask in zip(segments, masks, strict=True)
+    ]
+    outs, lses = _parts(q, sum(launch.splits for launch in launches), segments[0].v.shape[3])
+    first = 0
+    for launch in launches:
+        launch.run(outs[first:], lses[first:], scale, softcap)
+        first += launch.splits
+    return merge_stacked(outs, lses, sink_logits, q.dtype)[0]
+
+
+def _parts(q: Tensor, splits: int, v_dim: int) -> tuple[Tensor, Tensor]:
+    """Room for the outputs and the log-sum-exps of splits."""
+    shape = (splits, *q.shape[:3])
+    outs = torch.empty((*shape, v_dim), dtype=torch.float32, device=q.device)
+    return outs, torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+class _Launch:
+    """One launch of the attention kernel: how its keys are split over programs."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        ids: Tensor | None,
+        held: Tensor | None,
+        causal: bool,
+    ) -> None:
+        self.q, self.k, self.v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        self.mask, self.ids, self.held, self.causal = mask, ids, held, causal
+        self.tokens = k.shape[2] if ids is None else ids.shape[2]
+        self.rows = q.shape[1] // k.shape[1] * q.shape[2]
+        self.block_d, self.block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (q, v))
+        self.block_m = min(64, max(16, triton.next_power_of_2(self.rows)))
+        self.block_n = min(128, max(16, TILE_BYTES // (max(self.block_d, self.block_v) * k.element_size())))
+        self.tiles = triton.cdiv(self.rows, self.block_m)
+        programs = q.shape[0] * k.shape[1] * self.tiles
+        self.split_tokens = _split_tokens(q.device, programs, self.tokens, self.block_n)
+        self.splits: int = max(1, triton.cdiv(self.tokens, self.split_tokens))
+
+    def run(self, outs: Tensor, lses: Tensor, scale: float, softcap: float | None) -> None:
+        """Attend, into the first `splits` of `outs` and `lses`."""
+        q, k, v, mask, ids = self.q, self.k, self.v, self.mask, self.ids
+        batch, heads, new_tokens, head_dim = q.shape
+        kv_heads = k.shape[1]
+        mask_strides = (0,) * 5 if mask is None else mask.stride()
+        with torch.cuda.device_of(q):
+            _attend_kernel[(batch * kv_heads, self.tiles, self.splits)](
+                q, k, v, mask, ids, self.held, outs, lses,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *mask_strides,
+                *((0,) * 3 if ids is None else ids.stride()),
+                kv_heads, new_tokens, self.tokens, self.split_tokens, self.rows, scale,
+                0.0 if softcap is None else softcap,
+                GROUP=heads // kv_heads, HEAD_DIM=head_dim, V_DIM=v.shape[3],
+                HAS_MASK=mask is not None, MASK_PER_ROW=any(mask_strides[2:4]), HAS_IDS=ids is not None,
+                HAS_HELD=self.held is not None, CAUSAL=self.causal, HAS_SOFTCAP=softcap is not None,
+                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # without effect on 16 bits
+                BLOCK_M=self.block_m, BLOCK_N=self.block_n, BLOCK_D=self.block_d, BLOCK_V=self.block_v,
+                num_warps=4, num_stages=_stages(q.device),
+            )  # fmt: skip
+
+
+def merge_stacked(
+    outs: Tensor, lses: Tensor, sink_logits: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Merge `(parts, batch, heads, new_tokens, head_dim)` and `(parts, batch, heads, new_tokens)`, contiguous fp32.
+
+    The output is of `dtype`, its log-sum-exp fp32.
+    """
     parts, _, heads, new_tokens, v_dim = outs.shape
-    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    out, lse = torch.empty_like(outs[0], dtype=dtype), torch.empty_like(lses[0])
     with torch.cuda.device_of(outs):
         _merge_kernel[(lse.numel(),)](
             outs, lses, sink_logits, out, lse, parts, lse.numel(), heads, new_tokens,

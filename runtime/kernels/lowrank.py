@@ -5,6 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from runtime.kernels.gather import gather_rows
+from runtime.kernels.select import NONE, token_ids
+from runtime.rotary import rotate
+
 BLOCK_TOKENS = 8192  # rows of the Gram matrix's sum that are held in fp32 at once
 
 
@@ -40,6 +44,39 @@ def rebuild(u: Tensor, sv: Tensor, ids: Tensor) -> Tensor:
     rows = ids.clamp(min=0).reshape(batch, kv_heads * n, 1).expand(-1, -1, u.shape[2])
     chosen: Tensor = u.gather(1, rows).unflatten(1, (kv_heads, n))
     return (chosen @ sv).masked_fill((ids < 0)[..., None], 0)
+
+
+def rebuild_chunks(
+    u: Tensor,
+    sv: Tensor,
+    angles: tuple[Tensor, Tensor],
+    ids: Tensor,
+    dst: Tensor,
+    slots: Tensor,
+    *,
+    chunk_tokens: int,
+    pairs: bool,
+) -> None:
+    """Put the keys of chunk `ids[b, h, i]`, rebuilt and rotated, into `dst[b, h, slots[b, h, i]]`.
+
+    u, sv as in `rebuild`; `angles` are cosines and sines of all tokens, (batch or 1, tokens, rotated dimensions); ids
+    and slots (batch, kv_heads, n), id -1 = none; dst (batch, kv_heads, slots, chunk_tokens * head_dim), rows
+    contiguous. `pairs`: neighbours are rotated, not halves.
+    """
+    cos, sin = angles
+    if dst.is_cuda and not pairs and cos.shape[2] == sv.shape[3] and not cos.shape[2] % 2:
+        from runtime.kernels.lowrank_triton import rebuild_halves
+
+        rebuild_halves(u, sv, cos, sin, ids, dst, slots, chunk_tokens)
+        return
+    tokens = token_ids(ids, chunk_tokens)
+    row = torch.arange(len(ids), device=ids.device).clamp(max=len(cos) - 1)[:, None, None]
+    at = tokens.clamp(min=0)
+    keys = rotate(rebuild(u, sv, tokens), cos[row, at], sin[row, at], pairs=pairs)
+    keys = keys.unflatten(2, (-1, chunk_tokens)).flatten(3)
+    rows = torch.where(ids < 0, NONE, torch.arange(ids.shape[2], device=ids.device))
+    uncounted = torch.zeros(1, dtype=torch.int64, device=ids.device)  # these rows do not change their memory
+    gather_rows(keys, rows, dst, slots, uncounted)
 
 
 def _blocks(keys: Tensor) -> Iterator[Tensor]:

@@ -25,6 +25,13 @@ def landmark_scores(
     the maximum; RetroInfer: the sum). Chunks that bool `valid`, broadcastable to the result, leaves out score -inf.
     Raises ValueError for shapes that do not fit together and for an unknown `reduce`.
     """
+    if q.is_cuda and reduce == "max" and q.shape[2] == 1 and softcap is None:
+        from runtime.kernels.scores_triton import fits, largest_mass
+
+        kv_heads, chunks = landmarks.shape[1:3]
+        if fits(q.shape[1] // kv_heads, chunks):
+            valid = None if valid is None else valid.expand(landmarks.shape[:3])
+            return largest_mass(_grouped(q, landmarks), landmarks, valid, scale)
     logits = grouped_logits(q, landmarks) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -86,6 +93,20 @@ def centroid_scores(
 
 def grouped_logits(q: Tensor, rows: Tensor) -> Tensor:
     """Products in fp32, (batch, kv_heads, group, new_tokens, rows)."""
+    heads, new_tokens = q.shape[1:3]
+    grouped = _grouped(q, rows)
+    if q.is_cuda:
+        from runtime.kernels.scores_triton import products
+
+        flat = products(grouped, rows)
+    else:
+        flat = grouped.float() @ rows.float().mT
+    grouped_scores: Tensor = flat.unflatten(2, (heads // rows.shape[1], new_tokens))
+    return grouped_scores
+
+
+def _grouped(q: Tensor, rows: Tensor) -> Tensor:
+    """The queries of each group side by side: (batch, kv_heads, group * new_tokens, head_dim)."""
     batch, heads, new_tokens, head_dim = q.shape
     kv_heads = rows.shape[1]
     if rows.dim() != 4 or rows.shape[0] != batch or rows.shape[3] != head_dim or heads % kv_heads:
@@ -93,15 +114,8 @@ def grouped_logits(q: Tensor, rows: Tensor) -> Tensor:
             f"q {tuple(q.shape)} must be (batch, heads, new_tokens, head_dim) and the rows scored "
             f"{tuple(rows.shape)} (batch, kv_heads, chunks, head_dim), heads a multiple of kv_heads"
         )
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads * new_tokens, head_dim)
-    if q.is_cuda:
-        from runtime.kernels.scores_triton import products
-
-        flat = products(grouped, rows)
-    else:
-        flat = grouped.float() @ rows.float().mT
-    grouped_scores: Tensor = flat.unflatten(2, (heads // kv_heads, new_tokens))
-    return grouped_scores
+    grouped: Tensor = q.reshape(batch, kv_heads, heads // kv_heads * new_tokens, head_dim)
+    return grouped
 
 
 def _reduced(per_head: Tensor, reduce: Reduce) -> Tensor:

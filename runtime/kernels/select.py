@@ -9,11 +9,12 @@ from torch import Tensor
 NONE = -1  # the id of no row
 
 
-def top_ids(scores: Tensor, k: int) -> Tensor:
+def top_ids(scores: Tensor, k: int, names: Tensor | None = None) -> Tensor:
     """The k highest of each row, as int64 ids in ascending order: `(..., n)` -> `(..., k)`.
 
     Ties go to the lowest index, so that a run can be repeated. A score of -inf is never chosen; where fewer than k
-    are left, the row ends in -1. Scores must not be NaN. Raises ValueError unless 0 <= k <= n.
+    are left, the row ends in -1. Scores must not be NaN. With `names`, int64 (batch, kv_heads, n) as the scores are,
+    ids are those that stand there. Raises ValueError unless 0 <= k <= n.
     """
     n = scores.shape[-1]
     if not 0 <= k <= n:
@@ -21,16 +22,17 @@ def top_ids(scores: Tensor, k: int) -> Tensor:
     if k == 0:
         return torch.empty((*scores.shape[:-1], 0), dtype=torch.int64, device=scores.device)
     if scores.is_cuda:
-        from runtime.kernels.select_triton import MAX_SCORES, select_top
+        from runtime.kernels.select_triton import select_top, takes
 
-        if n <= MAX_SCORES:
-            return select_top(scores.float().contiguous(), k)
+        if takes(n, k):
+            return select_top(scores.float().contiguous(), k, names).view(*scores.shape[:-1], k)
     # The k-th value is well defined even if torch.topk's choice among equals is not.
     least = torch.topk(scores, k, dim=-1).values[..., -1:]
     above, equal = scores > least, scores == least
     spare = k - above.sum(dim=-1, keepdim=True)
     chosen = (above | (equal & (equal.cumsum(dim=-1) <= spare))) & (scores > -torch.inf)
-    return _compact(torch.arange(n, device=scores.device).expand(scores.shape), chosen, k)
+    ids = torch.arange(n, device=scores.device).expand(scores.shape) if names is None else names
+    return _compact(ids, chosen, k)
 
 
 def chosen_first(scores: Tensor, ids: Tensor) -> Tensor:
@@ -49,11 +51,12 @@ def true_ids(chosen: Tensor) -> Tensor:
     return _compact(torch.arange(n, device=chosen.device).expand(chosen.shape), chosen, n)
 
 
-def replace_in_place(resident_ids: Tensor, new_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def replace_ascending(resident_ids: Tensor, new_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make the slots hold `new_ids`: `(fetch_ids, slots, n_missed)`, and `resident_ids` is updated.
 
     resident_ids `(batch, kv_heads, slots)`, int64, says which id each slot holds, -1 = empty; new_ids `(batch,
-    kv_heads, n)`, int64, are wanted, each once, -1 = none. A hit keeps its slot. Missed ids, in the order of
+    kv_heads, n)`, int64, are wanted, each once and in ascending order, -1 at the end = none (in another order a GPU
+    finds other hits than there are). A hit keeps its slot. Missed ids, in the order of
     `new_ids`, take the freed slots, lowest first: `fetch_ids` and `slots`, `(batch, kv_heads, n)`, list them and are
     padded with -1; `n_missed` is `(batch, kv_heads)`. Slots freed but not taken become empty.
     Raises ValueError unless n lies between 1 and the slots.

@@ -46,6 +46,7 @@ def method(policy: Policy) -> Method:
         call.out = torch.cat([out for out in outs if out is not None], dim=1)
 
     named = list(enumerate(methods))
+    captured = {f"h{i}.{name}": kernel(i, inner) for i, m in named for name, inner in (m.captured or {}).items()}
     return Method(
         kernels={
             **{f"h{i}.{name}": kernel(i, inner) for i, m in named for name, inner in m.kernels.items()},
@@ -61,6 +62,7 @@ def method(policy: Policy) -> Method:
         any_padding=all(m.any_padding for m in methods),
         any_mask=all(m.any_mask for m in methods),
         may_be_infinite=frozenset(f"h{i}.{name}" for i, m in named for name in m.may_be_infinite),
+        captured=captured if all(m.captured is not None for m in methods) else None,
     )
 
 
@@ -80,4 +82,5 @@ def _part(call: Call, prefix: str, share: tuple[int, int], total: int) -> Call:
         softcap=call.softcap,
         sinks=None if call.sinks is None else call.sinks[heads],
         rotary=call.rotary,
+        lengths=call.lengths,
     )

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from policies import Policy, Quest
-from runtime.call import Call, Method
+from runtime.call import Call, Kernel, Method
 from runtime.dense import attend
+from runtime.kernels.append import append_row
+from runtime.kernels.attention import Segment, attend_segments
 from runtime.kernels.scores import Reduce, bound_scores
 from runtime.kernels.select import chosen_first, top_ids
 
@@ -68,7 +70,66 @@ def method(policy: Policy) -> Method:
         call.out = attend(call, _rows(keys, tokens), _rows(values, tokens), mask)
 
     kernels = {"append": append, "bound": bound, "score": score, "select": select, "attend": attend_pages}
-    return Method(kernels=kernels, extends=True, any_padding=True)
+    return Method(kernels=kernels, extends=True, any_padding=True, captured=_captured(policy, reduce))
+
+
+def _captured(policy: Quest, reduce: Reduce) -> dict[str, Kernel]:
+    """The kernels of a step that knows no length: all pages that there is room for, of which the later hold nothing."""
+    page = policy.page_tokens
+
+    def append(call: Call) -> None:
+        append_row(call.by_head("keys"), call.by_head("values"), call.new_k, call.new_v, call.rows(0))
+
+    def bound(call: Call) -> None:
+        """Of the page that the new token is in."""
+        keys, bounds, past = call.by_head("keys"), call.by_head("bounds"), call.rows(0)
+        last = past // page
+        token = last * page + torch.arange(page, device=keys.device)
+        empty = (token > past)[:, None]
+        there = keys.index_select(2, token.clamp(max=keys.shape[2] - 1))
+        low, high = there.masked_fill(empty, torch.inf).amin(dim=2), there.masked_fill(empty, -torch.inf).amax(dim=2)
+        bounds.index_copy_(2, last, torch.stack([low, high], dim=2)[:, :, None])
+
+    def score(call: Call) -> None:
+        bounds = call.by_head("bounds")
+        number = torch.arange(bounds.shape[2], device=bounds.device)
+        earlier = number < call.rows(0) // page  # the page of the new token is read anyway
+        low, high = bounds.unbind(3)
+        scores = bound_scores(call.q, low, high, reduce=reduce)
+        call.scratch["scores"] = scores.masked_fill(~earlier, -torch.inf)
+
+    def select(call: Call) -> None:
+        scores, last = call.scratch["scores"], call.rows(0) // page
+        if call.mask is not None:
+            pages = scores.shape[2]
+            seen = torch.nn.functional.pad(call.mask[:, 0, -1], (0, -call.mask.shape[-1] % page))
+            scores = scores.masked_fill(~seen.unflatten(1, (-1, page)).any(-1)[:, None, :pages], -torch.inf)
+        sinks = call.first_tokens(policy.sink_tokens)[:, None] // page
+        scores = chosen_first(scores, torch.where(sinks < last, sinks, -1))
+        chosen = top_ids(scores, policy.chosen_pages)
+        if reduce == "none" and call.shape.group > 1:
+            call.counts["added"] = _union(chosen, scores.shape[2], call.shape.group) - policy.chosen_pages
+        pages_read = torch.cat([chosen, last.expand(*chosen.shape[:2], 1)], dim=-1)
+        tokens = pages_read[..., None] * page + torch.arange(page, device=last.device)
+        there = (pages_read[..., None] >= 0) & (tokens < call.rows(1))
+        tokens = torch.where(there, tokens, -1).flatten(2)
+        if call.seen is not None:
+            seen = call.seen[:, None].expand(-1, tokens.shape[1], -1)
+            tokens = torch.where(seen.gather(2, tokens.clamp(min=0)), tokens, -1)
+        call.scratch["tokens"] = tokens
+
+    def attend_pages(call: Call) -> None:
+        keys, values, tokens = call.by_head("keys"), call.by_head("values"), call.scratch.get("tokens")
+        if tokens is None:  # everything fits the budget, or a dense layer
+            rows = slice(None if call.mask is None else call.mask.shape[3])  # the last page may have more of them
+            segment = Segment(keys[:, :, rows], values[:, :, rows], call.mask, call.rows(1))
+        else:
+            each = tokens.shape[1] // keys.shape[1]  # heads that choose, for a KV head
+            keys, values = (x if each == 1 else x.repeat_interleave(each, dim=1) for x in (keys, values))
+            segment = Segment(keys, values, ids=tokens)
+        call.out = attend_segments(call.q, [segment], scale=call.scale, softcap=call.softcap, sink_logits=call.sinks)
+
+    return {"append": append, "bound": bound, "score": score, "select": select, "attend": attend_pages}
 
 
 def _union(chosen: Tensor, pages: int, group: int) -> Tensor:

@@ -6,13 +6,13 @@ from torch import Tensor
 from policies import Policy, ShadowKV
 from runtime.call import Call, Gather, Method, Piece, Route
 from runtime.dense import append_raw, attend_raw
-from runtime.kernels.attention import merge, partial_attention
-from runtime.kernels.gather import gather_rows
+from runtime.kernels.append import append_row
+from runtime.kernels.attention import Segment, attend_segments
 from runtime.kernels.landmarks import chunk_means, outlier_chunks
-from runtime.kernels.lowrank import BLOCK_TOKENS, decompose, rebuild
+from runtime.kernels.lowrank import BLOCK_TOKENS, decompose, rebuild_chunks
 from runtime.kernels.scores import landmark_scores
-from runtime.kernels.select import NONE, replace_in_place, token_ids, top_ids
-from runtime.rotary import Rotary, rotate, unrotate
+from runtime.kernels.select import replace_ascending, token_ids, top_ids
+from runtime.rotary import Rotary, unrotate
 
 
 def method(policy: Policy) -> Method:
@@ -36,7 +36,14 @@ def method(policy: Policy) -> Method:
         "attend": own.attend,
     }
     routes: dict[str, Route] = {"offload_values": own.offload_values, "fetch": own.fetch}
-    return Method(kernels=kernels, routes=routes, fused=frozenset({"aggregate"}), unrotates=True, any_padding=True)
+    return Method(
+        kernels=kernels,
+        routes=routes,
+        fused=frozenset({"aggregate"}),
+        unrotates=True,
+        any_padding=True,
+        captured={"append": own.append_captured, "attend": own.attend_captured},
+    )
 
 
 class _Kernels:
@@ -97,7 +104,7 @@ class _Kernels:
 
     def select(self, call: Call) -> None:
         picked = self._picked(call, call.scratch["scores"])
-        missed, slots, n_missed = replace_in_place(call.state["slot_ids"], picked)
+        missed, slots, n_missed = replace_ascending(call.state["slot_ids"], picked)
         call.scratch["missed"], call.scratch["slots"], call.counts["miss"] = missed, slots, n_missed
 
     def fetch(self, call: Call) -> list[Gather]:
@@ -105,26 +112,37 @@ class _Kernels:
         return [Gather(values, call.scratch["missed"], slots, call.scratch["slots"])]
 
     def rebuild(self, call: Call) -> None:
-        missed, slots = call.scratch["missed"], call.scratch["slots"]
-        tokens = token_ids(missed, self.chunk_tokens)
-        keys = rebuild(call.state["u"], call.state["sv"], tokens)
-        keys = rotate(keys, *_rotary(call).at(tokens.clamp(min=0)), pairs=call.pairs)
-        keys = keys.unflatten(2, (-1, self.chunk_tokens)).flatten(3)
-        row = torch.where(missed < 0, NONE, torch.arange(missed.shape[2], device=missed.device))
-        uncounted = torch.zeros(1, dtype=torch.int64, device=missed.device)  # these rows do not change their memory
-        gather_rows(keys, row, call.by_head("k_slots").flatten(3), slots, uncounted)
+        rebuild_chunks(
+            call.state["u"],
+            call.state["sv"],
+            _rotary(call).table,
+            call.scratch["missed"],
+            call.by_head("k_slots").flatten(3),
+            call.scratch["slots"],
+            chunk_tokens=self.chunk_tokens,
+            pairs=call.pairs,
+        )
 
     def attend(self, call: Call) -> None:
         if call.step.prefilling:
             attend_raw(call)
             return
-        exact = [call.by_head(name)[:, :, : self._exact_rows(call)] for name in ("k_exact", "v_exact")]
-        slots = [call.by_head(name).flatten(2, 3) for name in ("k_slots", "v_slots")]
-        parts = [
-            partial_attention(call.q, *rows, scale=call.scale, mask=mask, softcap=call.softcap)
-            for rows, mask in zip((exact, slots), self._masks(call), strict=True)
-        ]
-        call.out = merge(parts, sink_logits=call.sinks).to(call.q.dtype)
+        rows = self._exact_rows(call)
+        self._attend(call, call.by_head("k_exact")[:, :, :rows], call.by_head("v_exact")[:, :, :rows], None)
+
+    def append_captured(self, call: Call) -> None:
+        row = call.rows(self._exact_ahead(call))
+        append_row(call.by_head("k_exact"), call.by_head("v_exact"), call.new_k, call.new_v, row)
+
+    def attend_captured(self, call: Call) -> None:
+        held = call.rows(self._exact_ahead(call) + 1)
+        self._attend(call, call.by_head("k_exact"), call.by_head("v_exact"), held)
+
+    def _attend(self, call: Call, k_exact: Tensor, v_exact: Tensor, held: Tensor | None) -> None:
+        exact_mask, slots_mask = self._masks(call)
+        k_slots, v_slots = (call.by_head(name).flatten(2, 3) for name in ("k_slots", "v_slots"))
+        segments = [Segment(k_exact, v_exact, exact_mask, held), Segment(k_slots, v_slots, slots_mask)]
+        call.out = attend_segments(call.q, segments, scale=call.scale, softcap=call.softcap, sink_logits=call.sinks)
 
     # ------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +151,11 @@ class _Kernels:
 
     def _exact_rows(self, call: Call) -> int:
         """Exact rows of a head once this step's token is among them: exact chunks, then what follows all chunks."""
-        return self.exact_chunks * self.chunk_tokens + call.step.tokens - self._indexed_tokens(call)
+        return self._exact_ahead(call) + call.step.tokens
+
+    def _exact_ahead(self, call: Call) -> int:
+        """By how many exact rows of a head outnumber the tokens of the sequence; less than none as a rule."""
+        return self.exact_chunks * self.chunk_tokens - self._indexed_tokens(call)
 
     def _indexed_keys(self, call: Call) -> tuple[Tensor, Tensor | None]:
         """Rotated keys of all chunks, and which of their tokens are no padding: (batch, 1, tokens)."""
@@ -148,9 +170,7 @@ class _Kernels:
 
     def _picked(self, call: Call, scores: Tensor) -> Tensor:
         """Ids of the best chunks, ascending; -1 where there are too few."""
-        best = top_ids(scores, self.policy.budget_chunks)
-        ids = call.state["chunk_ids"][..., self.exact_chunks :].gather(2, best.clamp(min=0))
-        return torch.where(best < 0, NONE, ids)
+        return top_ids(scores, self.policy.budget_chunks, call.state["chunk_ids"][..., self.exact_chunks :])
 
     def _masks(self, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """Which exact rows and which rows of slots may be attended to: (batch, kv_heads, 1, rows); None for all."""

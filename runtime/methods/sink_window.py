@@ -9,7 +9,7 @@ from torch import Tensor
 from policies import Policy, SinkWindow
 from runtime.call import Call, Method
 from runtime.dense import attend, join, split
-from runtime.kernels.attention import merge, partial_attention
+from runtime.kernels.attention import Segment, attend_segments, merge, partial_attention
 from runtime.rotary import rotate, unrotate
 
 QUERIES = 1024  # of a prompt that attend at once
@@ -31,6 +31,19 @@ def method(policy: Policy) -> Method:
             call.scratch["before"] = call.state["kv"].clone()
         window.write(call, join(keys, call.new_v))
 
+    def append_captured(call: Call) -> None:
+        keys = call.new_k
+        if slots:
+            keys = unrotate(keys, *_angles(call, call.rows(0)[None]), pairs=call.pairs)
+        window.put(call.state["kv"], join(keys, call.new_v)[:, 0], call.rows(0) - call.first())
+
+    def attend_captured(call: Call) -> None:
+        """All rows of the buffer: those that hold nothing yet have no position."""
+        kv = call.state["kv"]
+        keys, values, near = _near(call, window, slots, kv.shape[1], call.rows(1) - call.first())
+        held = Segment(keys, values, near)
+        call.out = attend_segments(call.q, [held], scale=call.scale, softcap=call.softcap, sink_logits=call.sinks)
+
     def attend_near(call: Call) -> None:
         if call.step.new_tokens == 1:
             _decode(call, window, slots)
@@ -38,7 +51,13 @@ def method(policy: Policy) -> Method:
             _prefill(call, window, slots)
 
     kernels = {"append": append, "attend": attend_near}
-    return Method(kernels=kernels, fused=frozenset({"rotate"}), extends=True, unrotates=slots)
+    return Method(
+        kernels=kernels,
+        fused=frozenset({"rotate"}),
+        extends=True,
+        unrotates=slots,
+        captured={"append": append_captured, "attend": attend_captured},
+    )
 
 
 class _Window:
@@ -48,18 +67,22 @@ class _Window:
         self.sinks, self.window, self.size = sinks, window, sinks + window
 
     def positions(self, rows: int, counts: Tensor) -> Tensor:
-        """The position that each of `rows` rows holds once `counts` (batch,) tokens came: (batch, rows)."""
+        """The positions that `rows` rows hold once `counts` (batch,) tokens came, (batch, rows); below 0: none."""
         row, last = torch.arange(rows, device=counts.device)[None], counts[:, None] - 1
         newest = self.sinks + (last - self.sinks) % self.window
-        return torch.where(row < self.sinks, row, last - (newest - row) % self.window)
+        near = last - (newest - row) % self.window
+        return torch.where(row < self.sinks, row, near.masked_fill(near < self.sinks, -1))  # a sink has its own row
+
+    def put(self, kv: Tensor, new: Tensor, position: Tensor) -> None:
+        """Put a row (batch, *row_shape) for the token at `position` (batch,) where it belongs."""
+        place = torch.where(position < self.sinks, position, self.sinks + (position - self.sinks) % self.window)
+        kv[torch.arange(len(kv), device=kv.device), place] = new
 
     def write(self, call: Call, new: Tensor) -> None:
         """Put new rows (batch, new_tokens, *row_shape) where they belong."""
         kv, step, first = call.state["kv"], call.step, call.first()
         if step.new_tokens == 1:
-            place = step.past_tokens - first
-            place = torch.where(place < self.sinks, place, self.sinks + (place - self.sinks) % self.window)
-            kv[torch.arange(len(kv), device=kv.device), place] = new[:, 0]
+            self.put(kv, new[:, 0], step.past_tokens - first)
             return
         token = self.positions(kv.shape[1], step.tokens - first) + first[:, None] - step.past_tokens
         wide = (..., *(None,) * (new.dim() - 2))
@@ -69,20 +92,25 @@ class _Window:
 
 
 def _decode(call: Call, window: _Window, slots: bool) -> None:
-    counts = call.step.tokens - call.first()
     held = min(call.step.tokens, window.size)
-    keys, values = split(call.state["kv"], held, call.shape.head_dim)
-    position = window.positions(held, counts)
+    keys, values, near = _near(call, window, slots, held, call.step.tokens - call.first())
+    call.out = attend(call, keys, values, None if call.mask is None else near)
+
+
+def _near(call: Call, window: _Window, slots: bool, rows: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of `rows` rows after `counts` (batch,) tokens, and which rows hold one: (batch, 1, 1, rows)."""
+    keys, values = split(call.state["kv"], rows, call.shape.head_dim)
+    position = window.positions(rows, counts)
     if slots:  # as far from the query as their slots are: window keys at their positions, sinks moved along
         moved = (counts - window.size).clamp(min=0)[:, None]
         turned = torch.where(position < window.sinks, position + moved, position)
         at = turned + call.first()[:, None]
-        keys = rotate(keys, *_angles(call, at), pairs=call.pairs)  # rows that hold nothing are masked below
-    mask = None if call.mask is None else ((position >= 0) & (position < counts[:, None]))[:, None, None]
-    call.out = attend(call, keys, values, mask)
+        keys = rotate(keys, *_angles(call, at), pairs=call.pairs)  # rows that hold nothing are masked
+    return keys, values, ((position >= 0) & (position < counts[:, None]))[:, None, None]
 
 
 def _prefill(call: Call, window: _Window, slots: bool) -> None:
+    """Attention of a prompt's chunk, some queries at a time: to the window before each, and to the sinks apart."""
     step, first = call.step, call.first()
     held = min(step.past_tokens, window.size)
     keys, values = split(call.scratch["before"], held, call.shape.head_dim)
@@ -92,32 +120,48 @@ def _prefill(call: Call, window: _Window, slots: bool) -> None:
     if slots:
         keys = rotate(keys, *_angles(call, old + first[:, None]), pairs=call.pairs)
     keys, values = torch.cat([keys, call.new_k], dim=2), torch.cat([values, call.new_v], dim=2)
-    column = torch.cat([old, query], dim=1)[:, None, None]
+    column = torch.cat([old, query], dim=1)
+    sinks = _sinks(window, keys, values, column)
     outs = []
     for start in range(0, step.new_tokens, QUERIES):  # so that no mask is as large as the prompt squared
         rows = slice(start, min(start + QUERIES, step.new_tokens))
-        seen = slice(0, held + rows.stop)
-        args = (call.q[:, :, rows], keys[:, :, seen], values[:, :, seen], query[:, rows], column[..., seen])
-        outs.append(_band(call, window, slots, *args))
+        # The buffer is in no order; of the new tokens those before the first query's window are not looked at.
+        seen = slice(0 if start < window.window else held + start - window.window + 1, held + rows.stop)
+        near = (keys[:, :, seen], values[:, :, seen], column[:, seen])
+        outs.append(_band(call, window, slots, call.q[:, :, rows], query[:, rows], near, sinks))
     call.out = torch.cat(outs, dim=2)
 
 
-def _band(
-    call: Call, window: _Window, slots: bool, q: Tensor, keys: Tensor, values: Tensor, query: Tensor, column: Tensor
-) -> Tensor:
-    """Attention of queries at positions `query` (batch, n) to keys at `column` (batch, 1, 1, tokens; below 0: none)."""
-    row = query[:, None, :, None]
-    near = (column >= 0) & (column <= row) & (column > row - window.window)
-    sinks = (column >= 0) & (column <= row) & (column < window.sinks)
-    parts = [(q, near | sinks)]
+_Part = tuple[
+    Tensor, Tensor, Tensor
+]  # keys and values (batch, kv_heads, n, head_dim), and where they stand, (batch, n)
+
+
+def _sinks(window: _Window, keys: Tensor, values: Tensor, column: Tensor) -> _Part:
+    """The keys at the first positions, wherever a row has them; where it has none, position -1."""
+    stands = (column >= 0) & (column < window.sinks)
+    count = min(window.sinks, column.shape[1])
+    at = stands.int().argsort(dim=1, descending=True, stable=True)[:, :count]
+    position = torch.where(stands.gather(1, at), column.gather(1, at), -1)
+    rows = at[:, None, :, None].expand(-1, keys.shape[1], -1, -1)
+    keys, values = (x.gather(2, rows.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+    return keys, values, position
+
+
+def _band(call: Call, window: _Window, slots: bool, q: Tensor, query: Tensor, near: _Part, sinks: _Part) -> Tensor:
+    """Attention of queries at positions `query` (batch, n) to what is near and to the sinks; below 0 stands nothing."""
+    row, closer = query[:, None, :, None], q
     if slots:  # a query beyond the window is as far from a sink as the sizes say, wherever it stands
         first = call.first()[:, None]
         moved = (query - window.size + 1).clamp(min=0)
         closer = unrotate(q, *_angles(call, query + first), pairs=call.pairs)
         closer = rotate(closer, *_angles(call, query - moved + first), pairs=call.pairs)
-        parts = [(q, near & ~sinks), (closer, sinks)]
+    column = near[2][:, None, None]
+    in_window = (column >= window.sinks) & (column <= row) & (column > row - window.window)
+    first_ones = (sinks[2][:, None, None] >= 0) & (sinks[2][:, None, None] <= row)
     attended = [
-        partial_attention(part, keys, values, scale=call.scale, mask=mask, softcap=call.softcap) for part, mask in parts
+        partial_attention(part, keys, values, scale=call.scale, mask=mask, softcap=call.softcap)
+        for part, (keys, values, _), mask in ((q, near, in_window), (closer, sinks, first_ones))
     ]
     return merge(attended, sink_logits=call.sinks).to(q.dtype)
 

@@ -7,7 +7,8 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 from policies import Policy, SnapKV
 from runtime.call import Call, Method
 from runtime.dense import append_raw, attend, attend_raw
-from runtime.kernels.attention import causal_mask
+from runtime.kernels.append import append_row
+from runtime.kernels.attention import Segment, attend_segments, causal_mask
 from runtime.kernels.select import chosen_first, top_ids
 
 
@@ -29,7 +30,8 @@ def method(policy: Policy) -> Method:
         "compress": own.compress,
         "attend": own.attend,
     }
-    return Method(kernels=kernels, any_padding=True)
+    captured = {"append": own.append_captured, "attend": own.attend_captured}
+    return Method(kernels=kernels, any_padding=True, captured=captured)
 
 
 class _Kernels:
@@ -45,9 +47,12 @@ class _Kernels:
             return
         row = self._held(call) - 1
         for name, new in (("keys", call.new_k), ("values", call.new_v)):
-            kept = self._kept(call, name)
-            copies = kept.shape[1] // new.shape[1]  # one cache per query head, or one per KV head
-            kept[:, :, row : row + 1].copy_(new.repeat_interleave(copies, dim=1) if copies > 1 else new)
+            self._kept(call, name)[:, :, row : row + 1].copy_(self._by_cache(call, new))
+
+    def append_captured(self, call: Call) -> None:
+        row = call.rows(self._ahead(call))
+        new_k, new_v = (self._by_cache(call, new) for new in (call.new_k, call.new_v))
+        append_row(self._kept(call, "keys"), self._kept(call, "values"), new_k, new_v, row)
 
     # -- the end of a prompt -------------------------------------------------------------------------------------
 
@@ -110,6 +115,11 @@ class _Kernels:
         keys, values = (self._kept(call, name)[:, :, : self._held(call)] for name in ("keys", "values"))
         call.out = attend(call, keys, values, self._mask(call))
 
+    def attend_captured(self, call: Call) -> None:
+        keys, values = self._kept(call, "keys"), self._kept(call, "values")
+        kept = Segment(keys, values, self._mask(call), call.rows(self._ahead(call) + 1))
+        call.out = attend_segments(call.q, [kept], scale=call.scale, softcap=call.softcap, sink_logits=call.sinks)
+
     def _mask(self, call: Call) -> Tensor | None:
         """Which kept rows are no padding: a row with too few tokens has chosen all that it has, first."""
         seen = call.seen
@@ -139,7 +149,15 @@ class _Kernels:
 
     def _held(self, call: Call) -> int:
         """Rows of a head once this step's token is among them."""
-        return self.policy.budget_tokens + call.step.generated_tokens
+        return self._ahead(call) + call.step.tokens
+
+    def _ahead(self, call: Call) -> int:
+        """By how many rows of a head outnumber the tokens of the sequence; less than none as a rule."""
+        return self.policy.budget_tokens - call.step.prompt_tokens
+
+    def _by_cache(self, call: Call, new: Tensor) -> Tensor:
+        """New keys or values for each cache: one per KV head, or one per query head."""
+        return new if self.policy.per == "kv_head" else new.repeat_interleave(call.shape.group, dim=1)
 
     def _kept(self, call: Call, name: str) -> Tensor:
         """A buffer by the heads that it is stored for: (batch, kv_heads or heads, rows, head_dim)."""

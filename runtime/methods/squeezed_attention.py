@@ -10,7 +10,8 @@ from policies import Policy, SqueezedAttention
 from runtime.call import Call, Gather, Method, Piece
 from runtime.dense import attend
 from runtime.index.clusters import kmeans
-from runtime.kernels.attention import merge, partial_attention, partial_attention_at
+from runtime.kernels.append import append_row
+from runtime.kernels.attention import Segment, attend_segments, merge, partial_attention, partial_attention_at
 from runtime.kernels.scores import centroid_scores
 from runtime.kernels.select import top_ids, true_ids
 
@@ -31,6 +32,7 @@ def method(policy: Policy) -> Method:
         routes={**building.routes, **looking_up.routes},
         ends=building.ends,
         may_be_infinite=frozenset(("thresholds",)),  # -inf where all may pass
+        captured=looking_up.captured,
     )
 
 
@@ -114,6 +116,14 @@ def _looking_up(policy: SqueezedAttention) -> Method:
         keys.copy_(call.new_k)
         values.copy_(call.new_v)
 
+    def append_captured(call: Call) -> None:
+        name, ahead = ("exact", sinks + window - call.step.prompt_tokens) if in_host else ("kv", 0)
+        append_row(*_split(call, call.by_head(name)), call.new_k, call.new_v, call.rows(ahead))
+
+    def attend_captured(call: Call) -> None:
+        rows = call.by_head("exact" if in_host else "kv")
+        call.out = _attend_chosen(policy, call, rows.shape[2], call.rows(1))
+
     def score_coarse(call: Call) -> None:
         passed = _scores(policy, call, "coarse") > call.state["thresholds"][:, levels.index("coarse"), :, None]
         labels = call.state["coarse_labels"]
@@ -151,7 +161,9 @@ def _looking_up(policy: SqueezedAttention) -> Method:
         if call.step.prefilling:
             call.out = attend(call, *_split(call, call.by_head("kv")[:, :, : call.step.tokens]), call.mask)
         else:
-            call.out = _attend_chosen(policy, call)
+            end = call.step.prompt_tokens - window
+            rows = sinks + call.step.tokens - end if in_host else call.step.tokens
+            call.out = _attend_chosen(policy, call, rows, None)
 
     return Method(
         kernels={
@@ -162,28 +174,38 @@ def _looking_up(policy: SqueezedAttention) -> Method:
             "attend": attend_all,
         },
         routes={"fetch": fetch},
+        captured={"append": append_captured, "attend": attend_captured},
     )
 
 
-def _attend_chosen(policy: SqueezedAttention, call: Call) -> Tensor:
-    """Attention to the chosen keys, the sinks, the window and what was generated, each once."""
-    step, sinks = call.step, policy.sink_tokens
-    end = step.prompt_tokens - policy.observation_tokens
+def _attend_chosen(policy: SqueezedAttention, call: Call, rows: int, tokens: Tensor | None) -> Tensor:
+    """Attention to the chosen keys, the sinks, the window and what was generated, each once.
+
+    Of the exact rows the first `rows` of a head are looked at, and of them those that `tokens` tokens fill; None: all.
+    """
+    sinks, end = policy.sink_tokens, call.step.prompt_tokens - policy.observation_tokens
     first = call.first_tokens(sinks)
     first = torch.where(first < end, first, -1)  # those of a short row are in the window
     seen = None if call.seen is None else call.seen[:, end:]
     if policy.tier == "ddr":
-        exact = call.by_head("exact")[:, :, : sinks + step.tokens - end]
-        seen = None if seen is None else torch.cat([first >= 0, seen], dim=1)
-        parts = list(zip(call.scratch["far"], call.scratch["far_lse"], strict=True))
-    else:
-        rows, chosen = call.by_head("kv"), call.by_head("chosen")[..., 0]
-        exact = rows[:, :, end : step.tokens]
-        ids = [first[:, None].expand(-1, chosen.shape[1], -1), torch.where(chosen < 0, -1, chosen + sinks)]
-        parts = [_attend_at(call, rows, torch.cat(ids, dim=2))]
-    mask = None if seen is None else seen[:, None, None]
-    near = partial_attention(call.q, *_split(call, exact), scale=call.scale, mask=mask, softcap=call.softcap)
-    return merge([near, *parts], sink_logits=call.sinks).to(call.q.dtype)
+        exact = call.by_head("exact")[:, :, :rows]
+        seen = None if seen is None else torch.cat([first >= 0, seen], dim=1)[:, :rows]
+        held = None if tokens is None else tokens + (sinks - end)
+        far = zip(call.scratch["far"], call.scratch["far_lse"], strict=True)
+        mask = None if seen is None else seen[:, None, None]
+        if held is not None:
+            there = torch.arange(rows, device=held.device) < held
+            mask = there if mask is None else mask & there
+        near = partial_attention(call.q, *_split(call, exact), scale=call.scale, mask=mask, softcap=call.softcap)
+        return merge([near, *far], sink_logits=call.sinks).to(call.q.dtype)
+    kv, chosen = call.by_head("kv"), call.by_head("chosen")[..., 0]
+    ids = [first[:, None].expand(-1, chosen.shape[1], -1), torch.where(chosen < 0, -1, chosen + sinks)]
+    mask = None if seen is None else seen[:, None, None, : rows - end]
+    segments = [
+        Segment(*_split(call, kv[:, :, end:rows]), mask, None if tokens is None else tokens - end),
+        Segment(*_split(call, kv), ids=torch.cat(ids, dim=2)),
+    ]
+    return attend_segments(call.q, segments, scale=call.scale, softcap=call.softcap, sink_logits=call.sinks)
 
 
 def _split(call: Call, rows: Tensor) -> tuple[Tensor, Tensor]:

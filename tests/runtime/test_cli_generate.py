@@ -147,7 +147,9 @@ def test_ctrl_c_during_the_prompt(
         yield show
 
     init = Offload.__init__
-    monkeypatch.setattr(Offload, "__init__", lambda self, *args: (offloads.append(self), init(self, *args))[1])
+    monkeypatch.setattr(
+        Offload, "__init__", lambda self, *args, **given: (offloads.append(self), init(self, *args, **given))[1]
+    )
     monkeypatch.setattr(command, "progress_bar", interrupting)
     args = ["generate", "--model", str(tiny_llama), "--prompt-file", str(question), "--policy", "offload-all"]
     try:

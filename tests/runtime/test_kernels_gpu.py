@@ -8,7 +8,7 @@ from runtime.kernels.attention import merge, partial_attention, partial_attentio
 from runtime.kernels.gather import gather_rows  # noqa: E402
 from runtime.kernels.lowrank import decompose, rebuild  # noqa: E402
 from runtime.kernels.scores import bound_scores, landmark_scores  # noqa: E402
-from runtime.kernels.select import replace_in_place, top_ids  # noqa: E402
+from runtime.kernels.select import replace_ascending, top_ids  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -171,8 +171,8 @@ def test_replacement_equals_the_reference(slots, n):
         wanted = top_ids(normal(2, 3, 3 * slots, seed=seed), n)
         wanted[0, 0, n // 2 :] = -1
         gpu = resident.cuda()
-        got = replace_in_place(gpu, wanted.cuda())
-        for mine, reference in zip(got, replace_in_place(resident, wanted), strict=True):
+        got = replace_ascending(gpu, wanted.cuda())
+        for mine, reference in zip(got, replace_ascending(resident, wanted), strict=True):
             assert torch.equal(mine.cpu(), reference)
         assert torch.equal(gpu.cpu(), resident)
 
@@ -199,7 +199,7 @@ class Step:
     def run(self):
         chunk_tokens, head_dim = self.row
         best = top_ids(landmark_scores(self.q, self.landmarks, scale=0.1), self.chosen)
-        fetch_ids, slots, _ = replace_in_place(self.resident, best)
+        fetch_ids, slots, _ = replace_ascending(self.resident, best)
         gather_rows(self.v_host, fetch_ids, self.v_slots, slots, self.counter)
         chunks = self.k.unflatten(2, (-1, chunk_tokens))
         rows = self.resident[..., None, None].expand(-1, -1, -1, chunk_tokens, head_dim)

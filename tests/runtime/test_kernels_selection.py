@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from runtime.kernels.gather import gather_rows  # noqa: E402
-from runtime.kernels.select import replace_in_place, token_ids, top_ids  # noqa: E402
+from runtime.kernels.select import replace_ascending, token_ids, top_ids  # noqa: E402
 
 SCORES = st.one_of(st.sampled_from([-1.0, 0.0, -0.0, 2.5, float("-inf")]), st.floats(-(2.0**100), 2.0**100, width=32))
 
@@ -54,7 +54,7 @@ def test_hits_stay_and_misses_take_the_freed_slots(heads):
     resident = torch.tensor([[r for r, _ in heads]])
     new = torch.tensor([[n for _, n in heads]])
     after = resident.clone()
-    fetch_ids, slots, n_missed = replace_in_place(after, new)
+    fetch_ids, slots, n_missed = replace_ascending(after, new)
     for h, (old, wanted) in enumerate(heads):
         missed = [i for i in wanted if i >= 0 and i not in old]
         freed = [s for s, i in enumerate(old) if i < 0 or i not in wanted]
@@ -72,16 +72,16 @@ def test_hits_stay_and_misses_take_the_freed_slots(heads):
 def test_asking_again_for_the_same_moves_nothing():
     resident = torch.full((1, 2, 4), -1)
     wanted = torch.tensor([[[1, 5, 6, 9], [0, 2, 3, 4]]])
-    assert replace_in_place(resident, wanted)[2].tolist() == [[4, 4]]
+    assert replace_ascending(resident, wanted)[2].tolist() == [[4, 4]]
     before = resident.clone()
-    assert replace_in_place(resident, wanted)[2].tolist() == [[0, 0]]
+    assert replace_ascending(resident, wanted)[2].tolist() == [[0, 0]]
     assert torch.equal(resident, before)
 
 
 @pytest.mark.parametrize("n", [0, 3])
 def test_no_ids_and_more_ids_than_slots_are_refused(n):
     with pytest.raises(ValueError, match="at most the slots"):
-        replace_in_place(torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, n, dtype=torch.int64))
+        replace_ascending(torch.zeros(1, 1, 2, dtype=torch.int64), torch.zeros(1, 1, n, dtype=torch.int64))
 
 
 def test_token_ids_of_chunks():

@@ -191,3 +191,20 @@ def test_a_prompt_below_the_minimum_is_left_dense_and_said_so_once(model, caplog
     ):
         assert torch.equal(generate(model, prompts(), past_key_values=kv.cache()), expected)
     assert [r.getMessage() for r in caplog.records] == ["snapkv leaves a prompt of 37 tokens dense: it begins at 40"]
+
+
+@pytest.mark.parametrize(
+    "policy", ["full", "sink-window:window_tokens=32", "sink-window:window_tokens=32,positions=original"]
+)
+def test_a_padded_row_is_as_if_it_were_alone(model, policy):
+    """Also while its window is not full, and the buffer is as large as that of a longer row asks."""
+    inputs = prompts(batch=3, tokens=45)  # the last row has 26 tokens
+    asked = {"output_logits": True, "return_dict_in_generate": True}
+    with offload(model, parse_policy(policy), max_new_tokens=12) as kv:
+        together = generate(model, inputs, past_key_values=kv.cache(), **asked).logits
+        for row in range(3):
+            real = inputs["attention_mask"][row].bool()
+            own = {"input_ids": inputs["input_ids"][row : row + 1, real]}
+            alone = generate(model, own, past_key_values=kv.cache(), **asked).logits
+            for step, logits in enumerate(alone):
+                torch.testing.assert_close(together[step][row], logits[0], atol=2e-6, rtol=2e-6)

@@ -1,0 +1,1 @@
+"""Times of the runtime on the machine at hand: what `kvsim bench` prints."""
