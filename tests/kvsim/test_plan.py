@@ -118,6 +118,8 @@ def test_the_answer_holds_and_one_replica_fewer_breaks_it(planned: dict[str, Any
 def test_the_answer_is_the_cheapest_plan_and_every_line_is_there(planned: dict[str, Any]) -> None:
     rows = [row for row in planned["plans"] if row["feasible"]]
     assert planned["answer"]["usd_per_hour"] == min(row["usd_per_hour"] for row in rows)
+    listed = ("policy", "gpu", "gpus", "tp", "prefill_gpus", "options")
+    assert [planned["plans"][0][key] for key in listed] == [planned["answer"][key] for key in listed]
     assert {(row["gpu"], row["policy"]) for row in planned["plans"]} == {
         (gpu, policy) for gpu in (GPU, "a100-80g-sxm") for policy in ("full", "shadowkv")
     }
