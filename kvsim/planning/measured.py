@@ -20,6 +20,7 @@ from kvsim.run.simulate import simulate
 from kvsim.scenario.setup import Setup
 
 Floats = NDArray[np.float64]
+_RUNS = 20  # that a process of a plan makes of simulations with the same features, about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ class Ask:
 def measure(job: Job, ask: Ask) -> Measured:
     """Simulate, and keep what is asked. Raises ValueError for what cannot run."""
     began_s = time.process_time()
-    found = kept(simulate(job.trace, job.setup, pieces=_pieces_of(job.setup)), job.trace.tenants, ask)
+    found = kept(simulate(job.trace, job.setup, pieces=_pieces_of(job.setup), runs=_RUNS), job.trace.tenants, ask)
     return replace(found, cpu_s=time.process_time() - began_s)
 
 
