@@ -2,6 +2,7 @@
 
 import json as jsonlib
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -15,13 +16,13 @@ from kvsim.cli.output import Columns, JsonFlag, json_text, print_json, print_lin
 from kvsim.cli.progress import progress_bar
 from kvsim.models import load_model, model_names
 from kvsim.text.names import unknown_name
-from kvsim.text.units import format_bytes, parse_tokens
+from kvsim.text.units import format_bytes, format_rate, parse_tokens
 from kvsim.version import __version__
 from policies import Policy, parse_policy
 from policies.shown import shown
 
 if TYPE_CHECKING:
-    from kvsim.hardware.catalogue import Gpu
+    from kvsim.explain.predicted import Predictor
     from runtime.bench.decode import Timed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -119,11 +120,13 @@ def decode(
     if out is not None:
         check_takes_a_file("--out", out)
     require_runtime()
+    from kvsim.explain.predicted import Predictor
     from runtime.bench.decode import machine
 
     loaded = _loaded(model, device, dtype)
     about = machine(loaded)
-    predictor = _Predictor(model, gpu, host, about["device"])
+    shape = load_model(model if model in model_names() else str(Path(model) / "config.json"))
+    predictor = Predictor(shape, gpu, host, about["device"])
     options = {
         "generate_steps": generate_steps,
         "capture": capture,
@@ -155,6 +158,35 @@ def decode(
     for why in dict.fromkeys(why for row in rows for why in row.get("eager", {})):
         print_line(f"not captured: {why}")
     print_line(predictor.note)
+
+
+@app.command()
+def kernels(
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the JSON there too.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Time the kernels of a decode step on this GPU, at the shapes of Llama-3.1-8B, beside PyTorch's for the same."""
+    if out is not None:
+        check_takes_a_file("--out", out)
+    require_runtime()
+    from runtime.bench.kernels import time_kernels
+    from runtime.calibration.device import device
+
+    timed = [asdict(one) for one in time_kernels()]
+    document = {"kind": "bench-kernels", "kvsim": __version__, **device()._asdict(), "rows": timed}
+    if out is not None:
+        out.write_text(json_text(document) + "\n", encoding="utf-8")
+    if json:
+        print_json(document)
+        return
+    columns: Columns = {"kernel": "left", "shape": "left", "time": "right", "of bytes": "right", "PyTorch": "right"}
+    print_table(columns, (_kernel_cells(row) for row in timed))
+
+
+def _kernel_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    rate = format_rate(row["nbytes"] / row["seconds"], "B/s")
+    other = "" if row["torch_s"] is None else f"{row['torch_s'] * 1e6:.1f} us"
+    return row["kernel"], row["shape"], f"{row['seconds'] * 1e6:.1f} us", f"{rate} over {row['link']}", other
 
 
 def _cases(ways: list[str], contexts: list[int], batches: list[int], decoded: int) -> list[_Case]:
@@ -198,56 +230,11 @@ def _timed(model: Any, case: _Case, policy: Policy | None, steps: int, options: 
         return f"out of memory: {str(error).splitlines()[0]}"
 
 
-class _Predictor:
-    """What the simulator says of a case; nothing where the GPU is not in the catalogue."""
-
-    def __init__(self, model: str, gpu: str, host: str, device: str) -> None:
-        from kvsim.hardware.catalogue import load_gpu, load_host
-        from kvsim.scenario.scenario_file import default_host
-
-        self.gpu = load_gpu(gpu) if gpu else _this_gpu(device)
-        self.model = load_model(model if model in model_names() else str(Path(model) / "config.json"))
-        self.host, self.note = None, "no prediction: this machine's GPU is not in the catalogue; name one with --gpu"
-        if self.gpu is not None:
-            self.host = load_host(host or default_host(self.gpu.name))
-            self.floor = load_gpu(f"{self.gpu.name}@datasheet")
-            self.note = f"predicted for {self.gpu.name}@{self.gpu.parameter_set} on {self.host.name}"
-
-    def of(self, case: _Case, policy: Policy | None, counts: Mapping[str, float]) -> dict[str, Any]:
-        """Seconds of the first token and of a decode step, and the latter's floor."""
-        if self.gpu is None or self.host is None or policy is None:
-            return {}
-        from kvsim.explain.costs import Explainer
-
-        found: dict[str, Any] = {}
-        for name, gpu in (("predicted", self.gpu), ("floor", self.floor)):
-            explainer = Explainer(policy, self.model, gpu, self.host, shares=counts, utilization=1.0)
-            tokens = case.prompt_tokens + SETTLING
-            found[f"{name}_tpot_s"] = explainer.step_s(tokens, case.batch)
-            found[f"{name}_ttft_s"] = explainer.prompts_s(case.prompt_tokens, case.batch)
-        return found
-
-
-def _this_gpu(device: str) -> "Gpu | None":
-    """The catalogue's GPU of what its driver calls `device`, as it was measured where it was; None for another."""
-    from kvsim.hardware.calibration.calibrate import catalogued
-    from kvsim.hardware.catalogue import load_gpu
-
-    try:
-        name = catalogued(device)
-    except ValueError:
-        return None
-    try:
-        return load_gpu(f"{name}@measured")
-    except ValueError:
-        return load_gpu(name)
-
-
-def _row(case: _Case, timed: "Timed | str", predictor: _Predictor, policy: Policy | None) -> dict[str, Any]:
+def _row(case: _Case, timed: "Timed | str", predictor: "Predictor", policy: Policy | None) -> dict[str, Any]:
     about = {"cache": case.way, "prompt_tokens": case.prompt_tokens, "batch": case.batch}
     if isinstance(timed, str):
         return {**about, "failed": timed}
-    predicted = predictor.of(case, policy, timed.counts)
+    predicted = predictor.of(policy, case.prompt_tokens, case.prompt_tokens + SETTLING, case.batch, timed.counts)
     row = {
         **about,
         "ttft_s": timed.ttft_s,

@@ -5,15 +5,15 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from kvsim.__main__ import main
-from kvsim.cli.app import app
-from kvsim.explain.costs import Explainer
-from kvsim.hardware.catalogue import load_gpu, load_host
-from kvsim.models import load_model
-from policies import parse_policy
+from kvsim.__main__ import main  # noqa: E402
+from kvsim.cli.app import app  # noqa: E402
+from kvsim.explain.costs import Explainer  # noqa: E402
+from kvsim.hardware.catalogue import load_gpu, load_host  # noqa: E402
+from kvsim.models import load_model  # noqa: E402
+from policies import parse_policy  # noqa: E402
 
 ASKED = ["bench", "decode", "--context", "200", "--steps", "3", "--device", "cpu"]
 
@@ -79,3 +79,19 @@ def test_bad_input_is_one_clear_error(tiny_llama, capsys, arguments, words):
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+
+
+def test_kernels_need_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["bench", "kernels"]) == 2
+    assert "torch sees none" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_kernels_are_timed():
+    got = CliRunner().invoke(app, ["bench", "kernels", "--json"], catch_exceptions=False)
+    rows = json.loads(got.stdout)["rows"]
+    assert {row["kernel"] for row in rows} >= {"attention of one token", "gather from pinned memory", "keys rebuilt"}
+    for row in rows:  # nothing is faster than the memory that it reads: 4.8 TB/s, and PCIe 5.0 of 16 lanes
+        assert row["nbytes"] / row["seconds"] < {"hbm": 4.8e12, "pcie": 64e9}[row["link"]]
