@@ -291,6 +291,10 @@ shares of the context; *kept* and *moved* (decoding alone) are those of one sequ
 - InfLLM at a budget loses about what a window of its size does, or more: blocks are found by what local attention
   looks at. Its default keeps a window of 4,096 tokens and 2,048 of blocks, so that little is left out
   here, but for 8,128 tokens, where it loses 0.13 on the technical text.
+- RetroInfer, measured at 2,048 tokens alone, loses less there with 1.8 % of the clusters read and 23 % estimated, its
+  default, than Quest or SnapKV at an eighth, and at an eighth less than ShadowKV at an eighth, on each text.
+  Without estimation it loses 0.16 where it loses 0.12 with it. Of the blocks of the clusters that it reads 80 % are in
+  its cache in HBM, 92 % at an eighth.
 - A default budget of 2,048 tokens (Quest, ShadowKV, SnapKV; 2,000 of `sink-window`) is the row 1/4 at 8,128 tokens, and
   everything at 2,048.
 """

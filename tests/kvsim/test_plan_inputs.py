@@ -79,7 +79,7 @@ def test_quality_is_that_of_the_policy_s_own_parameters_at_the_nearest_context()
     assert isinstance(near, dict)
     assert near["policy"] == "shadowkv:budget_tokens=2032"
     assert found.of("quest:budget_tokens=896", 6000) == NOT_MEASURED
-    assert found.of("retroinfer", 6000) == NOT_MEASURED
+    assert found.of("locret", 6000) == NOT_MEASURED
     assert loss_nats(NOT_MEASURED) is None
     assert loss_nats(found.of("full", 1)) == 0
 
