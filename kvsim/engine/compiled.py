@@ -17,10 +17,13 @@ from kvsim.engine.by_reference import ReferenceType
 from kvsim.engine.state.layout import Layout
 
 _KERNELS = (
+    "batch.crowd",
     "batch.decoding",
     "batch.estimate",
+    "batch.hops",
     "batch.iterations",
     "batch.load",
+    "batch.meeting",
     "batch.memory",
     "batch.neighbours",
     "batch.plans",

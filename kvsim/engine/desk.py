@@ -29,6 +29,7 @@ from kvsim.engine.state.cluster import (
     WANT_PROGRAM,
     WANT_ROWS,
     WANT_TIMES,
+    Cluster,
     Detour,
     Ints,
     Records,
@@ -41,6 +42,7 @@ from kvsim.iteration.clock import Clock, Load
 from kvsim.iteration.timeline import Span, Timeline
 from kvsim.plans.derive import Piece, PlanTable, Structure
 from kvsim.scenario.setup import Setup
+from policies.plan import Tier
 from traces import Trace
 
 DETOURS_AT_ONCE = 100  # each starts the count of events anew
@@ -64,6 +66,7 @@ class Engine:
         self._written: list[list[Records]] = [[], [], []]  # notes, gaps and aways that were full
         self.timeline = Timeline(clock, setup.perfetto) if setup.perfetto else None
         self._stages = setup.stages.layers
+        self.cached_shares = prefixes.stage_shares if prefixes.on else setup.held_shares(Tier.HBM)
         self._clocks = [Clock(rank, clock.machine) for rank in setup.stages.ranks] if setup.pp > 1 else [clock]
         self._own, self._own_s, self._head = own_arrays(clock, setup.most_tokens, setup.pp)
         self.cluster = initial_cluster(trace, setup, clock, prefixes)
@@ -153,14 +156,16 @@ class Engine:
     def batch(self, number: int) -> tuple[list[Load], int, int, float]:
         """What a replica's iteration under way computes: loads, tokens, rows of the head, and seconds of guessing."""
         batch, decoding = scheduled(self.cluster, number, 0, 1), int(self.cluster.replicas[number]["length"][DECODING])
-        loads = [self._load(int(row[0]), row) for row in batch.loads]
+        loads = [self.load_of(int(row[0]), row) for row in batch.loads]
         prompt_tokens = int(batch.tokens - decoding * self.cluster.world["step_tokens"])
-        return loads, int(batch.tokens), int(batch.logits), self._guess_s(decoding, prompt_tokens)
+        return loads, int(batch.tokens), int(batch.logits), self.guess_s(decoding, prompt_tokens)
 
-    def _guess_s(self, sequences: int, prompt_tokens: int) -> float:
+    def guess_s(self, sequences: int, prompt_tokens: int) -> float:
+        """Seconds that guessing adds to an iteration."""
         return guess(self.cluster.world, np.zeros(len(BUSY)), sequences, prompt_tokens)
 
-    def _load(self, structure: int, row: Ints) -> Load:
+    def load_of(self, structure: int, row: Ints) -> Load:
+        """A row of the state, for a clock."""
         shape = self._structures[structure]
         return Load(shape, np.roll(row[STORED : STORED + shape.columns], -N_TIERS))
 
@@ -207,6 +212,16 @@ class Engine:
         chunks = [*self._written[kind], self._filled()[kind].copy()]
         self._written[kind] = []
         return chunks[::-1]
+
+    def written_rows(self) -> list[int]:
+        """How often notes, gaps and aways have been full."""
+        return [len(rows) for rows in self._written]
+
+    def forget_rows(self, kept: list[int], before: Cluster) -> None:
+        """Keep no more of them than were full before, and go on with the arrays of that time."""
+        for rows, n in zip(self._written, kept, strict=True):
+            del rows[n:]
+        self.cluster = self.cluster._replace(notes=before.notes, gaps=before.gaps, aways=before.aways)
 
     def _filled(self) -> tuple[Records, Records, Records]:
         cluster, world = self.cluster, self.cluster.world
@@ -268,10 +283,10 @@ class Engine:
         if replica["phase"] == RUNNING:
             sums, tokens = cluster.sums[number], int(replica["decoding_now"] * cluster.world["step_tokens"])
             used = np.flatnonzero(sums[:, 0, COUNT])
-            loads, growth = ([self._load(s, sums[s, i]) for s in used.tolist()] for i in (0, 1))
+            loads, growth = ([self.load_of(s, sums[s, i]) for s in used.tolist()] for i in (0, 1))
             parts = cluster.parts[number][: replica["n_parts"]]
             steps = [(int(part["steps"]), float(part["first_s"]), float(part["slope_s"])) for part in parts]
-            stall_s, guess_s = float(replica["run_stall_s"]), self._guess_s(int(replica["decoding_now"]), 0)
+            stall_s, guess_s = float(replica["run_stall_s"]), self.guess_s(int(replica["decoding_now"]), 0)
             span = Span(began_s, stall_s, steps, loads, growth, tokens, tokens, sharing, guess_s)
         else:
             loads, tokens, logits, guess_s = self.batch(number)

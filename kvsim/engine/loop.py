@@ -15,6 +15,7 @@ from kvsim.engine.batch.settling import settle
 from kvsim.engine.books.replica import look, note_now
 from kvsim.engine.caches.prompts import arrived
 from kvsim.engine.handoff import take_in, take_over
+from kvsim.engine.pipeline import fills
 from kvsim.engine.requests.arrivals import has_arrived, next_arrival
 from kvsim.engine.requests.patience import depart, departure_s, drop_departed, has_come, next_departure
 from kvsim.engine.requests.routing import route
@@ -112,10 +113,11 @@ def play(cluster: Cluster, prices: Prices, only: int, at_s: float, most_events: 
             admit(cluster, prices, number, now_s)
             replica["phase"] = READY
         # Begin it.
-        if replica["chunks"] or (replica["length"][DECODING] and world["step_by_step"]):
+        decodes = replica["length"][DECODING]
+        if replica["chunks"] or (decodes and (world["step_by_step"] or fills(cluster, number, now_s))):
             if not stall(cluster, number, now_s):
                 launch(cluster, prices, number, now_s)
-        elif replica["length"][DECODING]:
+        elif decodes:
             begin_run(cluster, prices, number, now_s)
         else:
             note_now(cluster, number, now_s)

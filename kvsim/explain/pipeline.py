@@ -136,10 +136,16 @@ class Pipelined:
 
         A micro-batch comes round when all stages have had it, and not before the slowest has had all of them.
         """
-        size = -(-batch // self.pp)
-        stages = [self._decode_s(stage, context_tokens, size) for stage in range(self.pp)]
-        micro_batches = -(-batch // size)
-        return max(micro_batches * max(stages), sum(stages) + sum(self.send_s(size)))
+        micro_batches = -(-batch // -(-batch // self.pp))
+        small, larger = divmod(batch, micro_batches)
+        sizes = [(small, micro_batches - larger), (small + 1, larger)]
+        costs = [
+            [self._decode_s(stage, context_tokens, size) for size, times in sizes if times] for stage in range(self.pp)
+        ]
+        counts = [times for _, times in sizes if times]
+        slowest_s = max(sum(n * one for n, one in zip(counts, stage, strict=True)) for stage in costs)
+        through_s = sum(stage[-1] for stage in costs) + sum(self.send_s(small + (larger > 0)))
+        return max(slowest_s, through_s)
 
     def _chunk_s(self, stage: int, prompt: int, past: int, new: int) -> float:
         logits = int(stage == self.pp - 1 and past + new == prompt)

@@ -93,6 +93,8 @@ def featured_scenarios() -> Iterator[Scenario]:
         yield conversation(13), tight(gpus=2, session_kv=session_kv, sessions="closed")
     yield requests_of(14), tight(gpus=4, prefill_gpus=2, tokens=4000)
     yield requests_of(15), setup("full", model=SMALL, gpus=6, pp=3)
+    yield requests_of(18), setup("offload-all", model=SMALL, gpus=8, pp=2, tp=2)
+    yield requests_of(19), setup("retrieval-attention", gpus=8, pp=4, max_num_batched_tokens=512)
     guesses = Speculation(guesses=2, acceptance=(0.6, 0.5), candidates=2, method="lookup", draft=None, draft_share=0.25)
     yield requests_of(16), tight(gpus=2, speculation=guesses, timeout_s=0.05)
     yield requests_of(17), setup("shadowkv", model=SMALL, gpus=2, perfetto=(0.1, 0.2))

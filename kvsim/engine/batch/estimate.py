@@ -1,9 +1,9 @@
 """How long a prompt's prefill takes by itself on a replica: what routers and the choice to load or compute ask."""
 
+from kvsim.engine.batch.hops import send_s
 from kvsim.engine.batch.load import Scheduled, first_load
 from kvsim.engine.batch.plans import PREFILL, amounts, find
 from kvsim.engine.batch.pricing import price_batch
-from kvsim.engine.pipeline import send_s
 from kvsim.engine.state.cluster import Cluster, Prices
 from kvsim.hardware.machine import share_evenly
 

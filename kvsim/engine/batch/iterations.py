@@ -63,7 +63,7 @@ def _charge_batch(cluster: Cluster, prices: Prices, number: int) -> float:
     replica, world, batch = cluster.replicas[number], cluster.world, scheduled(cluster, number, 0, 1)
     decoding, busy = replica["length"][DECODING], world["busy_s"]
     prompt_tokens = batch.tokens - decoding * world["step_tokens"]
-    seconds = price_batch(world, prices, batch, 1.0, 0, replica["sharing"], busy)
+    seconds = price_batch(world, prices, batch, 1.0, 0, cluster.stages[number, 0]["sharing"], busy)
     guess_s = guess(world, busy, decoding, prompt_tokens)
     replica["tail_s"] = guess_s + prices.head[batch.logits]["seconds"]
     charge_loads(world, replica, prices, batch.loads)

@@ -14,7 +14,7 @@ from kvsim.engine.batch.preemption import below_max_num_seqs
 from kvsim.engine.batch.pricing import price_batch
 from kvsim.engine.batch.scheduling import next_ready_s
 from kvsim.engine.books.replica import charge_model, charge_plans, emit, gap, note, note_now
-from kvsim.engine.pipeline import charge_circulation, circulate, note_exits
+from kvsim.engine.pipeline import charge_circulation, circulate, note_exits, share_stages
 from kvsim.engine.requests.tenants import steps_until_overtaken, steps_within_quotas
 from kvsim.engine.speculation import charge_guesses, guess
 from kvsim.engine.state.cluster import (
@@ -48,6 +48,7 @@ def begin_run(cluster: Cluster, prices: Prices, number: int, now_s: float) -> No
     steps = steps_within_quotas(cluster, number, steps)
     if replica["batch_tokens"] > 0 and below_max_num_seqs(cluster, replica):
         steps = steps_until_overtaken(cluster, number, steps)
+    share_stages(cluster, prices, number)
     replica["n_parts"] = split(cluster, prices, number, steps)
     note_now(cluster, number, now_s)
     replica["run_stall_s"], replica["stall_s"] = replica["stall_s"], 0.0
@@ -150,7 +151,7 @@ def _price_step(cluster: Cluster, prices: Prices, number: int, step: int, busy: 
     replica, world, batch = cluster.replicas[number], cluster.world, decoding_alone(cluster, number, step)
     if world["stages"] > 1:
         return circulate(cluster, prices, number, batch.loads, busy)
-    seconds = price_batch(world, prices, batch, 1.0, 0, replica["sharing"], busy)
+    seconds = price_batch(world, prices, batch, 1.0, 0, cluster.stages[number, 0]["sharing"], busy)
     return seconds + guess(world, busy, replica["length"][DECODING], 0)
 
 

@@ -83,7 +83,8 @@ class PrefixTiers:
         shelf["shared"], shelf["ranks"] = sizes["remote"] > 0, setup.tp
         shelf["block_hbm_bytes"] = trace.block_tokens * self._token_bytes[0]
         in_hbm = [kept[0] for kept in stages]
-        shelf["widest_stage"] = max(in_hbm) / max(1, sum(in_hbm))
+        self.stage_shares = tuple(nbytes / max(1, sum(in_hbm)) for nbytes in in_hbm)  # of what a block has in HBM
+        shelf["widest_stage"] = max(self.stage_shares)
         self.arrays.links["Bps"] /= max(self.host_shares)  # each host moves its part of a block
         floor_s = machine.copy_floor_s
         shelf["pcie_up_s"], shelf["pcie_down_s"] = (

@@ -71,6 +71,9 @@ class Cluster(NamedTuple):
     order: Ints  # of arrival
     known: Ints  # a heap: those that waited for others and have a time of arrival now
     replicas: Records
+    stages: Records  # (replicas, stages)
+    meets: Floats  # (2, 2, replicas, stages, stages of a host): how stages meet those on their host
+    spans: Floats  # (2, stages, micro-batches): scratch: when a micro-batch's layers begin and end on a stage
     tenants: Records  # (replicas, tenants)
     pins: Records
     patience: Records  # (different timeouts)

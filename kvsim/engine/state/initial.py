@@ -19,7 +19,20 @@ from kvsim.engine.state.cluster import (
     Record,
     Records,
 )
-from kvsim.engine.state.records import AWAY, GAP, INBOUND, NOTE, PART, PATIENCE, PIN, REPLICA, REQUEST, TENANT, WORLD
+from kvsim.engine.state.records import (
+    AWAY,
+    GAP,
+    INBOUND,
+    NOTE,
+    PART,
+    PATIENCE,
+    PIN,
+    REPLICA,
+    REQUEST,
+    STAGE,
+    TENANT,
+    WORLD,
+)
 from kvsim.engine.state.tables import PlanArrays, set_guesses
 from kvsim.iteration.clock import Clock
 from kvsim.plans.sent_state import SentState
@@ -45,6 +58,9 @@ def initial_cluster(trace: Trace, setup: Setup, clock: Clock, prefixes: PrefixTi
         order=np.full(len(trace), NOBODY),
         known=np.full(len(trace), NOBODY),
         replicas=_replicas(setup, prefixes),
+        stages=_stages(setup),
+        meets=np.zeros((2, 2, setup.replicas, setup.pp, setup.gpus_on_host // setup.tp)),
+        spans=np.zeros((2, setup.pp, setup.pp)),
         tenants=_tenants(trace, setup, requests),
         pins=_pins(trace, setup, requests),
         patience=_patience(trace, setup, requests),
@@ -164,10 +180,17 @@ def _replicas(setup: Setup, prefixes: PrefixTiers) -> Records:
     replicas["first"] = replicas["last"] = replicas["left_queue"] = NOBODY
     replicas["first_neighbour"] = numbers // per_host * per_host
     replicas["n_neighbours"] = np.minimum(per_host, setup.replicas - replicas["first_neighbour"])
-    replicas["on_host"], replicas["on_switch"] = own, min(own, setup.host.gpus_per_switch)
     replicas["sharing"] = setup.machine().sharing(own, min(own, setup.host.gpus_per_switch))
     replicas["cached"] = prefixes.on
     return replicas
+
+
+def _stages(setup: Setup) -> Records:
+    stages = np.zeros((setup.replicas, setup.pp), dtype=STAGE)
+    stages["sharing"] = stages["of_large"] = setup.machine().sharing(
+        setup.tp, min(setup.tp, setup.host.gpus_per_switch)
+    )
+    return stages
 
 
 def _world(trace: Trace, setup: Setup, clock: Clock) -> Record:

@@ -115,13 +115,11 @@ REPLICA = np.dtype(
         "left",  # requests that finished, were rejected or timed out
         "n_parts",
         "parts",  # micro-batches of a pipeline's last iteration in which sequences decode; none: 0
+        "round_parts",  # all of that
         "full",  # whether that had as many tokens as it may
         "cut",  # whether the run under way has been shortened
         "first_neighbour",  # the replicas of its host
         "n_neighbours",
-        "busy_now",
-        "on_host",  # GPUs that are busy on its host and on its most crowded switch
-        "on_switch",
         "first_ticket",  # the smallest and the largest of its queue so far
         "last_ticket",
         "left_queue",  # the tenant whose request left the queue last
@@ -163,11 +161,23 @@ REPLICA = np.dtype(
         ("background_s", np.float64, (2,)),  # up and down: swaps and prefixes, beside the iterations' own copies
         ("stage_free_s", np.float64, (MOST_STAGES,)),  # when each stage is free
         ("exit_s", np.float64, (MOST_STAGES,)),  # when those micro-batches are out
-        ("sharing", np.float64, (len(SHARING), len(LANES))),  # what it has of the host
-        ("use", np.float64, (len(HOST_LANES),)),  # the share of time in which it uses each of these lanes now
-        ("bound", np.float64, (len(HOST_LANES),)),  # and of the iteration under way, what is bound by each
+        ("sharing", np.float64, (len(SHARING), len(LANES))),  # what it has of the host for what moves beside iterations
         ("shared_s", np.float64, (3,)),  # copies, CPU work and all-reduces of the iteration under way, if alone
         *_seconds("busy_s"),
+    ]
+)
+STAGE = np.dtype(  # of a replica
+    [
+        ("sharing", np.float64, (len(SHARING), len(LANES))),  # what its iterations have of the host
+        ("of_large", np.float64, (len(SHARING), len(LANES))),  # the same for micro-batches with a sequence more
+        ("use", np.float64, (len(HOST_LANES),)),  # the share of time in which it uses each of these lanes now
+        ("bound", np.float64, (len(HOST_LANES),)),  # and of the iteration under way, what is bound by each
+        # Of a pipeline's iteration that is priced: seconds on each of these lanes, bound by each, and of all layers.
+        ("lane_s", np.float64, (len(HOST_LANES),)),
+        ("bound_s", np.float64, (len(HOST_LANES),)),
+        ("window_s", np.float64),
+        ("part_s", np.float64, (2,)),  # of a micro-batch, and of one with a sequence more
+        ("tail_s", np.float64),  # and after all layers
     ]
 )
 TENANT = np.dtype(  # one tenant at one replica
@@ -244,6 +254,7 @@ WORLD = np.dtype(
     + _floats("think_s", "return_share")  # on average, of sessions
     + _floats("prompt_weight", "output_weight")  # service of a token
     + _floats("window_from_s", "window_to_s")  # what begins within is shown
+    + _floats("ready_s")  # when the prompts of the iteration of a pipeline that is priced could have begun
     + _floats("look_s")  # when that began, swaps aside
     + _floats("tokens_per_step")  # that a decode step of one sequence emits
     + GUESSING
@@ -256,6 +267,6 @@ WORLD = np.dtype(
         ("stage_s", np.float64, (MOST_STAGES,)),  # when stages are free, and micro-batches out, of the iteration priced
         ("exit_s", np.float64, (MOST_STAGES,)),
         ("chances", np.float64, (MOST_GPUS + 1,)),  # scratch
-        ("sharing", np.float64, (len(SHARING), len(LANES))),  # scratch: of one stage of a pipeline
+        ("sharing", np.float64, (len(SHARING), len(LANES))),  # scratch
     ]
 )
