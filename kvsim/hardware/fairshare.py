@@ -66,6 +66,12 @@ class FairShare:
         self._settle()
         return done
 
+    def stop(self, done: simpy.Event) -> None:
+        """Let what would end with this event move no further; nobody is told."""
+        self._progress()
+        self._flows = [flow for flow in self._flows if flow.done is not done]
+        self._settle()
+
     def _progress(self) -> None:
         elapsed = self.env.now - self._settled_s
         for flow in self._flows:

@@ -51,7 +51,7 @@ class Clock:
     def __init__(self, model: ModelShape, machine: Machine, guesser: Guesser | None = None) -> None:
         self.model, self.machine, self.guesser = model, machine, guesser
         self._programs: dict[tuple[range, tuple[int, ...]], Program] = {}
-        self._prices: dict[tuple[int, ...], Prices] = {}
+        self._prices: dict[tuple[range, tuple[int, ...]], Prices] = {}
         self._kept: list[Structure] = []  # ids above stay valid while these live
         self._shapes = Counter(model.layers)
         self._times = own_times(model, machine)
@@ -71,12 +71,17 @@ class Clock:
         _, seconds = self._price(loads, tokens, logits, self._alone if sharing is None else sharing, busy)
         return seconds, busy
 
-    def work(self, loads: Sequence[Load], tokens: int, sharing: Floats | None = None) -> Iteration:
-        """The operations of an iteration, by default as if alone on the host: the op fidelity shares it itself."""
+    def work(
+        self, loads: Sequence[Load], tokens: int, sharing: Floats | None = None, layers: range | None = None
+    ) -> Iteration:
+        """The operations of an iteration of all layers, or of these, by default as if alone on the host.
+
+        (The op fidelity shares it itself.)
+        """
         if sharing is None:
             sharing = self.machine.sharing(1, 1)
-        prices, _ = self._price(loads, tokens, 0, sharing, np.empty(len(BUSY)))
-        program = self.program([load.structure for load in loads])
+        prices, _ = self._price(loads, tokens, 0, sharing, np.empty(len(BUSY)), layers)
+        program = self.program([load.structure for load in loads], layers)
         sent_bytes, fixed_s, nbytes = self.machine.allreduce_bytes(self.model, tokens), [0.0], [0]
         reduce_fixed_s = self.machine.allreduce_fixed_s(self.machine.allreduce_s(self.model, tokens), sent_bytes)
         for _ in self._shapes:  # only their all-reduces transfer anything
@@ -153,16 +158,22 @@ class Clock:
         return lay_out(structures, stages, combinations, programs, known)
 
     def _price(
-        self, loads: Sequence[Load], tokens: int, logits: int, sharing: Floats, busy: Floats
+        self,
+        loads: Sequence[Load],
+        tokens: int,
+        logits: int,
+        sharing: Floats,
+        busy: Floats,
+        layers: range | None = None,
     ) -> tuple[Prices, float]:
         structures, own = [load.structure for load in loads], self.own_layers(tokens)
-        key = tuple(id(structure) for structure in structures)
+        layers = layers or range(self.model.n_layers)
+        key = layers, tuple(id(structure) for structure in structures)
         prices = self._prices.get(key)
         if prices is None:
             self._kept += structures
-            whole = [range(self.model.n_layers)]
             nothing = np.zeros(0, HEAD), np.zeros(0, OWN), np.zeros((0, 0))
-            prices = self._prices[key] = self.prices(whole, structures, [tuple(range(len(loads)))], nothing)
+            prices = self._prices[key] = self.prices([layers], structures, [tuple(range(len(loads)))], nothing)
         rows = np.zeros((len(loads), 1 + max((s.columns for s in structures), default=0)), np.int64)
         for index, load in enumerate(loads):
             rows[index, 0] = index

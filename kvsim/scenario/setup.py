@@ -282,7 +282,6 @@ class Setup:
 
     def _check_pipeline(self) -> None:
         others = {
-            "fidelity=op": self.fidelity != "step",
             "prefill_gpus": self.prefill_gpus,
             "perfetto": self.perfetto,
             "a draft model of speculate": self.speculation is not None and self.speculation.draft is not None,

@@ -35,11 +35,19 @@ def latencies_s(result):
 
 @pytest.mark.parametrize(("batch", "tp"), [(1, 1), (8, 1), (6, 2), (21, 1)])
 def test_a_steady_batch_takes_what_explain_says(batch, tp):
-    """The second token of equal sequences, at the context that its step leaves; also of unequal micro-batches."""
+    """The third token of equal sequences, at the context that its step leaves; also of unequal micro-batches."""
     s = setup(gpus=4 * tp, pp=4, tp=tp, max_num_batched_tokens=batch * 2000)
-    result = simulate(trace([0.0] * batch, 2000, 2), s)
-    decode_s = result.requests["finish_s"] - result.requests["first_token_s"]
-    np.testing.assert_allclose(decode_s, Pipelined(MODEL, GPU, HOST, pp=4, tp=tp).tpot_s(2001, batch), rtol=1e-9)
+    second, third = (simulate(trace([0.0] * batch, 2000, outputs), s).requests["finish_s"] for outputs in (2, 3))
+    np.testing.assert_allclose(third - second, Pipelined(MODEL, GPU, HOST, pp=4, tp=tp).tpot_s(2002, batch), rtol=1e-9)
+
+
+def test_sequences_that_begin_together_fill_the_stages_first():
+    """The second token of four: one of them through all stages, then the other three on the slowest, the last."""
+    s = setup(gpus=4, pp=4, max_num_batched_tokens=8000)
+    result = simulate(trace([0.0] * 4, 2000, 2), s)
+    stages = [FOUR._decode_s(stage, 2001, 1) for stage in range(4)]
+    filled_s = sum(stages) + sum(FOUR.send_s(1)) + 3 * max(stages)
+    np.testing.assert_allclose(result.requests["finish_s"] - result.requests["first_token_s"], filled_s, rtol=1e-9)
 
 
 def test_a_prompt_fills_and_drains_the_stages_as_explain_says():
@@ -152,11 +160,13 @@ def test_stages_on_two_hosts_send_over_the_network():
     assert sorted(far.memory) == ["gpu0.hbm", "gpu1.hbm", "gpu2.hbm", "gpu3.hbm", "host0.ddr", "host1.ddr"]
 
 
+@pytest.mark.parametrize("fidelity", ["step", "op"])
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
-def test_a_crowded_pipeline_loses_nothing(preemption):
+def test_a_crowded_pipeline_loses_nothing(preemption, fidelity):
     """Little memory: sequences are preempted, all finish, and each latency is the sum of its causes."""
     requests = random_trace(5, 14, span_s=2.0, prompts=(3000, 9000), outputs=(300, 900))
-    crowded = setup(gpus=4, pp=2, kv_cache_tokens=46_779, preemption=preemption, max_num_batched_tokens=4096)
+    options = {"kv_cache_tokens": 46_779, "preemption": preemption, "max_num_batched_tokens": 4096}
+    crowded = setup(gpus=4, pp=2, fidelity=fidelity, **options)
     result = simulate(requests, crowded)
     assert result.requests["preemptions"].sum() > 0
     assert (result.requests["status"] == "finished").all()
@@ -177,7 +187,6 @@ def test_the_command_and_its_errors(capsys, tmp_path):
     for options, message in (
         (["--pp", "3"], "gpus=2 is not a multiple of tp=1 x pp=3"),
         (["--pp", "0"], "pp=0 must be at least 1"),
-        (["--pp", "2", "--fidelity", "op"], "pp=2 does not work with fidelity=op yet"),
         (["--pp", "2", "--perfetto", "0s-1s"], "pp=2 does not work with perfetto yet"),
         (
             ["--pp", "2", "--speculate", "3", "--acceptance", "0.5", "--draft-share", "0.1"],

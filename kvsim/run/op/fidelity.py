@@ -2,9 +2,6 @@
 
 What a replica does next is decided by the same inner loop as in the step fidelity, iteration by iteration; here SimPy
 is the clock, and an iteration lasts until its last operation has ended.
-
-Lanes are the same in-order queues as in the step fidelity; what differs is that a transfer's rate depends on what else
-moves at that moment, where the step fidelity gives each GPU a fixed share of the host.
 """
 
 import math
@@ -14,28 +11,29 @@ import simpy
 
 from kvsim.engine.desk import Engine
 from kvsim.engine.state.cluster import ITERATING, NOBODY, STALLED
-from kvsim.hardware.fairshare import FairShare
-from kvsim.hardware.machine import CPU, D2H, H2D, LANES, NVLINK, SM
-from kvsim.iteration.clock import Iteration, Load
-from kvsim.iteration.program import Slot
-from kvsim.iteration.timeline import STALL, operation_names
-from kvsim.run.op.transfers import LayerDone, Links, Process, Transfers, networks
+from kvsim.iteration.timeline import STALL
+from kvsim.run.op.links import Links, networks
+from kvsim.run.op.pipeline import Pipeline
+from kvsim.run.op.rank import Rank
+from kvsim.run.op.transfers import Process, Transfers
 from kvsim.scenario.setup import Setup
 
-_What = tuple[str, int]  # an operation's name and its layer
 EVENTS_AT_ONCE = 5000
 
 
 def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
     """Replay the trace of an engine; says how many requests have left, now and then."""
     env = simpy.Environment()
-    links = [Links(setup, number) for number in range(setup.replicas)]
+    stages = setup.stages
+    links = [[Links(setup, number, stage) for stage in range(setup.pp)] for number in range(setup.replicas)]
     transfers: list[Transfers] = []
     replicas = []
     for number, network in enumerate(networks(env, setup, links)):
         transfers.append(Transfers(engine, setup, number, links[number], network, transfers))
-        rank = _Rank(network, engine, number, links[number])
-        replicas.append(_Replica(env, engine, number, rank, transfers[number]))
+        own = zip(links[number], stages.layers, strict=True)
+        ranks = [Rank(network, engine, number, ends, layers) for ends, layers in own]
+        pipeline = Pipeline(engine, number, stages, ranks, links[number]) if setup.pp > 1 else None
+        replicas.append(_Replica(env, engine, number, ranks[0], pipeline, transfers[number]))
     if setup.prefill_gpus:
         for replica in replicas:
             replica.beside = replicas
@@ -88,9 +86,16 @@ class _Replica:
     """The clock of one replica."""
 
     def __init__(
-        self, env: simpy.Environment, engine: Engine, number: int, rank: "_Rank", transfers: Transfers
+        self,
+        env: simpy.Environment,
+        engine: Engine,
+        number: int,
+        rank: Rank,
+        pipeline: Pipeline | None,
+        transfers: Transfers,
     ) -> None:
         self.env, self.engine, self.number, self.rank, self.transfers = env, engine, number, rank, transfers
+        self.pipeline = pipeline
         transfers.wake = self.look
         self._wake: simpy.Event = env.event()
         self._until_s = math.inf
@@ -106,7 +111,9 @@ class _Replica:
     def _run(self) -> Process:
         record = self.engine.cluster.replicas[self.number]
         while True:
-            if record["phase"] == ITERATING:
+            if record["phase"] == ITERATING and self.pipeline is not None:
+                yield from self.pipeline.execute()
+            elif record["phase"] == ITERATING:
                 yield from self.rank.execute(*self.engine.batch(self.number), self.transfers.streams())
             elif record["phase"] == STALLED:
                 began_s = self.env.now
@@ -128,86 +135,3 @@ class _Replica:
                 other.look()
             if self.arrivals is not None:
                 self.arrivals.look()
-
-
-class _Rank:
-    """A replica's ranks do the same at the same time, so one stands for all and takes `tp` shares of the host."""
-
-    def __init__(self, network: FairShare, engine: Engine, number: int, links: Links) -> None:
-        self.env, self.network, self.clock = network.env, network, engine.clock
-        self._timeline, self._number = engine.timeline, number
-        self._uses = {CPU: links.cpu, H2D: links.h2d, D2H: links.d2h, NVLINK: links.ring}
-
-    def note(self, lane: int, what: _What, begin_s: float, end_s: float) -> None:
-        """Show an operation in the timeline, where one is asked for."""
-        if self._timeline is not None:
-            self._timeline.add(self._number, lane, *what, begin_s, end_s)
-
-    def execute(
-        self, loads: list[Load], tokens: int, logits: int, guess_s: float, layer_done: LayerDone | None
-    ) -> Process:
-        """Run one iteration from its first operation to its last, and tell what each layer's end depends on."""
-        work, layer = self.clock.work(loads, tokens), -1
-        names = operation_names(self.clock, [load.structure for load in loads])
-        tails: list[simpy.Event | None] = [None] * len(LANES)
-        done: list[list[simpy.Event | None]] = [[None] * work.program.slots for _ in range(work.program.depth + 1)]
-        for repeat, slots in work.program.runs:
-            for _ in range(repeat):
-                layer += 1
-                done.insert(0, done.pop())
-                done[0][:] = [None] * work.program.slots
-                for slot in slots:
-                    waits = [tails[slot.lane], *(done[back][other] for back, other in slot.waits)]
-                    what = names[slot.time], layer
-                    finished = self._start(slot, what, waits, work)
-                    if work.seconds[slot.time]:
-                        tails[slot.lane] = finished
-                        if slot.sm_share:  # the SMs lose this much time to the kernel that copies
-                            tails[SM] = self.env.process(
-                                self._after(SM, what, [tails[SM]], slot.sm_share * work.seconds[slot.time])
-                            )
-                    done[0][slot.slot] = finished
-                if layer_done is not None:
-                    layer_done([finished for finished in done[0] if finished is not None])
-        for slot in work.program.end:
-            tails[slot.lane] = self._start(slot, (names[slot.time], layer), list(tails), work)
-        yield self.env.all_of([tail for tail in tails if tail is not None])
-        if logits:
-            began_s = self.env.now
-            yield self.env.timeout(self.clock.head_s(logits))
-            self.note(SM, ("head", 0), began_s, self.env.now)
-        if guess_s:
-            began_s = self.env.now
-            yield self.env.timeout(guess_s)
-            self.note(SM, ("guess", 0), began_s, self.env.now)
-
-    def _start(self, slot: Slot, what: _What, waits: Sequence[simpy.Event | None], work: Iteration) -> simpy.Event:
-        alone_s, fixed_s, moved = (row[slot.time] for row in (work.seconds, work.fixed_s, work.nbytes))
-        shares = self._uses.get(slot.lane)
-        if shares is None or alone_s <= fixed_s:
-            return self.env.process(self._after(slot.lane, what, waits, alone_s))
-        flowing_s = alone_s - fixed_s
-        amount, cap = (flowing_s, 1.0) if slot.lane == CPU else (float(moved), moved / flowing_s)
-        return self.env.process(self._flow(slot.lane, what, waits, fixed_s, (amount, cap, shares)))
-
-    def _after(self, lane: int, what: _What, waits: Sequence[simpy.Event | None], seconds: float) -> Process:
-        yield self.env.all_of([w for w in waits if w is not None])
-        if seconds:
-            began_s = self.env.now
-            yield self.env.timeout(seconds)
-            self.note(lane, what, began_s, self.env.now)
-
-    def _flow(
-        self,
-        lane: int,
-        what: _What,
-        waits: Sequence[simpy.Event | None],
-        fixed_s: float,
-        flow: tuple[float, float, dict[str, float]],
-    ) -> Process:
-        yield self.env.all_of([w for w in waits if w is not None])
-        began_s = self.env.now
-        if fixed_s:
-            yield self.env.timeout(fixed_s)
-        yield self.network.flow(*flow)
-        self.note(lane, what, began_s, self.env.now)

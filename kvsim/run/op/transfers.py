@@ -4,8 +4,7 @@ All of it flows over the same links as the operations' copies, and competes with
 thing after the other, and so it stores; the states that it sends or receives follow one another as well.
 """
 
-from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
 import simpy
@@ -17,59 +16,12 @@ from kvsim.hardware.fairshare import FairShare
 from kvsim.hardware.machine import DOWN, UP
 from kvsim.iteration.busy import BY_SWAP
 from kvsim.iteration.timeline import HANDOFF, LOAD, STORE
+from kvsim.run.op.links import Links
 from kvsim.scenario.setup import Setup
+from policies.plan import Tier
 
 Process = Generator[simpy.Event, Any, None]
-Uses = Mapping[str, float]
 LayerDone: TypeAlias = Callable[[Sequence[simpy.Event]], object]  # called with what a layer's end waits for
-
-
-class Links:
-    """What a byte of each rank of a replica takes of which link; ranks do the same at the same time.
-
-    `h2d` and `d2h` go between HBM and DDR, `out` and `into` to and from a rank beside it, over NVLink or, where the GPU
-    has none, over PCIe: then a `ring` of ranks leaves each of its switches once. `cpu` is for a second of its work.
-    """
-
-    def __init__(self, setup: Setup, number: int) -> None:
-        self.host, position = divmod(number, setup.replicas_per_host)
-        host, own, tp, per_switch = f"host{self.host}", f"replica{number}", setup.tp, setup.host.gpus_per_switch
-        self._nvlink = setup.gpu.rates.nvlink_Bps > 0
-        switches = Counter(gpu // per_switch for gpu in range(position * tp, (position + 1) * tp))
-        self.up = {f"{host}.switch{s}.up": float(n) for s, n in switches.items()}
-        self.down = {f"{host}.switch{s}.down": float(n) for s, n in switches.items()}
-        shared = {f"{host}.ddr": float(tp)}
-        self.h2d, self.d2h = {f"{own}.h2d": 1.0, **shared, **self.down}, {f"{own}.d2h": 1.0, **shared, **self.up}
-        self.cpu = {f"{host}.cpu": float(tp)}
-        self.out, self.into = ({f"{own}.{way}": 1.0} for way in (("out", "in") if self._nvlink else ("d2h", "h2d")))
-        self.to_nic = {f"{own}.d2h": 1.0, f"{host}.nic.out": float(tp)}
-        self.from_nic = {f"{own}.h2d": 1.0, f"{host}.nic.in": float(tp)}
-        crossed = (*self.up, *self.down) if not self._nvlink and len(switches) > 1 else ()
-        self.ring = {**self.out, **self.into, **dict.fromkeys(crossed, 1.0)}
-
-    def to(self, receiver: "Links") -> Uses:
-        """What a byte of each rank takes on its way to another replica's ranks."""
-        if receiver.host != self.host:
-            return {**self.to_nic, **receiver.from_nic}
-        far = not self._nvlink and self.up.keys() != receiver.up.keys()
-        return {**self.out, **receiver.into, **(self.up | receiver.down if far else {})}
-
-
-def networks(env: simpy.Environment, setup: Setup, links: Sequence[Links]) -> list[FairShare]:
-    """For each replica the network that it is in: that of its host, or one of all where hosts send to one another."""
-    host, rates = setup.host, setup.gpu.rates
-    made: dict[int, FairShare] = {}
-    found = []
-    for number, own in enumerate(links):
-        name, key = f"host{own.host}", 0 if setup.prefill_gpus else own.host
-        network = made.setdefault(key, FairShare(env, {}))
-        found.append(network)
-        network.capacities |= {f"{name}.ddr": host.ddr_Bps, f"{name}.cpu": 1.0}
-        network.capacities |= dict.fromkeys((*own.up, *own.down), host.switch_Bps)
-        network.capacities |= {f"{name}.nic.out": host.nic_Bps, f"{name}.nic.in": host.nic_Bps}
-        network.capacities |= {f"replica{number}.h2d": rates.pcie_h2d_Bps, f"replica{number}.d2h": rates.pcie_d2h_Bps}
-        network.capacities |= {f"replica{number}.out": rates.nvlink_Bps, f"replica{number}.in": rates.nvlink_Bps}
-    return found
 
 
 class Transfers:
@@ -82,11 +34,12 @@ class Transfers:
         engine: Engine,
         setup: Setup,
         number: int,
-        links: Links,
+        links: Sequence[Links],
         network: FairShare,
         all_of_them: Sequence["Transfers"],
     ) -> None:
-        self.env, self.network, self.links = network.env, network, links
+        self.env, self.network, self._stages, self.links = network.env, network, links, links[0]
+        self._swapped, self._cached = setup.held_shares(Tier.HBM), engine.cached_shares
         self._engine, self._machine, self.number, self._all = engine, engine.clock.machine, number, all_of_them
         self._hand_over = setup.prefill_replicas > 0
         self._loaded = self._stored = self.handed = self.env.event().succeed()  # the last of each kind
@@ -114,8 +67,8 @@ class Transfers:
         rates, replica = self._machine.gpu.rates, self._replica
         copies, nbytes = int(replica["stalls"]), replica["stall_bytes"].tolist()
         yield self.env.timeout((copies - self._stalls) * rates.pcie_latency_s)
-        yield self.network.flow(nbytes[DOWN] - self._stall_bytes[DOWN], rates.pcie_d2h_Bps, self.links.d2h)
-        yield self.network.flow(nbytes[UP] - self._stall_bytes[UP], rates.pcie_h2d_Bps, self.links.h2d)
+        yield self._copy(nbytes[DOWN] - self._stall_bytes[DOWN], DOWN, self._swapped)
+        yield self._copy(nbytes[UP] - self._stall_bytes[UP], UP, self._swapped)
         self._stalls, self._stall_bytes = copies, nbytes
         replica["busy_s"][BY_SWAP] += self.env.now - replica["wake_s"]
         replica["wake_s"] = self.env.now
@@ -125,8 +78,19 @@ class Transfers:
         yield before
         began_s = self.env.now
         yield self.env.timeout(rates.pcie_latency_s)
-        yield self.network.flow(nbytes, rates.pcie_d2h_Bps, self.links.d2h)
+        yield self._copy(nbytes, DOWN, self._cached)
         self._note(STORE, "store", began_s)
+
+    def _copy(self, nbytes: float, direction: int, shares: Sequence[float]) -> simpy.Event:
+        """Let each stage move its share of so many bytes between HBM and DDR; tells when all have."""
+        rates = self._machine.gpu.rates
+        moves = [
+            self.network.flow(share * nbytes, rates.pcie_h2d_Bps, stage.h2d)
+            if direction == UP
+            else self.network.flow(share * nbytes, rates.pcie_d2h_Bps, stage.d2h)
+            for stage, share in zip(self._stages, shares, strict=True)
+        ]
+        return moves[0] if len(moves) == 1 else self.env.all_of(moves)
 
     def bring(self, index: int) -> Process:
         """Bring a request's state, and let the request know unless it has left or waits anew."""
@@ -151,7 +115,7 @@ class Transfers:
         yield before
         began_s = max(self.env.now, float(inbound["from_s"]))
         yield self.env.timeout(began_s - self.env.now + rates.pcie_latency_s)
-        yield self.network.flow(float(inbound["nbytes"]), rates.pcie_h2d_Bps, self.links.h2d)
+        yield self._copy(float(inbound["nbytes"]), UP, self._cached)
         self._note(LOAD, "load", began_s)
         done.succeed()
 
