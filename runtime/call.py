@@ -166,7 +166,8 @@ class Method:
     `whole`: at `attend` the buffer `kv` has every token, so that a model can attend by itself.
     `captured` makes decode steps fit for a CUDA graph, which is replayed at other lengths than it was captured at: it
     has a kernel for each operation that needs a length, which it takes from `Call.rows` and buffers whole; the others
-    are those of every step. None: the method's decode steps cannot be captured.
+    are those of every step. None: the method's decode steps cannot be captured. `captured_tokens`: only those that feed
+    back so many generated tokens and fewer can (0: all).
     """
 
     kernels: Mapping[str, Kernel]
@@ -182,6 +183,7 @@ class Method:
     may_be_infinite: frozenset[str] = frozenset()
     whole: bool = False
     captured: Mapping[str, Kernel] | None = None
+    captured_tokens: int = 0
 
     def missing(self, plan: LayerPlan) -> list[str]:
         """Operations of a plan that nothing executes."""

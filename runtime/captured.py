@@ -193,6 +193,8 @@ class Captured:
             self._refused = _refusal(cache, forward)
         if self._refused:
             return self._refused
+        if late := _late(cache):
+            return late
         if torch.is_grad_enabled():
             return "gradients are recorded; decode under torch.no_grad() or torch.inference_mode()"
         others = (name for name, value in named.items() if value is not None and value is not False)
@@ -328,6 +330,15 @@ def _refusal(cache: "TieredCache", forward: Forward) -> str:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001
         if hasattr(module, "_hf_hook") or any(not _own(hook) for hook in hooks):
             return f"a hook of {name or 'the decoder'} would not be called"
+    return ""
+
+
+def _late(cache: "TieredCache") -> str:
+    """Why a step that comes so late is not captured, where earlier ones were; empty where it can be."""
+    for layer in map(cache.tiered, cache.own):
+        last = layer.method.captured_tokens
+        if last and layer.tokens + 1 - layer.prompt_tokens > last:
+            return f"{layer.leaf.name} takes lengths from the host once it has generated more than {last} tokens"
     return ""
 
 

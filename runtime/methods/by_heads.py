@@ -63,6 +63,7 @@ def method(policy: Policy) -> Method:
         any_mask=all(m.any_mask for m in methods),
         may_be_infinite=frozenset(f"h{i}.{name}" for i, m in named for name in m.may_be_infinite),
         captured=captured if all(m.captured is not None for m in methods) else None,
+        captured_tokens=min((m.captured_tokens for m in methods if m.captured_tokens), default=0),
     )
 
 

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from policies import Policy, RetroInfer
+from policies import Policy, RetroInfer, Step
 from policies.retroinfer_index import Clusters
 from runtime.call import Call, Gather, Method, Piece
 from runtime.dense import append_raw, attend_raw
 from runtime.index.segments import Directions, Grouped, directions, grouped, nearest
+from runtime.kernels.append import append_row
 from runtime.kernels.attention import merge, partial_attention, partial_attention_at
 from runtime.kernels.estimate import estimated_attention
 from runtime.kernels.residency import take_slots
@@ -39,7 +40,14 @@ def method(policy: Policy) -> Method:
         },
         routes={"offload": building.offload, "fetch": reading.fetch},
         fused=frozenset({"aggregate"}),
+        captured={"append": near.append_captured} if policy.update_tokens > 1 else None,
+        captured_tokens=policy.update_tokens - 1,  # then the ring comes round and the index grows
     )
+
+
+def _searched(policy: RetroInfer, call: Call) -> Clusters:
+    """The clusters that a step searches; a captured one comes before generated tokens are first clustered."""
+    return policy.index(call.step if call.lengths is None else Step.decoding(call.step.prompt_tokens, 1))
 
 
 def _attend(call: Call, near: "_Near", reading: "_Reading") -> None:
@@ -47,7 +55,7 @@ def _attend(call: Call, near: "_Near", reading: "_Reading") -> None:
     if call.step.prefilling:
         attend_raw(call)
         return
-    if not reading.policy.index(call.step).estimated:  # the plan has no such operation, but what did not fit counts
+    if not _searched(reading.policy, call).estimated:  # the plan has no such operation, but what did not fit counts
         reading.estimate(call)
     estimated = call.state["estimated"][:, 0, :, None]
     parts = [near.partial(call), reading.partial(call), (estimated[..., :-1], estimated[..., -1])]
@@ -69,6 +77,10 @@ class _Near:
         call.by_head("k_exact")[:, :, row : row + 1].copy_(call.new_k)
         call.by_head("v_exact")[:, :, row : row + 1].copy_(call.new_v)
 
+    def append_captured(self, call: Call) -> None:
+        row = call.rows(self._ahead(call))
+        append_row(call.by_head("k_exact"), call.by_head("v_exact"), call.new_k, call.new_v, row)
+
     def set_aside(self, call: Call) -> None:
         prompt = call.step.prompt_tokens
         sinks = call.first_tokens(self.sinks).clamp(min=0)[:, None, :, None]
@@ -79,9 +91,13 @@ class _Near:
 
     def partial(self, call: Call) -> tuple[Tensor, Tensor]:
         """Attention to the exact rows, each token once."""
-        held = min(self.ring, self.window + call.step.generated_tokens)
-        keys, values = (call.by_head(name)[:, :, : self.sinks + held] for name in ("k_exact", "v_exact"))
-        mask = self._mask(call, held)
+        keys, values = (call.by_head(name) for name in ("k_exact", "v_exact"))
+        if call.lengths is None:
+            held = min(self.ring, self.window + call.step.generated_tokens)
+            keys, values = keys[:, :, : self.sinks + held], values[:, :, : self.sinks + held]
+            mask = self._mask(call, held)
+        else:
+            mask = self._mask_captured(call, keys.shape[2])
         return partial_attention(call.q, keys, values, scale=call.scale, mask=mask, softcap=call.softcap)
 
     def oldest(self, call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -105,10 +121,24 @@ class _Near:
         if call.seen is None and not first:
             return None
         age = (torch.arange(held, device=call.q.device) - first) % self.ring  # since the oldest that is not clustered
-        there = (age < gathered - first)[None]
-        live = self.live(call, call.step.prompt_tokens - self.window + first + age)
+        tokens = call.step.prompt_tokens - self.window + first + age
+        return self._with_sinks(call, tokens, (age < gathered - first)[None])
+
+    def _mask_captured(self, call: Call, rows: int) -> Tensor:
+        """The same of all rows that there are, in a step that knows no length and comes before any is clustered."""
+        row = torch.arange(self.sinks, rows, device=call.q.device)
+        held = row[None] < call.rows(self._ahead(call) + 1)
+        return self._with_sinks(call, row - self._ahead(call), held)
+
+    def _with_sinks(self, call: Call, tokens: Tensor, there: Tensor) -> Tensor:
+        """The sinks, and of the ring's rows, which have these tokens, those that are there and no padding."""
+        live = self.live(call, tokens)
         there = (there if live is None else there & live).expand(len(call.q), -1)
         return torch.cat([call.first_tokens(self.sinks) >= 0, there], dim=1)[:, None, None]
+
+    def _ahead(self, call: Call) -> int:
+        """By how many rows the exact ones outnumber the tokens of the sequence, until any are clustered."""
+        return self.sinks + self.window - call.step.prompt_tokens
 
     def _clustered(self, call: Call) -> int:
         """Tokens since the prompt's window that earlier steps have clustered."""
@@ -143,12 +173,10 @@ class _Building:
         members = nearest(call.scratch["centred"], live, Directions(call.scratch["units"], filled))
         groups = grouped(members, call.scratch["units"].shape[2])
         at = self._clusters(call)
-        call.by_head("centroids")[:, :, at] = (
-            groups.sums(call.scratch["keys"]) / groups.sizes.clamp(min=1)[..., None]
-        ).to(call.state["centroids"].dtype)
+        means = groups.sums(call.scratch["keys"]) / groups.sizes.clamp(min=1)[..., None]
+        call.by_head("centroids")[:, :, at] = means.to(call.state["centroids"].dtype)
         call.state["sizes"][:, :, at] = groups.sizes.int()
-        before = self._rows_before(call)
-        call.state["starts"][:, :, at] = (before + groups.sizes.cumsum(dim=-1) - groups.sizes).int()
+        call.state["starts"][:, :, at] = (self._rows_before(call) + groups.sizes.cumsum(dim=-1) - groups.sizes).int()
         call.scratch |= {"order": groups.order, "members": groups.sizes}
 
     def sum_values(self, call: Call) -> None:
@@ -202,7 +230,7 @@ class _Reading:
 
     def score(self, call: Call) -> None:
         """Softmax over the mean keys of all clusters, summed over a group's heads; empty clusters score -inf."""
-        clusters = self.policy.index(call.step).clusters
+        clusters = _searched(self.policy, call).clusters
         scores = landmark_scores(
             call.q,
             call.by_head("centroids")[:, :, :clusters],
@@ -215,7 +243,7 @@ class _Reading:
 
     def select(self, call: Call) -> None:
         """The best clusters as blocks, as many as fit in rank order, and the slots that these take; then the next."""
-        index, scores = self.policy.index(call.step), call.state["head_scores"]
+        index, scores = _searched(self.policy, call), call.state["head_scores"]
         best = _by_rank(top_ids(scores, index.retrieved), scores)
         next_best = top_ids(-chosen_first(-scores, best), index.estimated)  # the best are last then, at -inf
         at = best.clamp(min=0)

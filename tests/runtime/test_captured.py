@@ -28,13 +28,15 @@ POLICIES = [
     "squeezed-attention:observation_tokens=16",
     "squeezed-attention:observation_tokens=16,tier=ddr,levels=2",
     "squeezed-attention:observation_tokens=16,tier=ddr,budget_tokens=64",
+    "retroinfer:window_tokens=16,update_tokens=64,segment_tokens=64,retrieval=0.1",
+    "retroinfer:sink_tokens=0,window_tokens=0,update_tokens=64,cluster_tokens=4,retrieval=0.3,estimation=0",
 ]
 NOT_CAPTURED = {
     "offload-all": "takes lengths from the host",
     "infllm:sink_tokens=4,window_tokens=32,block_tokens=8,top_k=2,cache_blocks=4": "takes lengths from the host",
     "retrieval-attention:sink_tokens=2,window_tokens=8,top_k=9,index=flat": "takes lengths from the host",
     "full@heads=4+offload-all@heads=4": "takes lengths from the host",
-    "retroinfer:window_tokens=16,update_tokens=16,segment_tokens=64": "takes lengths from the host",
+    "retroinfer:window_tokens=16,update_tokens=1,cluster_tokens=1": "takes lengths from the host",
 }
 PROMPT, NEW = 237, 20
 
@@ -173,6 +175,16 @@ def test_what_cannot_be_captured_says_why_and_runs(model, policy, caplog):
     assert NOT_CAPTURED[policy] in why
     assert replays.eager[why] == NEW - 1
     assert caplog.text.count("decode steps are not captured") == 1
+
+
+def test_what_cannot_be_captured_any_more_says_so_and_goes_on(model):
+    """Generated tokens are clustered at the eighth step, and again at the sixteenth."""
+    policy = "retroinfer:window_tokens=16,update_tokens=8,cluster_tokens=4,segment_tokens=64,retrieval=0.1"
+    (eager, *noted), (captured, *again), replays = both(model, policy, lambda kv: generate(model, kv))
+    assert torch.equal(eager, captured)
+    assert noted == again
+    assert replays.prepared == 7
+    assert replays.eager == {"retroinfer takes lengths from the host once it has generated more than 7 tokens": NEW - 8}
 
 
 def test_a_hook_on_a_module_is_not_passed_over(model):
