@@ -13,6 +13,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ MINUTES = 5.0
 PLAN = ("policy", "gpu", "gpus", "tp", "options", "usd_per_hour", "cost_per_million_tokens", "binding", "slo", "fewer")
 PAGE = """# Three services, sized
 
-Written by `benchmarks/worked_examples.py` from `benchmarks/results/worked_examples.json`: {machine}, commit {commit}.
-Wall times are those of a machine with other work on it.
+Written by `benchmarks/worked_examples.py` from `benchmarks/results/worked_examples.json`:
+{machine}, commit {commit}. Wall times are those of a machine with other work on it.
 
 ## A fleet for coding agents
 
@@ -47,7 +48,7 @@ Asked are TTFT p90 within 10 s and TPOT p90 within 50 ms on H100s.
 |---|---:|---:|---:|---:|---:|---|
 {coding_rows}
 
-**Decided:** {coding_decision} It took {coding_wall}.
+{coding_decision}
 
 ## A chat service with two SLO classes
 
@@ -59,11 +60,11 @@ The first {minutes:g} minutes of Azure's conversations (`chat`: TTFT p99 within 
 Mooncake's (`documents`: 20 s and 80 ms) on one fleet of Llama-3.1-8B on H100s, planned under a queue for all and under
 priorities. A class is the `slo_class` of a tenant; `--slo chat:ttft_p99=1s` bounds it.
 
-| scheduler | GPUs | USD/hour | chat TTFT p99 | chat TPOT p99 | documents TTFT p99 | documents TPOT p99 | one fewer breaks |
+| scheduler | GPUs | USD/hour | chat TTFT p99 | TPOT p99 | documents TTFT p99 | TPOT p99 | one replica fewer breaks |
 |---|---:|---:|---:|---:|---:|---:|---|
 {chat_rows}
 
-**Decided:** {chat_decision} It took {chat_wall}.
+{chat_decision}
 
 ## A million tokens on one host
 
@@ -80,8 +81,7 @@ every request (tp 8), then four for prompts and four for decoding. Goodput count
 |---|---|---:|---:|---:|---:|---:|---:|---:|---:|
 {long_rows}
 
-**Decided:** {long_decision} Both took {long_wall}. What each policy loses in quality is another question:
-[quality.md](../quality.md).
+{long_decision}
 """
 
 
@@ -157,23 +157,24 @@ def page(result: dict[str, Any]) -> str:
         coding_limit=_limit(),
         coding_sentence=coding["sentence"],
         coding_rows="\n".join(_plan_row(_name(row), row, ("ttft_p90", "tpot_p90")) for row in coding["plans"]),
-        coding_decision=_coding(coding["plans"]),
-        coding_wall=format_s(coding["wall_s"]),
+        coding_decision=_decided(_coding(coding["plans"]), coding["wall_s"]),
         minutes=chat["minutes"],
         chat_rows="\n".join(
             _plan_row(row["scheduler"], {**row, "cost_per_million_tokens": None}, CHAT) for row in chat["plans"]
         ),
-        chat_decision=_chat(chat["plans"]),
-        chat_wall=format_s(chat["wall_s"]),
+        chat_decision=_decided(_chat(chat["plans"]), chat["wall_s"]),
         long_command=LONG,
         pools_command=POOLS,
         long_rows="\n".join(_run_row(run) for run in long["runs"]),
-        long_decision=_long(long["runs"]),
-        long_wall=format_s(long["wall_s"]),
+        long_decision=_decided(_long(long["runs"]), long["wall_s"]),
     )
 
 
 CHAT = ("chat:ttft_p99", "chat:tpot_p99", "documents:ttft_p99", "documents:tpot_p99")
+
+
+def _decided(words: str, wall_s: float) -> str:
+    return textwrap.fill(f"**Decided:** {words} All of it took {format_s(wall_s)}.", 116, break_on_hyphens=False)
 
 
 def _limit() -> str:
@@ -206,10 +207,11 @@ def _coding(plans: list[dict[str, Any]]) -> str:
     plain = next((row for row in plans if not row["options"]), None)
     if cached is None or plain is None:
         return f"{plans[0]['gpus']} GPUs."
-    saved = "fewer" if cached["gpus"] < plain["gpus"] else "no fewer"
+    if cached["gpus"] >= plain["gpus"]:
+        return f"no prefix cache: with it {cached['gpus']} GPUs are needed, without it {plain['gpus']}."
     return (
         f"prefixes are kept in DDR behind a router that looks for them: {cached['gpus']} GPUs hold the SLO so, and "
-        f"{plain['gpus']} without, {saved}, since what an agent sends again need not be computed again."
+        f"{plain['gpus']} are needed without, since what an agent sends again need not be computed again."
     )
 
 
@@ -217,8 +219,8 @@ def _chat(plans: list[dict[str, Any]]) -> str:
     fcfs, priority = (row["gpus"] for row in plans)
     if priority < fcfs:
         return (
-            f"priorities. {priority} GPUs hold both classes where {fcfs} are needed in order of arrival, since a chat's "
-            "prompt no longer waits behind documents, which have the time."
+            f"priorities. {priority} GPUs hold both classes where {fcfs} are needed in order of arrival, since a "
+            "chat's prompt no longer waits behind documents, which have the time."
         )
     return f"the plain queue: priorities save nothing here ({priority} GPUs, and {fcfs} in order of arrival)."
 
@@ -231,8 +233,9 @@ def _long(runs: list[dict[str, Any]]) -> str:
     )
     return (
         f"{split}, under `{best['policy']}`, with the best goodput and, of equals, the best latencies; "
-        f"`{worst['policy']}` serves least. A prompt of this length is arithmetic for most of a minute, which no policy "
-        "of this table takes away."
+        f"`{worst['policy']}` serves least. A prompt of this length is arithmetic for most of a minute, which no "
+        "policy of this table takes away. What each of them loses in quality is another question: "
+        "[quality.md](../quality.md)."
     )
 
 
