@@ -5,9 +5,12 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvsim import plan
+from kvsim.report.plan import plan_page
 from kvsim.report.report import report_html
 from kvsim.report.sweep import sweep_page
 from kvsim.results.summary import Result
@@ -38,6 +41,17 @@ def test_a_report_draws_every_chart_and_runs_no_name(make_result: Callable[..., 
     assert drawn(page) == html.count('class="plot"') > 5
     assert EVIL not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert 'data-scrolls="this table scrolls sideways"' in page
+
+
+def test_a_plan_draws_its_curves_on_a_phone(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"trace": "azure-2023-conv", "limit": 60, "rate_scale": 40.0, "model": "llama-3.1-8b"}
+    found = plan(gpu="h100-sxm", policy=["full", "shadowkv"], slo="ttft_p99=1s", pools=False, tp=1, **asked)
+    html = plan_page(found.to_dict(), f"kvsim plan --scenario '{EVIL}'")
+    page = opened(html, tmp_path, 500)
+    assert drawn(page) == html.count('class="plot"') >= 4  # by the load of a GPU, by offered load, goodput, cost
+    assert EVIL not in page
+    assert "If things turn out otherwise" in page
     assert 'data-scrolls="this table scrolls sideways"' in page
 
 
