@@ -10,6 +10,7 @@ from kvsim.engine.batch.plans import INPUTS
 from kvsim.engine.books.replica import note_now
 from kvsim.engine.caches.tiers import PrefixTiers
 from kvsim.engine.loop import arrive, play
+from kvsim.engine.micro_batches import MicroBatch, load_of, of_iteration, pieces_of, round_of
 from kvsim.engine.player import Player
 from kvsim.engine.requests.arrivals import next_arrival
 from kvsim.engine.requests.patience import depart, departure_s, next_departure
@@ -18,12 +19,10 @@ from kvsim.engine.state.cluster import (
     COUNT,
     DECODING,
     INCOMING,
-    N_TIERS,
     NOBODY,
     PREFILLING,
     PROMPTS,
     RUNNING,
-    STORED,
     WANT_LOOK,
     WANT_PLAN,
     WANT_PROGRAM,
@@ -39,7 +38,7 @@ from kvsim.engine.state.records import NOTE
 from kvsim.engine.state.tables import PlanArrays, own_arrays
 from kvsim.iteration.busy import BUSY
 from kvsim.iteration.clock import Clock, Load
-from kvsim.iteration.timeline import Span, Timeline
+from kvsim.iteration.timeline import STALL, Span, Timeline
 from kvsim.plans.derive import Piece, PlanTable, Structure
 from kvsim.scenario.setup import Setup
 from policies.plan import Tier
@@ -156,18 +155,19 @@ class Engine:
     def batch(self, number: int) -> tuple[list[Load], int, int, float]:
         """What a replica's iteration under way computes: loads, tokens, rows of the head, and seconds of guessing."""
         batch, decoding = scheduled(self.cluster, number, 0, 1), int(self.cluster.replicas[number]["length"][DECODING])
-        loads = [self.load_of(int(row[0]), row) for row in batch.loads]
+        loads = [self._load(int(row[0]), row) for row in batch.loads]
         prompt_tokens = int(batch.tokens - decoding * self.cluster.world["step_tokens"])
-        return loads, int(batch.tokens), int(batch.logits), self.guess_s(decoding, prompt_tokens)
+        return loads, int(batch.tokens), int(batch.logits), self._guess_s(decoding, prompt_tokens)
 
-    def guess_s(self, sequences: int, prompt_tokens: int) -> float:
-        """Seconds that guessing adds to an iteration."""
+    def _guess_s(self, sequences: int, prompt_tokens: int) -> float:
         return guess(self.cluster.world, np.zeros(len(BUSY)), sequences, prompt_tokens)
 
-    def load_of(self, structure: int, row: Ints) -> Load:
-        """A row of the state, for a clock."""
-        shape = self._structures[structure]
-        return Load(shape, np.roll(row[STORED : STORED + shape.columns], -N_TIERS))
+    def micro_batches(self, number: int) -> list[MicroBatch]:
+        """The same of each micro-batch of a pipeline."""
+        return of_iteration(self.cluster, self._structures, number)
+
+    def _load(self, structure: int, row: Ints) -> Load:
+        return load_of(self._structures, structure, row)
 
     @property
     def left(self) -> int:
@@ -279,14 +279,17 @@ class Engine:
         if self.timeline is None:
             raise RuntimeError("a replica is looked at, and nobody looks")
         cluster, replica, began_s = self.cluster, self.cluster.replicas[number], float(self.cluster.world["look_s"])
+        if len(self._stages) > 1:
+            self._look_at_stages(number, began_s)
+            return
         sharing = replica["sharing"].copy()
         if replica["phase"] == RUNNING:
             sums, tokens = cluster.sums[number], int(replica["decoding_now"] * cluster.world["step_tokens"])
             used = np.flatnonzero(sums[:, 0, COUNT])
-            loads, growth = ([self.load_of(s, sums[s, i]) for s in used.tolist()] for i in (0, 1))
+            loads, growth = ([self._load(s, sums[s, i]) for s in used.tolist()] for i in (0, 1))
             parts = cluster.parts[number][: replica["n_parts"]]
             steps = [(int(part["steps"]), float(part["first_s"]), float(part["slope_s"])) for part in parts]
-            stall_s, guess_s = float(replica["run_stall_s"]), self.guess_s(int(replica["decoding_now"]), 0)
+            stall_s, guess_s = float(replica["run_stall_s"]), self._guess_s(int(replica["decoding_now"]), 0)
             span = Span(began_s, stall_s, steps, loads, growth, tokens, tokens, sharing, guess_s)
         else:
             loads, tokens, logits, guess_s = self.batch(number)
@@ -294,6 +297,21 @@ class Engine:
             stall_s = began_s - float(replica["began_s"])
             span = Span(began_s - stall_s, stall_s, steps, loads, [], tokens, logits, sharing, guess_s)
         self.timeline.begin(number, span)
+
+    def _look_at_stages(self, number: int, began_s: float) -> None:
+        timeline, cluster, replica = self.timeline, self.cluster, self.cluster.replicas[number]
+        if timeline is None:
+            return
+        if replica["phase"] == RUNNING:
+            stall_s = float(replica["run_stall_s"])
+            timeline.begin(number, round_of(cluster, self._prices, self._structures, number, self._stages))
+        else:
+            stall_s, began_s = began_s - float(replica["began_s"]), float(replica["began_s"])
+            timeline.end(number, began_s)
+            for piece in pieces_of(cluster, self._structures, number, self._stages, self.clock.head_s):
+                timeline.piece(number, piece)
+        for stage in range(len(self._stages)):
+            timeline.add(number, STALL, "waits for swaps", 0, began_s, began_s + stall_s, stage)
 
     # -- arrays --------------------------------------------------------------------------------------------------
 

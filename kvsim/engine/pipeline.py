@@ -233,7 +233,7 @@ def share_stages(cluster: Cluster, prices: Prices, number: int) -> None:
         seconds = circulate(cluster, prices, number, batch.loads, world["round_busy_s"])
         if left == 0 or not uses_host(cluster, number):
             return
-        _lap(cluster, number, parts)
+        lap(cluster, number, parts)
         meet(cluster, number, seconds, parts, int(cluster.replicas[number]["length"][DECODING]))
 
 
@@ -250,7 +250,8 @@ def delay_round(cluster: Cluster, number: int, now_s: float, left_s: float) -> N
             replica["exit_s"][i] = now_s + factor * (replica["exit_s"][i] - now_s)
 
 
-def _lap(cluster: Cluster, number: int, parts: int) -> None:
+@needs("pipeline")
+def lap(cluster: Cluster, number: int, parts: int) -> None:
     """Let micro-batches of a decode iteration that has been priced go round until their times settle (`spans`)."""
     world, decoding = cluster.world, cluster.replicas[number]["length"][DECODING]
     small = decoding // parts

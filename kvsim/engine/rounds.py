@@ -1,4 +1,4 @@
-"""The micro-batches of a pipeline's iterations, for who keeps the time: of the one under way, and of the one to come.
+"""The iteration of a pipeline that comes next, for who keeps the time.
 
 Where sequences decode, micro-batches of an iteration begin before the one before it has ended: each when its tokens are
 out. Who waits for them asks here what the next iteration will compute unless somebody comes until it begins.
@@ -6,32 +6,11 @@ out. Who waits for them asks here what the next iteration will compute unless so
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from kvsim.engine.batch.load import scheduled, share_of
 from kvsim.engine.desk import Engine
-from kvsim.engine.state.cluster import DECODING, ITERATING, Records
-from kvsim.iteration.clock import Load
+from kvsim.engine.micro_batches import MicroBatch
+from kvsim.engine.state.cluster import ITERATING, Records
 
 WRITTEN = ("notes", "gaps", "aways")  # rows are added to these, and `world` says how many there are
-
-
-class MicroBatch(NamedTuple):
-    """What one micro-batch computes, and the seconds of guessing that follow it."""
-
-    loads: list[Load]
-    tokens: int
-    logits: int
-    decodes: int  # sequences
-    prompt_tokens: int
-    guess_s: float
-
-    def same(self, other: "MicroBatch") -> bool:
-        """Whether another computes the same."""
-        return self[1:] == other[1:] and len(self.loads) == len(other.loads) and all(
-            one.structure is two.structure and np.array_equal(one.amounts, two.amounts)
-            for one, two in zip(self.loads, other.loads, strict=True)
-        )  # fmt: skip
 
 
 class Round(NamedTuple):
@@ -39,21 +18,6 @@ class Round(NamedTuple):
 
     parts: list[MicroBatch]
     follows: bool
-
-
-def micro_batches(engine: Engine, number: int) -> list[MicroBatch]:
-    """Those of the iteration that a replica has under way."""
-    cluster, found = engine.cluster, []
-    replica, parts = cluster.replicas[number], int(cluster.replicas[number]["round_parts"])
-    decoding = int(replica["length"][DECODING])
-    for part in range(parts):
-        batch = scheduled(cluster, number, part, parts)
-        decodes = share_of(decoding, part + 1, parts) - share_of(decoding, part, parts)
-        prompt_tokens = int(batch.tokens - decodes * cluster.world["step_tokens"])
-        loads = [engine.load_of(int(row[0]), row) for row in batch.loads]
-        guess_s = engine.guess_s(decodes, prompt_tokens)
-        found.append(MicroBatch(loads, int(batch.tokens), int(batch.logits), decodes, prompt_tokens, guess_s))
-    return found
 
 
 def next_round(engine: Engine, number: int, now_s: float) -> Round:
@@ -65,7 +29,7 @@ def next_round(engine: Engine, number: int, now_s: float) -> Round:
         cluster = engine.cluster
         if cluster.replicas[number]["phase"] != ITERATING:
             return Round([], follows=False)
-        return Round(micro_batches(engine, number), bool(cluster.world["ready_s"] < now_s))
+        return Round(engine.micro_batches(number), bool(cluster.world["ready_s"] < now_s))
     finally:
         before.restore(engine)
 

@@ -50,6 +50,7 @@ def perfetto_trace(result: Result) -> dict[str, Any]:
     events += _counters(result.series, window_s[0], last_s if math.isinf(window_s[1]) else window_s[1])
     events.sort(key=lambda event: event["ts"])  # stable: what begins and ends at one time stays in order
     replicas = sorted({event["pid"] for event in events})
+    stages = int(result.inputs.get("pp", 1)) if result.operations is not None else 0
     return {
         "displayTimeUnit": "ms",
         "otherData": {
@@ -57,15 +58,23 @@ def perfetto_trace(result: Result) -> dict[str, Any]:
             "requests": len(inside),
             "window_s": [None if math.isinf(end) else end for end in window_s],
         },
-        "traceEvents": [*_names(replicas, result.operations is not None), *events],
+        "traceEvents": [*_names(replicas, stages), *events],
     }
 
 
-def _names(replicas: list[int], lanes: bool) -> Iterator[Event]:
+def _names(replicas: list[int], stages: int) -> Iterator[Event]:
+    """Of processes and, for so many stages of operations, of threads."""
     for replica in replicas:
         yield {"ph": "M", "pid": replica, "name": "process_name", "args": {"name": f"replica {replica}"}}
-        for thread, name in enumerate(LANES.values() if lanes else (), start=1):
-            yield {"ph": "M", "pid": replica, "tid": thread, "name": "thread_name", "args": {"name": name}}
+        for stage in range(stages):
+            for lane, name in enumerate(LANES.values()):
+                own = name if stages == 1 else f"stage {stage}: {name}"
+                thread = {"ph": "M", "pid": replica, "tid": _thread(stage, lane), "name": "thread_name"}
+                yield {**thread, "args": {"name": own}}
+
+
+def _thread(stage: int, lane: int) -> int:
+    return 1 + stage * len(LANES) + lane
 
 
 def _overlap(requests: dict[str, Array], window_s: tuple[float, float]) -> Array:
@@ -144,16 +153,16 @@ def _operations(operations: dict[str, Array] | None) -> list[Event]:
     """A complete slice for each operation; those of one lane do not overlap, whatever rounding says."""
     if operations is None:
         return []
-    threads = {lane: thread for thread, lane in enumerate(LANES, start=1)}
+    numbers = {lane: number for number, lane in enumerate(LANES)}
     events: list[Event] = []
     free: dict[tuple[int, int], float] = {}
-    for replica, lane, name, layer, begin_s, end_s in zip(
+    for replica, stage, lane, name, layer, begin_s, end_s in zip(
         *(values.tolist() for values in operations.values()), strict=True
     ):
-        track = replica, threads[lane]
+        track = replica, _thread(stage, numbers[lane])
         begin_us = max(begin_s * 1e6, free.get(track, 0.0))
         free[track] = end_us = max(begin_us, end_s * 1e6)
-        place = {"ph": "X", "pid": replica, "tid": threads[lane], "name": name}
+        place = {"ph": "X", "pid": replica, "tid": track[1], "name": name}
         events.append({**place, "ts": begin_us, "dur": end_us - begin_us, "args": {"layer": layer}})
     return events
 

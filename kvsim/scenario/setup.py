@@ -283,7 +283,6 @@ class Setup:
     def _check_pipeline(self) -> None:
         others = {
             "prefill_gpus": self.prefill_gpus,
-            "perfetto": self.perfetto,
             "a draft model of speculate": self.speculation is not None and self.speculation.draft is not None,
         }
         if used := [name for name, given in others.items() if given]:

@@ -175,6 +175,55 @@ def test_a_dense_cache_keeps_the_sms_busy_from_admission_to_the_end():
     assert threads == {[*LANES].index("sm") + 1}
 
 
+def staged(result):
+    """(stage, lane, operation, layer, begin, end) of what was recorded, by stage, lane and time."""
+    columns = result.operations
+    names = ("stage", "lane", "operation", "layer", "begin_s", "end_s")
+    return list(zip(*(columns[name].tolist() for name in names), strict=True))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_each_stage_of_a_pipeline_has_its_tracks(tp):
+    """Of two requests that begin together and decode in two micro-batches: every layer of each, where it stands."""
+    options = {"gpus": 2 * tp, "pp": 2, "tp": tp, "perfetto": LONG, "max_num_batched_tokens": 6000}
+    found = {}
+    for fidelity in ("step", "op"):
+        result = simulate(trace([0.0] * 2, 3000, 6), setup("full", fidelity=fidelity, **options))
+        document, found[fidelity] = checked(result), staged(result)
+        names = {e["args"]["name"] for e in document["traceEvents"] if e["name"] == "thread_name"}
+        assert {"stage 0: SMs", "stage 1: PCIe up (host to device)"} <= names
+        attended = [row[:4] for row in found[fidelity] if row[2] == "attend"]
+        layers = setup("full", **options).stages.layers
+        passes = 2 * (1 + 5)  # micro-batches of the prompts and of each decode iteration
+        assert sorted(attended) == sorted(
+            (stage, "sm", "attend", layer) for stage, own in enumerate(layers) for layer in own for _ in range(passes)
+        )
+        heads = [row for row in found[fidelity] if row[2] == "head"]
+        assert {row[0] for row in heads} == {1}
+        assert heads[-1][5] == pytest.approx(result.requests["finish_s"].max(), rel=1e-6)
+    step, op = found["step"], found["op"]
+    assert [row[:4] for row in step] == [row[:4] for row in op]
+    assert [row[4:] for row in step] == [pytest.approx(row[4:], rel=1e-3) for row in op]
+
+
+def test_what_is_given_up_of_a_pipeline_is_not_shown():
+    """A prompt comes while sequences that decode have set out: every layer is shown as often as any other."""
+    requests = trace([0.0] * 4 + [0.06], [200] * 4 + [3000], [12] * 4 + [1])
+    result = simulate(requests, setup("full", gpus=2, pp=2, fidelity="op", perfetto=LONG))
+    checked(result)
+    layers = [row[3] for row in staged(result) if row[2] == "attend"]
+    assert set(np.bincount(layers)) == {layers.count(0)}
+
+
+def test_looking_at_a_pipeline_changes_nothing():
+    requests = random_trace(5, 30, span_s=2.0, prompts=(200, 4000), outputs=(2, 60))
+    options = {"gpus": 8, "pp": 2, "tp": 2, "preemption": "recompute"}
+    hidden, shown = (simulate(requests, setup("offload-all", perfetto=window, **options)) for window in (None, LONG))
+    for name in ("admitted_s", "first_token_s", "finish_s"):
+        assert np.array_equal(hidden.requests[name], shown.requests[name])
+    assert hidden.busy == shown.busy
+
+
 def test_a_window_shows_what_overlaps_it_and_no_more():
     requests = trace([0.0, 0.2, 50.0], 4000, 20)
     result = simulate(requests, setup("full", perfetto=(0.25, 0.3)))

@@ -187,7 +187,6 @@ def test_the_command_and_its_errors(capsys, tmp_path):
     for options, message in (
         (["--pp", "3"], "gpus=2 is not a multiple of tp=1 x pp=3"),
         (["--pp", "0"], "pp=0 must be at least 1"),
-        (["--pp", "2", "--perfetto", "0s-1s"], "pp=2 does not work with perfetto yet"),
         (
             ["--pp", "2", "--speculate", "3", "--acceptance", "0.5", "--draft-share", "0.1"],
             "pp=2 does not work with a draft model of speculate yet",

@@ -31,9 +31,9 @@ def play_operations(engine: Engine, setup: Setup) -> Generator[int, None, None]:
     for number, network in enumerate(networks(env, setup, links)):
         transfers.append(Transfers(engine, setup, number, links[number], network, transfers))
         own = zip(links[number], stages.layers, strict=True)
-        ranks = [Rank(network, engine, number, ends, layers) for ends, layers in own]
+        ranks = [Rank(network, engine, number, *one, stage) for stage, one in enumerate(own)]
         pipeline = Pipeline(engine, number, stages, ranks, links[number]) if setup.pp > 1 else None
-        replicas.append(_Replica(env, engine, number, ranks[0], pipeline, transfers[number]))
+        replicas.append(_Replica(env, engine, number, ranks, pipeline, transfers[number]))
     if setup.prefill_gpus:
         for replica in replicas:
             replica.beside = replicas
@@ -90,11 +90,11 @@ class _Replica:
         env: simpy.Environment,
         engine: Engine,
         number: int,
-        rank: Rank,
+        ranks: Sequence[Rank],
         pipeline: Pipeline | None,
         transfers: Transfers,
     ) -> None:
-        self.env, self.engine, self.number, self.rank, self.transfers = env, engine, number, rank, transfers
+        self.env, self.engine, self.number, self.ranks, self.transfers = env, engine, number, ranks, transfers
         self.pipeline = pipeline
         transfers.wake = self.look
         self._wake: simpy.Event = env.event()
@@ -114,11 +114,12 @@ class _Replica:
             if record["phase"] == ITERATING and self.pipeline is not None:
                 yield from self.pipeline.execute()
             elif record["phase"] == ITERATING:
-                yield from self.rank.execute(*self.engine.batch(self.number), self.transfers.streams())
+                yield from self.ranks[0].execute(*self.engine.batch(self.number), self.transfers.streams())
             elif record["phase"] == STALLED:
                 began_s = self.env.now
                 yield from self.transfers.swap()
-                self.rank.note(STALL, ("waits for swaps", 0), began_s, self.env.now)
+                for rank in self.ranks:
+                    rank.note(STALL, ("waits for swaps", 0), began_s, self.env.now)
             else:
                 self._wake = self.env.event()
                 self._until_s = ready_s = float(record["wake_s"])

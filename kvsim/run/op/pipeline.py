@@ -11,7 +11,8 @@ from contextlib import suppress
 import simpy
 
 from kvsim.engine.desk import Engine
-from kvsim.engine.rounds import MicroBatch, micro_batches, next_round
+from kvsim.engine.micro_batches import MicroBatch
+from kvsim.engine.rounds import next_round
 from kvsim.engine.state.cluster import Record
 from kvsim.run.op.links import Links
 from kvsim.run.op.rank import Rank
@@ -52,7 +53,7 @@ class Pipeline:
 
     def execute(self) -> Process:
         """Run an iteration until its tokens are out or, where there are none, the first stage is free."""
-        under = self._begin(micro_batches(self._engine, self._number))
+        under = self._begin(self._engine.micro_batches(self._number))
         yield under.left[-1]
         if under.emits:
             self._look_ahead(under)
@@ -66,6 +67,8 @@ class Pipeline:
         if self._ahead is not None:
             (under, before), self._ahead = self._ahead, None
             if len(parts) == len(under.parts) and all(map(MicroBatch.same, parts, under.parts)):
+                for rank in self._ranks:
+                    rank.show()
                 return under
             for rank in self._ranks:  # nothing else is on any stage
                 rank.abandon()
@@ -114,6 +117,7 @@ class Pipeline:
                 if stage:
                     yield from self._send(stage, part.tokens)
                 yield free[stage]
+                rank.hides = self._ahead is not None and self._ahead[0] is under
                 logits, guess_s = (part.logits, part.guess_s) if stage == last else (0, 0.0)
                 yield from rank.execute(part.loads, part.tokens, logits, guess_s, None)
                 if stage == last:

@@ -28,17 +28,33 @@ class Rank:
     """
 
     def __init__(
-        self, network: FairShare, engine: Engine, number: int, links: Links, layers: range | None = None
+        self,
+        network: FairShare,
+        engine: Engine,
+        number: int,
+        links: Links,
+        layers: range | None = None,
+        stage: int = 0,
     ) -> None:
         self.env, self.network, self.clock, self._layers = network.env, network, engine.clock, layers
-        self._timeline, self._number = engine.timeline, number
+        self._timeline, self._number, self._stage = engine.timeline, number, stage
+        self.hides = False  # what may be given up
+        self._hidden: list[tuple[int, _What, float, float]] = []
         self._running: list[simpy.Process] = []  # operations of the iteration under way, and some that are done
         self._uses = {CPU: links.cpu, H2D: links.h2d, D2H: links.d2h, NVLINK: links.ring}
 
     def note(self, lane: int, what: _What, begin_s: float, end_s: float) -> None:
         """Show an operation in the timeline, where one is asked for."""
-        if self._timeline is not None:
-            self._timeline.add(self._number, lane, *what, begin_s, end_s)
+        if self.hides:
+            self._hidden.append((lane, what, begin_s, end_s))
+        elif self._timeline is not None:
+            self._timeline.add(self._number, lane, *what, begin_s, end_s, self._stage)
+
+    def show(self) -> None:
+        """What has been hidden is not given up."""
+        self.hides, hidden, self._hidden = False, self._hidden, []
+        for one in hidden:
+            self.note(*one)
 
     def execute(
         self, loads: list[Load], tokens: int, logits: int, guess_s: float, layer_done: LayerDone | None
@@ -84,7 +100,7 @@ class Rank:
         for operation in self._running:
             if operation.is_alive:
                 operation.interrupt()
-        self._running = []
+        self._running, self._hidden = [], []
 
     def _run(self, operation: Process) -> simpy.Process:
         running = self.env.process(operation)

@@ -168,4 +168,5 @@ class Transfers:
     def _note(self, lane: int, name: str, began_s: float) -> None:
         """Show a transfer in the timeline, where one is asked for."""
         if self._engine.timeline is not None:
-            self._engine.timeline.add(self.number, lane, name, 0, began_s, self.env.now)
+            for stage in range(len(self._stages)):
+                self._engine.timeline.add(self.number, lane, name, 0, began_s, self.env.now, stage)
