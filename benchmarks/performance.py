@@ -17,46 +17,44 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kvsim.__main__ import main as kvsim  # noqa: E402
+from kvsim.cli.bench import decode, kernels  # noqa: E402
 
 OUT = ROOT / "benchmarks" / "results" / "performance.json"
 PAGE = ROOT / "docs" / "performance.md"
 CAPTURED = ("full", "shadowkv", "quest", "snapkv", "sink-window", "squeezed-attention")
 EAGER = ("retroinfer", "offload-all")
-DECODE = ["decode", "--model", "llama-3.1-8b", "--host", "h200-vm", "--generate-steps", "12"]
-
-
-def _policies(*names: str) -> list[str]:
-    return [word for name in names for word in ("--policy", name)]
-
-
+DECODE = {"model": "llama-3.1-8b", "host": "h200-vm", "steps": 24, "generate_steps": 12}
 HEADINGS = (
     *("cache", "prompt", "batch", "TTFT", "predicted", "TPOT", "predicted", "floor", "in `generate`", "HBM peak"),
     *("from DDR a token", "data decided"),
 )
-SECTIONS: dict[str, list[str]] = {
-    "8k": [*DECODE, "--context", "8k", "--steps", "24", *_policies(*CAPTURED, *EAGER)],
-    "8k, batch 8": [
-        *DECODE,
-        "--context",
-        "8k",
-        "--batch",
-        "8",
-        "--steps",
-        "24",
-        *_policies("full", "shadowkv", "quest"),
-    ],
-    "32k": [*DECODE, "--context", "32k", "--steps", "24", *_policies(*CAPTURED, *EAGER)],
-    "128k": [*DECODE, "--context", "128k", "--steps", "24", *_policies("full", "shadowkv", "snapkv", "sink-window")],
-    "128k, near tokens": [*DECODE, "--context", "128k", "--steps", "24", "--token-every", "12", *_policies("shadowkv")],
-    "kernel by kernel": [*DECODE, "--context", "32k", "--steps", "8", "--no-capture", *_policies("full", "shadowkv")],
-    "Transformers": [
-        *[word for word in DECODE if word not in ("--generate-steps", "12")],
-        *("--context", "8k,32k,128k", "--steps", "8", "--policy", "full"),
-        *("--baseline", "hf-dynamic", "--baseline", "hf-static", "--baseline", "hf-offloaded"),
-    ],
-    "kernels": ["kernels"],
+SECTIONS: dict[str, dict[str, Any]] = {  # options of `kvsim bench decode`; of `kvsim bench kernels` there are none
+    "8k": {**DECODE, "context": "8k", "policy": [*CAPTURED, *EAGER]},
+    "32k": {**DECODE, "context": "32k", "policy": [*CAPTURED, *EAGER]},
+    "128k": {**DECODE, "context": "128k", "policy": ["full", "shadowkv", "snapkv", "sink-window"]},
+    "128k, near tokens": {**DECODE, "context": "128k", "token_every": 12, "policy": ["shadowkv"]},
+    "8k, batch 8": {**DECODE, "context": "8k", "batch": "8", "policy": ["full", "shadowkv", "quest"]},
+    "kernel by kernel": {**DECODE, "context": "32k", "capture": False, "steps": 8, "policy": ["full", "shadowkv"]},
+    "Transformers": {
+        **DECODE,
+        "context": "8k,32k,128k",
+        "steps": 8,
+        "generate_steps": 0,
+        "policy": ["full"],
+        "baseline": ["hf-dynamic", "hf-static", "hf-offloaded"],
+    },
+    "kernels": {},
 }
+
+
+def _command(options: dict[str, Any]) -> str:
+    """What a user types for them."""
+    words = ["kvsim bench", "decode" if options else "kernels"]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        given = value if isinstance(value, list) else [value]
+        words += [f"--no-{flag}" if each is False else f"--{flag} {each}" for each in given]
+    return " ".join(words)
 
 
 def measure(names: list[str], commit: str) -> None:
@@ -64,12 +62,11 @@ def measure(names: list[str], commit: str) -> None:
     for name in names:
         began = time.perf_counter()
         aside = OUT.with_suffix(".part")
-        code = kvsim(["bench", *SECTIONS[name], "--out", str(aside)])
-        if code:
-            raise SystemExit(f"section {name!r} ended with exit code {code}")
+        options = SECTIONS[name]
+        (decode if options else kernels)(**options, out=aside)
         found = json.loads(aside.read_text("utf-8"))
         aside.unlink()
-        about = {"command": f"kvsim bench {' '.join(SECTIONS[name])}", "commit": commit, "date": time.strftime("%F")}
+        about = {"command": _command(options), "commit": commit, "date": time.strftime("%F")}
         kept = json.loads(OUT.read_text("utf-8")) if OUT.exists() else {"schema_version": 1, "sections": {}}
         kept["sections"][name] = {**about, "seconds": time.perf_counter() - began, **found}
         OUT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
