@@ -248,10 +248,8 @@ def _apart(way: str, report: dict[str, Any]) -> str:
     rows = [row for row in report["rows"] if row["way"] == way]
     lengths = sorted({row["length_tokens"] for row in rows})
     said = [] if set(lengths) == set(LENGTHS) else [", ".join(f"{n // 1024}K" for n in lengths) + " alone"]
-    for run in dict.fromkeys(
-        (row["device"], row["dtype"], row["date"], row["commit"]) for row in rows if "device" in row
-    ):
-        said += run
+    for what in ("device", "dtype", "date", "commit"):
+        said += [_listed(found)] if (found := {row[what] for row in rows if what in row}) else []
     return f" ({', '.join(said)})" if said else ""
 
 
@@ -319,6 +317,8 @@ honest case for a cache that is reused.
 
 - Policies that keep every key and read those that matter by exact or nearly exact scores (RetrievalAttention, and
   Squeezed Attention at a tenth or a twentieth of the keys) answer as full attention does, seen or not.
+- RetroInfer's defaults (1.8 % of the clusters read) answered all 23 examples of 8K that were tried, seen or not; longer
+  contexts were not.
 - Policies that judge keys by a summary of their chunk lose what hides in it: Quest's page bounds and ShadowKV's chunk
   means recover with the budget, and ShadowKV at the 1/64 of its paper is far below full attention on this model. That
   is the method here, not this implementation: a second one, written apart on the stock model, scored the same in six
