@@ -1,9 +1,10 @@
-# make demo: the simulator's first comparison; make test: every check; make fuzz: ten thousand mutated inputs.
+# make demo: the simulator's first comparison; make test: every check; make fuzz: ten thousand mutated inputs; make site:
+# the documentation as pages in out/site.
 # They need only Python >= 3.11 and pip.
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test fuzz clean
+.PHONY: demo test fuzz site clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.base
@@ -20,6 +21,10 @@ fuzz: $(VENV)/.dev
 	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" $(VENV)/bin/python -m fuzz.campaign --out benchmarks/results/fuzz.json
 	KVSIM_KILLS=50 $(VENV)/bin/python -m pytest -q tests/kvsim/test_faults.py -k random_moments
 	KVSIM_KILLS=50 $(VENV)/bin/python -m pytest -q tests/runtime/test_saved_kills.py -k killed
+
+# Broken links end it.
+site: $(VENV)/.site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --config-file scripts/mkdocs.yml
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -43,4 +48,8 @@ $(VENV)/.base: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(call install,torch)
 	$(call install,--editable ".[dev$(comma)runtime]")
+	@touch $(VENV)/.base $@
+
+$(VENV)/.site: pyproject.toml constraints.txt
+	$(call install,--editable ".[site]")
 	@touch $(VENV)/.base $@
