@@ -43,8 +43,8 @@ def test_latencies_are_those_of_the_server(tmp_path: Path, capsys: pytest.Captur
         assert line["status"] == "finished"
         assert (line["prompt_tokens"], line["output_tokens"]) == (30, 5)
         # No sooner than the server was told to, and on a busy machine not much later.
-        assert 0.099 <= line["first_token_s"] - line["sent_s"] <= 0.4
-        assert 0.07 <= line["last_token_s"] - line["first_token_s"] <= 0.4
+        assert 0.099 <= line["first_token_s"] - line["sent_s"] <= 1.0
+        assert 0.07 <= line["last_token_s"] - line["first_token_s"] <= 1.0
         assert len(line["token_s"]) == 5
         assert line["token_s"] == sorted(line["token_s"])
     assert "8 of 8 requests finished" in capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_requests_are_sent_when_the_trace_says(tmp_path: Path) -> None:
     lines.sort(key=lambda line: line["request"])
     assert lines[0]["due_s"] == 0
     assert lines[-1]["due_s"] == pytest.approx(5 / 20)  # five gaps at 20 requests/s
-    assert max(line["sent_s"] - line["due_s"] for line in lines) < 0.2
+    assert max(line["sent_s"] - line["due_s"] for line in lines) < 0.3  # one after the other would be 0.3 s apart
 
 
 def test_prompts_begin_alike_where_those_of_the_trace_do(tmp_path: Path) -> None:

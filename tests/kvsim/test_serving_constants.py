@@ -32,9 +32,10 @@ def test_the_host_s_part_is_added_to_each_iteration(fidelity, gpu) -> None:
     assert after[1] - before[1] == pytest.approx(0.004, rel=1e-6)
 
 
-def test_a_pipeline_s_stages_share_it() -> None:
+@pytest.mark.parametrize("fidelity", ["step", "op"])
+def test_a_pipeline_s_stages_share_it(fidelity) -> None:
     """A prompt goes through four stages in four parts: seven times a stage's quarter; a token once through all."""
-    options = {"pp": 4, "gpus": 4}
+    options = {"pp": 4, "gpus": 4, "fidelity": fidelity}
     before, after = (latencies(simulate(LONE, setup(**options, iteration_overhead_s=x))) for x in (0.0, 0.004))
     assert after[0] - before[0] == pytest.approx((4 + 4 - 1) * 0.001, rel=1e-9)
     assert after[1] - before[1] == pytest.approx(0.004, rel=1e-6)
