@@ -225,7 +225,19 @@ def _observed(
             asyncio.run(load.run(each_token=each_token))
         except KeyboardInterrupt:
             return records, "interrupted"
+        except BaseExceptionGroup as several:
+            lost = _first(several)
+            if not isinstance(lost, OSError):
+                raise
+            # The file's: what goes wrong with a request is in its record.
+            raise ValueError(f"{stream.name}: {lost.strerror}; it has the requests that ended before") from None
     return records, "gave up" if load.gave_up else ""
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _report(records: "list[Record]", asked: int, out: Path, ended: str, *, json: bool) -> None:

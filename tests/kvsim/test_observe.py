@@ -279,6 +279,28 @@ def test_a_file_that_exists_is_left_alone(tmp_path: Path, capsys: pytest.Capture
     assert not server.bodies
 
 
+def test_a_full_disk_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was written before is whole."""
+    from kvsim.observed.record import RecordFile
+
+    keep, kept = RecordFile.keep, []
+
+    def full(self: RecordFile, record: Any) -> None:
+        if len(kept) == 3:
+            raise OSError(28, "No space left on device")
+        kept.append(record)
+        keep(self, record)
+
+    monkeypatch.setattr(RecordFile, "keep", full)
+    out = tmp_path / "seen.jsonl"
+    with serving(even(0.01, 0)) as server:
+        assert observe(server, out) == 2
+    assert "No space left on device; it has the requests that ended before" in capsys.readouterr().err
+    assert len(records(out)[1]) == 3
+
+
 @pytest.mark.parametrize(
     ("url", "base"),
     [
