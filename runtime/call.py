@@ -1,8 +1,8 @@
 """What a policy's torch code is given, and what it consists of."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from policies import LayerPlan, Step
 from policies.model import LayerShape
 from policies.plan import Sync
 from runtime.rotary import Rotary
+
+Made = TypeVar("Made")
 
 
 class Handed(NamedTuple):
@@ -46,12 +48,20 @@ class Lengths:
 
     def __init__(self, past: Tensor) -> None:
         self._rows = {0: past}
+        self._made: dict[Hashable, Any] = {}
 
     def rows(self, more: int) -> Tensor:
         """The tokens held before the step and `more`."""
         if more not in self._rows:
             self._rows[more] = self._rows[0] + more
         return self._rows[more]
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` gives, made by the first layer that asks: of what is the same in all layers of the step."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: Made = self._made[key]
+        return found
 
 
 class CapturedStep(Step):
@@ -97,13 +107,20 @@ class Call:
     counts: dict[str, Tensor] = field(default_factory=dict)
     scratch: dict[str, Tensor] = field(default_factory=dict)
     parts: "dict[int, Call]" = field(default_factory=dict)
-    lengths: "Lengths | None" = None
+    lengths: Lengths | None = None
 
     def rows(self, more: int) -> Tensor:
         """The tokens held before a captured step and `more`, int64 (1,) on the device."""
+        return self._known().rows(more)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What follows from the lengths of a captured step alone, made once for all layers that ask with one key."""
+        return self._known().once(key, make)
+
+    def _known(self) -> Lengths:
         if self.lengths is None:
             raise RuntimeError("this step is not captured: its lengths are those of `step`")
-        return self.lengths.rows(more)
+        return self.lengths
 
     @property
     def seen(self) -> Tensor | None:

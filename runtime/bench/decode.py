@@ -1,5 +1,6 @@
 """Decode steps under a policy, timed: in a loop of one's own and in `generate`."""
 
+import gc
 import platform
 from collections import Counter
 from collections.abc import Callable
@@ -239,5 +240,6 @@ def _now_s(device: torch.device) -> float:
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
+        gc.collect()  # what was measured before is not to be counted
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

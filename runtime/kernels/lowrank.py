@@ -26,8 +26,8 @@ def decompose(keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if not 1 <= rank <= min(tokens, width):
         raise ValueError(f"rank={rank} must lie between 1 and {min(tokens, width)} for {tokens} x {width} keys")
     gram = torch.zeros(batch, width, width, dtype=torch.float64, device=keys.device)
-    for block in _blocks(keys):
-        gram += block.mT @ block
+    for rows in keys.split(BLOCK_TOKENS, dim=2):
+        gram += _gram(rows.transpose(1, 2).flatten(2))
     # Eigenvalues ascend, so the leading vectors stand last.
     basis = torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1).float()
     u = torch.cat([(block @ basis).to(keys.dtype) for block in _blocks(keys)], dim=1)
@@ -77,6 +77,14 @@ def rebuild_chunks(
     rows = torch.where(ids < 0, NONE, torch.arange(ids.shape[2], device=ids.device))
     uncounted = torch.zeros(1, dtype=torch.int64, device=ids.device)  # these rows do not change their memory
     gather_rows(keys, rows, dst, slots, uncounted)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """`rows.mT @ rows` in fp32, rows (batch, tokens, width); products of 16-bit numbers are exact in it."""
+    if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(rows.mT, rows, out_dtype=torch.float32)
+    wide = rows.float()
+    return wide.mT @ wide
 
 
 def _blocks(keys: Tensor) -> Iterator[Tensor]:

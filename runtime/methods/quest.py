@@ -80,35 +80,44 @@ def _captured(policy: Quest, reduce: Reduce) -> dict[str, Kernel]:
     def append(call: Call) -> None:
         append_row(call.by_head("keys"), call.by_head("values"), call.new_k, call.new_v, call.rows(0))
 
+    def last_page(call: Call) -> Tensor:
+        """The page that the new token is in: int64 (1,)."""
+        return call.once(("page", page), lambda: call.rows(0) // page)
+
     def bound(call: Call) -> None:
         """Of the page that the new token is in."""
-        keys, bounds, past = call.by_head("keys"), call.by_head("bounds"), call.rows(0)
-        last = past // page
-        token = last * page + torch.arange(page, device=keys.device)
-        empty = (token > past)[:, None]
-        there = keys.index_select(2, token.clamp(max=keys.shape[2] - 1))
+        keys, bounds, last = call.by_head("keys"), call.by_head("bounds"), last_page(call)
+
+        def page_rows() -> tuple[Tensor, Tensor]:
+            token = last * page + torch.arange(page, device=keys.device)
+            return token.clamp(max=keys.shape[2] - 1), (token > call.rows(0))[:, None]
+
+        rows, empty = call.once(("page rows", page), page_rows)
+        there = keys.index_select(2, rows)
         low, high = there.masked_fill(empty, torch.inf).amin(dim=2), there.masked_fill(empty, -torch.inf).amax(dim=2)
         bounds.index_copy_(2, last, torch.stack([low, high], dim=2)[:, :, None])
 
     def score(call: Call) -> None:
-        bounds = call.by_head("bounds")
-        number = torch.arange(bounds.shape[2], device=bounds.device)
-        earlier = number < call.rows(0) // page  # the page of the new token is read anyway
-        low, high = bounds.unbind(3)
-        scores = bound_scores(call.q, low, high, reduce=reduce)
-        call.scratch["scores"] = scores.masked_fill(~earlier, -torch.inf)
+        low, high = call.by_head("bounds").unbind(3)
+        call.scratch["scores"] = bound_scores(call.q, low, high, reduce=reduce)
 
     def select(call: Call) -> None:
-        scores, last = call.scratch["scores"], call.rows(0) // page
-        if call.mask is not None:
-            pages = scores.shape[2]
-            seen = torch.nn.functional.pad(call.mask[:, 0, -1], (0, -call.mask.shape[-1] % page))
-            scores = scores.masked_fill(~seen.unflatten(1, (-1, page)).any(-1)[:, None, :pages], -torch.inf)
-        sinks = call.first_tokens(policy.sink_tokens)[:, None] // page
-        scores = chosen_first(scores, torch.where(sinks < last, sinks, -1))
-        chosen = top_ids(scores, policy.chosen_pages)
+        scores, last = call.scratch["scores"], last_page(call)
+        pages = scores.shape[2]
+
+        def choices() -> tuple[Tensor, Tensor]:
+            """Pages that are no choice, and the sinks' pages: that of the new token is read anyway."""
+            later = torch.arange(pages, device=last.device) >= last
+            if call.mask is not None:
+                seen = torch.nn.functional.pad(call.mask[:, 0, -1], (0, -call.mask.shape[-1] % page))
+                later = later | ~seen.unflatten(1, (-1, page)).any(-1)[:, None, :pages]
+            sinks = call.first_tokens(policy.sink_tokens)[:, None] // page
+            return later, torch.where(sinks < last, sinks, -1)
+
+        later, sinks = call.once(("pages", page, pages, policy.sink_tokens), choices)
+        chosen = top_ids(chosen_first(scores.masked_fill(later, -torch.inf), sinks), policy.chosen_pages)
         if reduce == "none" and call.shape.group > 1:
-            call.counts["added"] = _union(chosen, scores.shape[2], call.shape.group) - policy.chosen_pages
+            call.counts["added"] = _union(chosen, pages, call.shape.group) - policy.chosen_pages
         pages_read = torch.cat([chosen, last.expand(*chosen.shape[:2], 1)], dim=-1)
         tokens = pages_read[..., None] * page + torch.arange(page, device=last.device)
         there = (pages_read[..., None] >= 0) & (tokens < call.rows(1))

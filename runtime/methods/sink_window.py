@@ -34,13 +34,17 @@ def method(policy: Policy) -> Method:
     def append_captured(call: Call) -> None:
         keys = call.new_k
         if slots:
-            keys = unrotate(keys, *_angles(call, call.rows(0)[None]), pairs=call.pairs)
-        window.put(call.state["kv"], join(keys, call.new_v)[:, 0], call.rows(0) - call.first())
+            own = call.once(("own", id(call.rotary)), lambda: _angles(call, call.rows(0)[None]))
+            keys = unrotate(keys, *own, pairs=call.pairs)
+        place = call.once(("place", window.sinks, window.window), lambda: window.place(call.rows(0) - call.first()))
+        kv = call.state["kv"]
+        kv[torch.arange(len(kv), device=kv.device), place] = join(keys, call.new_v)[:, 0]
 
     def attend_captured(call: Call) -> None:
         """All rows of the buffer: those that hold nothing yet have no position."""
         kv = call.state["kv"]
-        keys, values, near = _near(call, window, slots, kv.shape[1], call.rows(1) - call.first())
+        counts = call.once("counts", lambda: call.rows(1) - call.first())
+        keys, values, near = _near(call, window, slots, kv.shape[1], counts)
         held = Segment(keys, values, near)
         call.out = attend_segments(call.q, [held], scale=call.scale, softcap=call.softcap, sink_logits=call.sinks)
 
@@ -73,16 +77,15 @@ class _Window:
         near = last - (newest - row) % self.window
         return torch.where(row < self.sinks, row, near.masked_fill(near < self.sinks, -1))  # a sink has its own row
 
-    def put(self, kv: Tensor, new: Tensor, position: Tensor) -> None:
-        """Put a row (batch, *row_shape) for the token at `position` (batch,) where it belongs."""
-        place = torch.where(position < self.sinks, position, self.sinks + (position - self.sinks) % self.window)
-        kv[torch.arange(len(kv), device=kv.device), place] = new
+    def place(self, position: Tensor) -> Tensor:
+        """The rows where tokens at `position` (batch,) belong."""
+        return torch.where(position < self.sinks, position, self.sinks + (position - self.sinks) % self.window)
 
     def write(self, call: Call, new: Tensor) -> None:
         """Put new rows (batch, new_tokens, *row_shape) where they belong."""
         kv, step, first = call.state["kv"], call.step, call.first()
         if step.new_tokens == 1:
-            self.put(kv, new[:, 0], step.past_tokens - first)
+            kv[torch.arange(len(kv), device=kv.device), self.place(step.past_tokens - first)] = new[:, 0]
             return
         token = self.positions(kv.shape[1], step.tokens - first) + first[:, None] - step.past_tokens
         wide = (..., *(None,) * (new.dim() - 2))
@@ -100,13 +103,23 @@ def _decode(call: Call, window: _Window, slots: bool) -> None:
 def _near(call: Call, window: _Window, slots: bool, rows: int, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values of `rows` rows after `counts` (batch,) tokens, and which rows hold one: (batch, 1, 1, rows)."""
     keys, values = split(call.state["kv"], rows, call.shape.head_dim)
-    position = window.positions(rows, counts)
-    if slots:  # as far from the query as their slots are: window keys at their positions, sinks moved along
+
+    def standing() -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Which rows hold a token, and the angles by which they are read."""
+        position = window.positions(rows, counts)
+        near = ((position >= 0) & (position < counts[:, None]))[:, None, None]
+        if not slots:
+            return near, None
+        # As far from the query as their slots are: window keys at their positions, sinks moved along.
         moved = (counts - window.size).clamp(min=0)[:, None]
         turned = torch.where(position < window.sinks, position + moved, position)
-        at = turned + call.first()[:, None]
-        keys = rotate(keys, *_angles(call, at), pairs=call.pairs)  # rows that hold nothing are masked
-    return keys, values, ((position >= 0) & (position < counts[:, None]))[:, None, None]
+        return near, _angles(call, turned + call.first()[:, None])
+
+    key = "near", rows, window.sinks, window.window, id(call.rotary)
+    near, angles = standing() if call.lengths is None else call.once(key, standing)
+    if angles is not None:
+        keys = rotate(keys, *angles, pairs=call.pairs)  # rows that hold nothing are masked
+    return keys, values, near
 
 
 def _prefill(call: Call, window: _Window, slots: bool) -> None:
