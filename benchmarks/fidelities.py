@@ -230,8 +230,9 @@ times of their micro-batches. What it does not follow is how copies that hold ea
 """
 
 
-def page(result: dict[str, Any], piped: dict[str, Any]) -> str:
-    """Both results for people."""
+def page(result: dict[str, Any]) -> str:
+    """The result for people, and what is kept of pipelines."""
+    piped = json.loads(PIPED_RESULT.read_text())
     found = {**_figures(result), **{f"piped_{name}": value for name, value in _figures(piped).items()}}
     found["piped_policies"] = ", ".join(f"`{name}`" if name != CACHED else name for name in PIPED_POLICIES)
     return PAGE.format(**found)
@@ -271,7 +272,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="only write this page, from what --out holds")
     given = parser.parse_args()
     if given.page:
-        given.page.write_text(page(*(json.loads(path.read_text()) for path in (RESULT, PIPED_RESULT))))
+        given.page.write_text(page(json.loads(RESULT.read_text())))
         return
     out = PIPED_RESULT if given.pipelines else RESULT
     numbers = range(given.first, given.first + given.cases)
