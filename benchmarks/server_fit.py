@@ -40,18 +40,18 @@ PAGE = """# Constants of a server, fitted
 
 Written by `benchmarks/server_fit.py` from `benchmarks/results/server_fit.json` (commit {commit}).
 
-Records of requests whose server is known: they are simulated with kernels {kernel_slowdown:g} times as slow as they are
-priced, {iteration} of the host in each iteration and {request} before a request reaches the scheduler (Llama-3.1-8B on
-one H100). Each TTFT and each mean time between tokens scatters by a lognormal factor. `--calibrate-from` sees the
+Records of requests whose server is known: they are simulated with kernels {kernel_slowdown:g} times as slow as they
+are priced, {iteration} of the host in each iteration and {request} before a request reaches the scheduler (Llama-3.1-8B
+on one H100). Each TTFT and each mean time between tokens scatters by a lognormal factor. `--calibrate-from` sees the
 records alone; the error left is of the median request that it did not see. A standard error is written behind ±.
 
 | load | scatter | kernel slowdown | iteration overhead | request overhead | TTFT left | TPOT left | simulations |
 |---|---:|---:|---:|---:|---:|---:|---:|
 {rows}
 
-Where requests hardly wait, single TTFTs differ by about an iteration by chance, which is what is left of them. Where all
-wait for each other, what comes before the scheduler is lost in the queue: it is known to a share of TTFT only, and its
-standard error says so.
+Where requests hardly wait, single TTFTs differ by about an iteration by chance, and that is what is left of them. Where
+all wait for each other, what comes before the scheduler is lost in the queue: do not trust it there beyond some percent
+of TTFT. Standard errors are those of a smooth fit; this one is not quite smooth, and they come out too small.
 """
 
 
