@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -199,13 +200,14 @@ def _guard(model: Any) -> Callable[[], None]:
 def _let_replay(model: Any) -> Callable[[], None]:
     """Let caches that capture their decode steps replay them in place of the model's forward."""
     before, forward = vars(model).get("forward"), model.forward
+    names = tuple(signature(forward).parameters)
 
     @wraps(forward)
     def replaying(*args: Any, **given: Any) -> Any:
         cache = _cache_among(args, given)
         if cache is None or cache.captured is None:
             return forward(*args, **given)
-        return cache.captured.forward(cache, forward, args, given)
+        return cache.captured.forward(cache, forward, {**dict(zip(names, args, strict=False)), **given})
 
     model.forward = replaying
 

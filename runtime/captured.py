@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -146,14 +146,14 @@ class Captured:
         self._pool = self._real = self._refused = None
         self._ids = self._positions = self._past = self._mask = torch.empty(0)
 
-    def forward(self, cache: "TieredCache", forward: Forward, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def forward(self, cache: "TieredCache", forward: Forward, given: dict[str, Any]) -> Any:
         """The model's forward: a replay where it decodes one token as before, else its own."""
-        asked = self._asked(cache, forward, {**dict(zip(_names(forward), args, strict=False)), **given})
+        asked = self._asked(cache, forward, given)
         if asked is None:
-            return forward(*args, **given)
+            return forward(**given)
         if isinstance(asked, str):
             self._replays.refuse(asked)
-            return forward(*args, **given)
+            return forward(**given)
         with cache.at_work():
             steps, bounds = self._settled(cache)
             self._ahead = None
@@ -312,7 +312,7 @@ def _refusal(cache: "TieredCache", forward: Forward) -> str:
         return "layers of Hugging Face's own cache grow from step to step"
     if cache.switches:
         return "the model turns to other rotary angles at some length (LongRoPE)"
-    if "position_ids" not in _names(forward):
+    if "position_ids" not in signature(forward).parameters:
         return "the model takes no position_ids"
     for index in cache.own:
         layer = cache.tiered(index)
@@ -340,12 +340,6 @@ def _late(cache: "TieredCache") -> str:
         if last and layer.tokens + 1 - layer.prompt_tokens > last:
             return f"{layer.leaf.name} takes lengths from the host once it has generated more than {last} tokens"
     return ""
-
-
-@lru_cache(maxsize=64)
-def _names(forward: Forward) -> tuple[str, ...]:
-    """The parameters of a model's forward, in their order."""
-    return tuple(signature(forward).parameters)
 
 
 def _own(hook: Callable[..., Any]) -> bool:

@@ -1,6 +1,8 @@
 """Captured decode steps: tokens, counts and bytes are those of steps that are not, and what cannot be says why."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 
@@ -247,6 +249,18 @@ def test_gradients_masks_and_other_outputs_are_left_to_the_model(model):
         assert kv.replays.prepared == 1
         assert any("output_hidden_states" in why for why in kv.replays.eager)
         assert any("attention mask" in why for why in kv.replays.eager)
+
+
+def test_a_model_is_let_go_when_nobody_has_it_any_more():
+    made = transformers.LlamaConfig(vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    model = transformers.AutoModelForCausalLM.from_config(made).eval()
+    with offload(model, parse_policy("full"), max_new_tokens=50, capture=True) as kv:
+        generate(model, kv, inputs=prompts(model, padded=False))
+        assert kv.replays.prepared == NEW - 1
+    gone = weakref.ref(model)
+    del model, kv
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_cache_that_is_full_says_so(model):
