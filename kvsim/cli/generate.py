@@ -31,6 +31,9 @@ def generate(
     counts_out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Record what data decided, for --counts of other commands.")
     ] = None,
+    capture: Annotated[
+        bool, typer.Option("--capture", help="Capture decode steps as one CUDA graph, where policy and model let it.")
+    ] = False,
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="Default: a GPU where there is one.")] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="Default: fp32 on a CPU, as stored on a GPU.")
@@ -54,7 +57,7 @@ def generate(
         tokenizer = load_tokenizer(folder)
         loaded = load_model(folder, device, dtype)
     ids = encode(tokenizer, prompt)
-    with offload(loaded, parsed, max_new_tokens=new_tokens) as kv:
+    with offload(loaded, parsed, max_new_tokens=new_tokens, capture=capture) as kv:
         with progress_bar("prompt and index", ids.shape[1]) as show_progress:
             made = generate_text(
                 kv,
@@ -78,6 +81,8 @@ def generate(
             "moved_bytes": {"->".join(link): nbytes for link, nbytes in kv.moved_bytes.items()},
             "counts": recording.shares(),
             "union_factor": _union_factor(parsed, recording),
+            "replayed_steps": kv.replays.replayed,
+            "eager_steps": dict(kv.replays.eager),
         }
     try:
         if counts_out is not None:
@@ -118,6 +123,9 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
         facts[name] = f"{share:.1%} of its maximum{hits}"
     if report["union_factor"] is not None:
         facts["read by a group"] = f"{report['union_factor']:.2f} times the pages that one head chooses"
+    if report["replayed_steps"]:
+        facts["replayed"] = f"{report['replayed_steps']:,} steps, as one CUDA graph"
+    facts |= {f"{steps:,} not captured": why for why, steps in report["eager_steps"].items()}
     return facts
 
 

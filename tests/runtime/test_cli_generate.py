@@ -50,6 +50,17 @@ def test_the_shipped_model_answers(question: Path, capsys: pytest.CaptureFixture
         assert f"\n  {name} " in figures, name
 
 
+def test_captured_steps_are_told(tiny_llama: Path, question: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--model", str(tiny_llama), "--prompt-file", str(question), "--max-new-tokens", "6", "--device", "cpu")
+    plain, captured = (report(capsys, *args, *more) for more in ((), ("--capture",)))
+    assert plain["tokens"] == captured["tokens"]
+    assert plain["eager_steps"] == captured["eager_steps"] == {}
+    assert captured["replayed_steps"] == 0  # there are no graphs on a CPU
+    assert main(["generate", *args, "--capture", "--policy", "offload-all"]) == 0
+    out, _ = capsys.readouterr()
+    assert "5 not captured  offload-all takes lengths from the host in its decode steps" in out
+
+
 def test_figures_and_recording(
     tiny_llama: Path, question: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
