@@ -15,7 +15,7 @@ from policies import Full, Step
 from policies.plan import Buffer
 from runtime.arena import DTYPES, Arena
 from runtime.call import Handed, Method
-from runtime.captured import Captured, Walk
+from runtime.captured import Captured
 from runtime.forward import Forward
 from runtime.heard import Heard
 from runtime.hybrid import TieredHybridLayer
@@ -25,6 +25,7 @@ from runtime.memory import check_fits
 from runtime.rotaries import Rotaries
 from runtime.steps import Held, Steps
 from runtime.terms import LONG_PROMPT, Terms, own_layers
+from runtime.walk import Walk
 
 LOG = logging.getLogger(__name__)
 

@@ -9,22 +9,18 @@ CPU, where there are no graphs, every step runs as the first does.
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
-from inspect import signature
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from policies import Step
-from policies.plan import Engine
-from runtime.bound import HOST, Bound, BoundLayer
-from runtime.call import Call, CapturedStep, Handed, Lengths, Method
-from runtime.executor import Executor
+from runtime.bound import Bound, BoundLayer
+from runtime.capturable import refusal, refusal_so_late, says_as_before
 from runtime.heard import WITH_IDS
-from runtime.layer import TieredLayer
 from runtime.recorder import At
+from runtime.walk import Walk, prepared
 
 if TYPE_CHECKING:
     from runtime.cache import TieredCache
@@ -67,52 +63,6 @@ class _Settled(NamedTuple):
 
     steps: dict[int, Step]
     bounds: dict[int, Bound]
-
-
-class Walk:
-    """One decode step of all layers, whose kernels know no length: what a graph records.
-
-    While a cache has one, attention calls come to it.
-    """
-
-    def __init__(self, cache: "TieredCache", bounds: dict[int, Bound], past: Tensor, mask: Tensor | None) -> None:
-        self.row = past
-        self._bounds, self._mask, self._lengths = bounds, mask, Lengths(past)
-        self._shapes, self._rotaries = cache.terms.shape.layers, cache.rotaries
-        self._executor = Executor(cache.device, cache.terms.mover)
-        self._counts: list[tuple[int, str, Tensor]] = []  # by layer and name
-        self._drawn: Tensor | None = None  # all of them in a row
-
-    def run(self, layer: TieredLayer, handed: Handed) -> Tensor:
-        """One attention call."""
-        bound = self._bounds[layer.index]
-        call = Call(
-            shape=self._shapes[layer.index],
-            step=CapturedStep(layer.prompt_tokens),
-            state=bound.state,
-            rotary=self._rotaries.of.get(layer.index),
-            lengths=self._lengths,
-            **handed._replace(mask=self._mask)._asdict(),
-        )
-        self._executor.run(bound, call)
-        self._counts += [(layer.index, count.name, call.counts[count.name]) for count in bound.counted.counts]
-        assert call.out is not None  # noqa: S101 - the executor has checked it
-        return call.out
-
-    def finish(self) -> None:
-        """All layers have come: what was drawn is put together, and the lanes run into one."""
-        self._executor.gather_lanes()
-        if self._counts:
-            self._drawn = torch.cat([value.flatten() for _, _, value in self._counts])
-
-    def drawn(self) -> dict[int, dict[str, Tensor]]:
-        """The counts of the last run by layer and name, in memory of their own."""
-        found: dict[int, dict[str, Tensor]] = {layer: {} for layer in self._bounds}
-        if self._drawn is not None:
-            values = self._drawn.clone().split([value.numel() for _, _, value in self._counts])
-            for (layer, name, value), now in zip(self._counts, values, strict=True):
-                found[layer][name] = now.view(value.shape)
-        return found
 
 
 class _Graph(NamedTuple):
@@ -190,10 +140,10 @@ class Captured:
         if not cache.arena.batch or layer.tokens < layer.prompt_tokens or ids.shape[0] != cache.arena.batch:
             return None
         if self._refused is None:
-            self._refused = _refusal(cache, forward)
+            self._refused = refusal(cache, forward)
         if self._refused:
             return self._refused
-        if late := _late(cache):
+        if late := refusal_so_late(cache):
             return late
         if torch.is_grad_enabled():
             return "gradients are recorded; decode under torch.no_grad() or torch.inference_mode()"
@@ -202,7 +152,7 @@ class Captured:
             return f"the forward is given {other}"
         if named.get("return_dict") is False or named.get("use_cache") is False:
             return "the forward is asked for a tuple, or not to use its cache"
-        if not _as_before(named.get("attention_mask"), cache):
+        if not says_as_before(named.get("attention_mask"), cache):
             return "the attention mask says something else of cached tokens than before, or more than what is padding"
         positions = named.get("position_ids")
         return _Asked(ids, positions if isinstance(positions, Tensor) else None)
@@ -216,7 +166,7 @@ class Captured:
             layer = cache.tiered(index)
             if index not in self._layers:
                 plans = cache.terms.plans.of(layer.leaf, index)
-                self._layers[index] = BoundLayer(plans, _captured(layer.method), index)
+                self._layers[index] = BoundLayer(plans, prepared(layer.method), index)
             # A later turn is more of the prompt for some layers of a cache, and not for others.
             steps[index] = Step(prompt_tokens=layer.prompt_tokens, past_tokens=layer.tokens, new_tokens=1)
             bounds[index] = self._layers[index].at(steps[index], cache.arena)
@@ -299,64 +249,6 @@ def _when(cache: "TieredCache") -> tuple[Any, ...]:
     """What a step follows from: equal where nothing has come between."""
     layers = (cache.tiered(index) for index in cache.own)
     return id(cache.arena), cache.arena.revision, *((layer.prompt_tokens, layer.tokens) for layer in layers)
-
-
-def _captured(method: Method) -> Method:
-    """The method with its kernels that know no length."""
-    return replace(method, kernels={**method.kernels, **(method.captured or {})})
-
-
-def _refusal(cache: "TieredCache", forward: Forward) -> str:
-    """Why no decode step of this cache can be captured; empty where it can."""
-    if len(cache.own) < len(cache.layers):
-        return "layers of Hugging Face's own cache grow from step to step"
-    if cache.switches:
-        return "the model turns to other rotary angles at some length (LongRoPE)"
-    if "position_ids" not in signature(forward).parameters:
-        return "the model takes no position_ids"
-    for index in cache.own:
-        layer = cache.tiered(index)
-        if layer.method.captured is None:
-            return f"{layer.leaf.name} takes lengths from the host in its decode steps"
-        step = Step.decoding(layer.prompt_tokens, 1)
-        plan = cache.terms.plans.of(layer.leaf, index).plan(step)
-        bound = Bound(plan, _captured(layer.method), cache.arena, index)
-        if any(op.lane == HOST for op in bound.ops):
-            return f"{layer.leaf.name} works on the CPU in its decode steps"
-        if any(op.copy is not None and op.lane != Engine.GATHER for op in bound.ops):
-            return f"{layer.leaf.name} copies as many rows as it has tokens"
-    decoder = cache.terms.decoder()
-    for name, module in decoder.named_modules() if decoder is not None else ():
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001
-        if hasattr(module, "_hf_hook") or any(not _own(hook) for hook in hooks):
-            return f"a hook of {name or 'the decoder'} would not be called"
-    return ""
-
-
-def _late(cache: "TieredCache") -> str:
-    """Why a step that comes so late is not captured, where earlier ones were; empty where it can be."""
-    for layer in map(cache.tiered, cache.own):
-        last = layer.method.captured_tokens
-        if last and layer.tokens + 1 - layer.prompt_tokens > last:
-            return f"{layer.leaf.name} takes lengths from the host once it has generated more than {last} tokens"
-    return ""
-
-
-def _own(hook: Callable[..., Any]) -> bool:
-    of = hook.func if isinstance(hook, partial) else hook
-    return of.__module__.startswith("runtime.")
-
-
-def _as_before(mask: Any, cache: "TieredCache") -> bool:
-    """Whether a mask (batch, tokens) says of cached tokens what was said before, and that the new one is real."""
-    real = cache.real_tokens
-    if mask is None:
-        return real is None
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != (cache.arena.batch, cache.tokens + 1):
-        return False
-    if real is None:
-        return bool(mask.all())
-    return torch.equal(mask.bool(), torch.nn.functional.pad(real, (0, 1), value=True))
 
 
 def _shapes(asked: _Asked) -> tuple[torch.Size, torch.Size]:
