@@ -19,7 +19,12 @@ WRITING = {
     "--page": "page.html",
     "--counts-out": "counts.npz",
 }  # mutated only below the attempt's folder
-RUNS_A_MODEL = ("generate", "validate", "quality")  # tried on a folder without a model: loading one takes seconds
+RUNS_A_MODEL = (
+    "generate",
+    "validate",
+    "quality",
+    "bench",
+)  # tried on a folder without a model: loading one takes seconds
 VALUES = (
     *(
         "0",
@@ -124,6 +129,7 @@ NEEDED = {
     "generate": ("--prompt-file", "trace.csv", "--model", "."),
     "validate": ("--bytes", "--model", "."),
     "quality": ("--text", "trace.csv", "--model", "."),
+    "bench decode": ("--model", "."),
 }
 
 
@@ -146,7 +152,14 @@ def attempt(rng: random.Random, folder: Path) -> str:
     write_trace(folder)
     command = rng.choice(commands())
     if command.words[0] in RUNS_A_MODEL or command.words[-1] == "needle":
-        for name in ("runtime.offload", "runtime.needle", "runtime.generation", "runtime.loading", "runtime.trial"):
+        for name in (
+            "runtime.offload",
+            "runtime.needle",
+            "runtime.generation",
+            "runtime.loading",
+            "runtime.trial",
+            "runtime.bench.decode",
+        ):
             importlib.import_module(name)  # torch and Transformers take seconds to import, which are no hang
     args = [*command.words, *command.needed]
     for flag in rng.sample(sorted(command.options), min(len(command.options), rng.choice((0, 1, 1, 1, 2, 2, 3)))):

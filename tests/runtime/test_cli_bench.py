@@ -81,11 +81,13 @@ def test_bad_input_is_one_clear_error(tiny_llama, capsys, arguments, words):
     assert "Traceback" not in error
 
 
-def test_kernels_need_a_gpu(capsys):
+def test_kernels_and_shapes_need_a_gpu(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     assert main(["bench", "kernels"]) == 2
     assert "torch sees none" in capsys.readouterr().err
+    assert main(["bench", "decode"]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
