@@ -161,7 +161,7 @@ def _check_forward(decoder: Any, given: dict[str, Any]) -> None:
 
 def _guard(model: Any) -> Callable[[], None]:
     """Let `generate` refuse what it would silently do with a cache that it cannot use."""
-    before, prepare = vars(model).get("prepare_inputs_for_generation"), model.prepare_inputs_for_generation
+    prepare = model.prepare_inputs_for_generation
 
     @wraps(prepare)
     def guarded(input_ids: torch.Tensor, *args: Any, **given: Any) -> dict[str, Any]:
@@ -186,20 +186,12 @@ def _guard(model: Any) -> Callable[[], None]:
             cache.heard.compare(cache.tokens, input_ids, prepared.get("input_ids"), given)
         return prepared
 
-    model.prepare_inputs_for_generation = guarded
-
-    def undo() -> None:
-        if before is None:
-            del model.prepare_inputs_for_generation
-        else:
-            model.prepare_inputs_for_generation = before
-
-    return undo
+    return _put(model, "prepare_inputs_for_generation", guarded)
 
 
 def _let_replay(model: Any) -> Callable[[], None]:
     """Let caches that capture their decode steps replay them in place of the model's forward."""
-    before, forward = vars(model).get("forward"), model.forward
+    forward = model.forward
     names = tuple(signature(forward).parameters)
 
     @wraps(forward)
@@ -209,13 +201,19 @@ def _let_replay(model: Any) -> Callable[[], None]:
             return forward(*args, **given)
         return cache.captured.forward(cache, forward, {**dict(zip(names, args, strict=False)), **given})
 
-    model.forward = replaying
+    return _put(model, "forward", replaying)
+
+
+def _put(model: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Let `function` stand for a model's method; what is returned brings back what was there."""
+    before = vars(model).get(name)  # None: its class's own
+    setattr(model, name, function)
 
     def undo() -> None:
         if before is None:
-            del model.forward
+            delattr(model, name)
         else:
-            model.forward = before
+            setattr(model, name, before)
 
     return undo
 

@@ -4,7 +4,7 @@ import gc
 import platform
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean, median
 from time import perf_counter
@@ -37,13 +37,13 @@ class Timed:
     batch: int
     ttft_s: float | None
     tpot_s: list[float]
-    generate_tpot_s: list[float]
-    held_bytes: Counter[Tier]
-    moved_bytes: Counter[tuple[Tier, Tier]]
-    counts: dict[str, float]
-    replayed: int
-    eager: dict[str, int]
     peak_hbm_bytes: int
+    generate_tpot_s: list[float] = field(default_factory=list)
+    held_bytes: Counter[Tier] = field(default_factory=Counter)
+    moved_bytes: Counter[tuple[Tier, Tier]] = field(default_factory=Counter)
+    counts: dict[str, float] = field(default_factory=dict)
+    replayed: int = 0
+    eager: dict[str, int] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -107,7 +107,7 @@ def time_policy(
             counts=kv.counts.shares(),
             replayed=kv.replays.replayed,
             eager=dict(kv.replays.eager),
-            peak_hbm_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            peak_hbm_bytes=_peak_hbm_bytes(device),
         )
 
 
@@ -148,13 +148,7 @@ def _time_cache(model: Any, way: str, prompt_tokens: int, batch: int, steps: int
         batch=batch,
         ttft_s=None,
         tpot_s=times[SETTLING:],
-        generate_tpot_s=[],
-        held_bytes=Counter(),
-        moved_bytes=Counter(),
-        counts={},
-        replayed=0,
-        eager={},
-        peak_hbm_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        peak_hbm_bytes=_peak_hbm_bytes(device),
     )
 
 
@@ -236,6 +230,10 @@ def _now_s(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
+
+
+def _peak_hbm_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _reset_peak(device: torch.device) -> None:
